@@ -1,0 +1,1 @@
+"""Costs: seconds and bytes of ops and messages, measured or modelled."""

@@ -1,0 +1,66 @@
+"""What the search asks about costs; implemented by `planner.costs` for measured and for described devices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import fx
+
+from shardplan.planner.rules.localize import LocalCall
+
+
+@dataclass(frozen=True, slots=True)
+class OpCost:
+    """Seconds of one local op on one device. source: "measured", "interpolated" or "modelled"."""
+
+    forward_seconds: float
+    backward_seconds: float
+    source: str = "modelled"
+
+
+@dataclass(frozen=True, slots=True)
+class OpSaves:
+    """What autograd keeps for backward when the op runs.
+
+    inputs / outputs: which tensor arguments and results are kept alive (a tensor kept by several ops counts once).
+    extra_nbytes_per_output_byte: bytes kept besides (masks, softmax statistics), relative to the results' bytes, so
+    that local shapes scale it. transient_nbytes_per_output_byte: peak scratch while it runs, likewise.
+    """
+
+    inputs: tuple[bool, ...]
+    outputs: tuple[bool, ...]
+    extra_nbytes_per_output_byte: float = 0.0
+    transient_nbytes_per_output_byte: float = 0.0
+
+
+class Costs(Protocol):
+    """Prices. Devices are indices into the cluster's device list (= global ranks)."""
+
+    def op(self, call: LocalCall, device: int) -> OpCost:
+        """Forward and backward seconds of a local call (backward 0 where nothing needs a gradient)."""
+        ...
+
+    def saves(self, node: fx.Node) -> OpSaves:
+        """What autograd keeps for this op (depends on op, flags and which arguments need gradients)."""
+        ...
+
+    def collective(self, kind: str, nbytes: int, ranks: tuple[int, ...]) -> float:
+        """Seconds of one collective among `ranks`.
+
+        kind: "all_reduce" | "all_gather" | "reduce_scatter" | "all_to_all". nbytes: bytes of the *whole* tensor on
+        one rank: what is reduced, the gathered result, the input of the scatter, the local input of all-to-all.
+        """
+        ...
+
+    def p2p(self, nbytes: int, source: int, target: int) -> float:
+        """Seconds until `nbytes` sent by one rank have arrived at another."""
+        ...
+
+    def copy(self, nbytes: int, device: int) -> float:
+        """Seconds to read and write `nbytes` once on the device (slices, pads, gradient accumulation)."""
+        ...
+
+    def optimizer(self, nbytes: int, device: int) -> float:
+        """Seconds of the optimizer step over parameters of that many bytes."""
+        ...

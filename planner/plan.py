@@ -1,0 +1,257 @@
+"""The Plan: what the planner decided and why, as plain data. The only thing that passes from planner to rewrite.
+
+A plan is JSON (`Plan.save`, `Plan.load`), equal to its reloaded self, and byte-identical for identical input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from shardplan.errors import PlanFileError, PlanMismatch
+from shardplan.planner.instructions import Schedule, parse_schedule, schedule_text
+from shardplan.planner.placement import Mesh
+from shardplan.planner.rules.strategy import Strategy
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Predicted bytes on one device at the step's peak. limit: what the device (or the user) allows."""
+
+    parameters: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    buffers: int = 0
+    reserve: int = 0
+    limit: int = 0
+
+    @property
+    def peak_nbytes(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.buffers + self.reserve
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """One pipeline stage.
+
+    first, last: the trace's segments ``[first, last)``; blocks: their names.
+    ranks: device indices in row-major order of mesh (axes "dp", "tp").
+    forward_seconds, backward_seconds: per microbatch, communication inside the stage included (backward includes
+        recomputation); once_seconds: gradient reduction and optimizer, once a step.
+    rematerialized: names of segments whose activations are recomputed in backward.
+    """
+
+    first: int
+    last: int
+    blocks: tuple[str, ...]
+    ranks: tuple[int, ...]
+    mesh: Mesh
+    forward_seconds: float
+    backward_seconds: float
+    once_seconds: float
+    memory: Memory
+    rematerialized: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Certificate. outcome: "optimal" (within gap), "feasible" (time limit), "given" (degrees and splits all forced).
+
+    lower_bound: proven bound on step seconds in the cost model; gap: (step_seconds - lower_bound) / step_seconds.
+    binds: what limits the plan, in words; searched: how many (stages, mesh, microbatch) cases were solved or pruned.
+    """
+
+    outcome: str
+    lower_bound: float
+    gap: float
+    solver: str
+    seconds: float
+    binds: tuple[str, ...] = ()
+    searched: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """A baseline or runner-up, scored in the same model. seconds None: does not fit or cannot run; reason says why."""
+
+    name: str
+    seconds: float | None
+    peak_nbytes: int
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSummary:
+    """A device as the plan saw it."""
+
+    kind: str
+    node: int
+    limit_nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """See module docstring.
+
+    fingerprint: of the trace that it is valid for. inputs: name -> "dtype[shape]" of the global batch.
+    splits: axis ("mb", "dp", "tp") -> node name -> text of its `Strategy`, placeholders included; nodes not named are
+        replicated on that axis.
+    simulated_seconds: step time that the simulator gives for `instructions` (step_seconds is the same number).
+    replicated_ops: (op, number of nodes, share of step seconds) for ops that had no rule.
+    coverage: share of predicted op seconds that was "measured", "interpolated", "modelled".
+    """
+
+    model: str
+    fingerprint: str
+    batch_size: int
+    inputs: dict[str, str]
+    devices: tuple[DeviceSummary, ...]
+    stages: tuple[StagePlan, ...]
+    microbatches: int
+    schedule: str
+    instructions: Schedule
+    splits: dict[str, dict[str, str]]
+    step_seconds: float
+    status: Status
+    baselines: tuple[Alternative, ...] = ()
+    runners_up: tuple[Alternative, ...] = ()
+    coverage: dict[str, float] = field(default_factory=dict)
+    replicated_ops: tuple[tuple[str, int, float], ...] = ()
+    constraints: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    trace_seconds: float = 0.0
+    profile_seconds: float = 0.0
+    schema: int = SCHEMA
+
+    def strategy(self, axis: str, node: str) -> Strategy | None:
+        """The chosen strategy of a node on an axis, or None (replicated)."""
+        text = self.splits.get(axis, {}).get(node)
+        return Strategy.parse(text) if text else None
+
+    def memory(self) -> tuple[Memory, ...]:
+        """Predicted memory of every device, by rank."""
+        by_rank = {rank: stage.memory for stage in self.stages for rank in stage.ranks}
+        return tuple(by_rank[rank] for rank in sorted(by_rank))
+
+    def degrees(self) -> str:
+        """Short text such as ``pp2 x dp1 x tp4, 8 microbatches``."""
+        meshes = {stage.mesh for stage in self.stages}
+        inner = " | ".join(f"dp{m.size('dp')} x tp{m.size('tp')}" for m in sorted(meshes, key=str))
+        return f"pp{len(self.stages)} x {inner}, {self.microbatches} microbatch{'es' if self.microbatches > 1 else ''}"
+
+    def check(self, fingerprint: str, inputs: dict[str, str], devices: int) -> None:
+        """Raises PlanMismatch, naming what differs, if the plan was made for another model, batch or device count."""
+        wrong = []
+        if inputs != self.inputs:
+            wrong.append(f"inputs: planned for {self.inputs}, given {inputs}")
+        if fingerprint != self.fingerprint:
+            wrong.append(f"model graph: planned for {self.fingerprint}, given {fingerprint}")
+        if devices != len(self.devices):
+            wrong.append(f"devices: planned for {len(self.devices)}, given {devices}")
+        if wrong:
+            raise PlanMismatch(
+                f"this plan was made for another job ({self.model})", wrong, ["plan again, or drop plan="]
+            )
+
+    # -- files ---------------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> str:
+        """Deterministic JSON text."""
+        return json.dumps(_encode(self), indent=1, sort_keys=True) + "\n"
+
+    @staticmethod
+    def from_json(text: str, where: str = "plan") -> Plan:
+        """Inverse of `to_json`. Raises PlanFileError."""
+        try:
+            data = json.loads(text)
+            if data.get("schema") != SCHEMA:
+                raise PlanFileError(f"{where} has schema {data.get('schema')!r}, this version reads {SCHEMA}")
+            return _decode(Plan, data)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise PlanFileError(f"{where} is not a plan file", [f"{type(error).__name__}: {error}"]) from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON; the file is whole or untouched."""
+        write_atomically(Path(path), self.to_json().encode())
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Plan:
+        """Read a plan file. Raises PlanFileError where it is missing or torn."""
+        try:
+            text = Path(path).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanFileError(f"cannot read {path}", [str(error)]) from error
+        return Plan.from_json(text, str(path))
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write to a temporary name in the same directory, sync, rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, Plan):
+        data = {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        data["instructions"] = schedule_text(value.instructions).splitlines()
+        return data
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): _encode(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_encode(item) for item in value]
+    return value
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _decode(kind: Any, data: Any) -> Any:
+    if kind == Schedule:
+        return parse_schedule("\n".join(data))
+    if dataclasses.is_dataclass(kind):
+        hints = _hints(typing.cast(type, kind))
+        known = {f.name for f in dataclasses.fields(kind)}
+        if unknown := sorted(set(data) - known):
+            raise ValueError(f"unknown fields {unknown}")
+        return kind(**{name: _decode(hints[name], item) for name, item in data.items()})  # type: ignore[operator]
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple:
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return tuple(_decode(arguments[0], item) for item in data)
+        return tuple(_decode(part, item) for part, item in zip(arguments, data, strict=True))
+    if origin is dict:
+        return {key: _decode(arguments[1], item) for key, item in data.items()}
+    if origin in (types.UnionType, typing.Union):
+        return None if data is None else _decode(next(a for a in arguments if a is not type(None)), data)
+    if kind is float and isinstance(data, int):
+        return float(data)
+    if not isinstance(data, kind):
+        raise ValueError(f"expected {kind.__name__}, got {data!r}")
+    return data
+
+
+def input_texts(shapes: Iterable[tuple[str, tuple[int, ...], str]]) -> dict[str, str]:
+    """(name, shape, dtype) -> the `Plan.inputs` form, e.g. {"ids": "int64[8,2048]"}."""
+    return {name: f"{dtype}[{','.join(map(str, shape))}]" for name, shape, dtype in shapes}

@@ -1,0 +1,207 @@
+"""The traced model: a flat fx graph of ATen ops with everything that planning and rewriting need to know about it.
+
+`planner.export.trace_model` makes a Trace; passes in `planner.passes` normalise its graph; `planner.segments` fills
+`shared` and `segments`. Downstream code reads nodes only through the accessors here, never through ``node.meta``.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+if TYPE_CHECKING:
+    from torch.utils._pytree import TreeSpec
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Static facts of one tensor: global shape, dtype, and whether a gradient flows to it in training."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    needs_grad: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        count = 1
+        for extent in self.shape:
+            count *= extent
+        return count * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a placeholder of the graph stands for.
+
+    kind: "param", "buffer", "constant" (a tensor that the trace itself carries) or "input" (a leaf of the batch).
+    name: fully qualified name in the model for params and buffers; a stable label otherwise ("ids", "args.0").
+    aliases: further names of the same tensor (tied parameters), without `name`.
+    trainable: a parameter that gets a gradient.
+    batch_dim: for inputs, the dim that carries the global batch, or None (replicated input).
+    leaf: for inputs, position among the flattened (args, kwargs) leaves of the call, or -1.
+    """
+
+    kind: str
+    name: str
+    aliases: tuple[str, ...] = ()
+    trainable: bool = False
+    batch_dim: int | None = None
+    leaf: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of consecutive compute nodes between two cheap cuts of the graph; the unit that is placed on a stage.
+
+    name: readable, from the modules the ops came from ("model.layers.3.self_attn", "embed", "head+loss").
+    kind: structural class; two segments of one kind have the same ops, shapes and inner wiring, node by node.
+    nodes: names of the nodes, in graph order. Shared nodes and placeholders belong to no segment.
+    """
+
+    name: str
+    kind: int
+    nodes: tuple[str, ...]
+
+
+@dataclass(eq=False)
+class Trace:
+    """A traced model.
+
+    module: flat GraphModule. Placeholders are parameters, buffers, constants and inputs (see `sources`);
+        every other node is a call_function of an OpOverload, a higher-order op, `operator.getitem`, or a function of
+        `planner.passes`; the output node returns one flat tuple: the loss (or None) first, then the tensor leaves of
+        the model's output.
+    sources: placeholder node name -> Source, in placeholder order.
+    constants: placeholder node name -> real tensor.
+    in_spec / out_spec: pytree of (args, kwargs) and of the model's output; `output_leaves` gives, per leaf of the
+        output, its position in the output tuple (>= 1) or the constant value it has.
+    loss_leaf: position of the loss among the output leaves if the model returned it itself, else None.
+    batch_size: the global batch size of the example.
+    shared: nodes that depend on no parameter, random number or mutated buffer (positions, masks, shifted labels).
+        Any stage that needs one computes it itself; they belong to no segment.
+    segments: the rest, in order.
+    fingerprint: hash of ops, shapes, dtypes, wiring and parameter names; a plan is valid for one fingerprint.
+    method: "export" or "make_fx" (which bakes in branches); notes: things the user should be told.
+    """
+
+    module: fx.GraphModule
+    sources: dict[str, Source]
+    constants: dict[str, torch.Tensor]
+    in_spec: TreeSpec
+    out_spec: TreeSpec
+    output_leaves: tuple[int | tuple[Any], ...]
+    loss_leaf: int | None
+    batch_size: int
+    training: bool = True
+    shared: frozenset[str] = frozenset()
+    segments: tuple[Segment, ...] = ()
+    fingerprint: str = ""
+    method: str = "export"
+    model_name: str = ""
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    def nodes(self) -> Iterator[fx.Node]:
+        return iter(self.module.graph.nodes)
+
+    def node(self, name: str) -> fx.Node:
+        """The node of that name. Raises KeyError."""
+        index = self.__dict__.get("_index")
+        if index is None or len(index) != len(self.module.graph.nodes):
+            index = self.__dict__["_index"] = {n.name: n for n in self.module.graph.nodes}
+        return index[name]
+
+    def parameters(self) -> dict[str, fx.Node]:
+        """Parameter name -> placeholder (tied parameters once, under their first name)."""
+        return {s.name: self.node(n) for n, s in self.sources.items() if s.kind == "param"}
+
+
+# -- accessors ---------------------------------------------------------------------------------------------------------
+
+
+def is_tensor(node: fx.Node) -> bool:
+    """Whether the node's value is one tensor."""
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def info(node: fx.Node) -> TensorInfo:
+    """Shape, dtype and differentiability of a tensor node. Raises TypeError where the value is not one tensor."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{node.name} is not a tensor but {type(value).__name__}")
+    return TensorInfo(tuple(int(extent) for extent in value.shape), value.dtype, needs_grad(node))
+
+
+def infos(node: fx.Node) -> tuple[TensorInfo, ...]:
+    """TensorInfo of every tensor output of an op, in order (one for most; several for split, topk, ...)."""
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        return (info(node),)
+    if isinstance(value, (tuple, list)):
+        grad = needs_grad(node)
+        return tuple(
+            TensorInfo(tuple(int(extent) for extent in v.shape), v.dtype, grad and v.dtype.is_floating_point)
+            for v in value
+            if isinstance(v, torch.Tensor)
+        )
+    return ()
+
+
+def needs_grad(node: fx.Node) -> bool:
+    """Whether a gradient flows to this node in training (set by `planner.passes`; False outside training)."""
+    return bool(node.meta.get("needs_grad", False))
+
+
+def set_needs_grad(node: fx.Node, value: bool) -> None:
+    node.meta["needs_grad"] = value
+
+
+def tensor_args(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The tensor-valued arguments of an op as they stand in args, then kwargs (lists flattened, repeats kept).
+
+    This is the order of `Strategy.inputs`. A node whose value is a tuple (the input of getitem) counts as one argument.
+    """
+    found: list[fx.Node] = []
+
+    def visit(argument: Any) -> None:
+        if isinstance(argument, fx.Node):
+            if isinstance(argument.meta.get("val"), (torch.Tensor, tuple, list)):
+                found.append(argument)
+        elif isinstance(argument, (tuple, list)):
+            for item in argument:
+                visit(item)
+        elif isinstance(argument, dict):
+            for item in argument.values():
+                visit(item)
+
+    visit(node.args)
+    visit(dict(node.kwargs))
+    return tuple(found)
+
+
+def resolve(node: fx.Node) -> tuple[fx.Node, int]:
+    """The op that makes the value and the index of the result: looks through `operator.getitem`.
+
+    A getitem has no strategy of its own; its placement is ``outputs[index]`` of the op's strategy.
+    """
+    if node.op == "call_function" and node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return node.args[0], int(node.args[1])  # type: ignore[arg-type]
+    return node, 0
+
+
+def module_path(node: fx.Node) -> str:
+    """Qualified name of the innermost module that the op came from ("" for the root or where unknown)."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = ""
+    for entry in stack.values():
+        path = entry[0] if isinstance(entry, tuple) else path
+    return path

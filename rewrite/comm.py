@@ -1,0 +1,47 @@
+"""The communicator a stage's code is given: primitive collectives by mesh axis, without autograd.
+
+`rewrite.collectives` and `rewrite.kernels` build the differentiable operations on it. The runtime implements it on
+torch.distributed, tests on threads (`rewrite.threads`).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+
+class Comm(Protocol):
+    """All methods return new tensors and never change their input. `axis` is a mesh axis of the stage; on an axis of
+    size 1 every method is the identity."""
+
+    training: bool
+
+    def size(self, axis: str) -> int:
+        """Number of ranks on the axis."""
+        ...
+
+    def index(self, axis: str) -> int:
+        """This rank's index on the axis."""
+        ...
+
+    def all_reduce(self, x: torch.Tensor, axis: str, op: str = "sum") -> torch.Tensor:
+        """op: "sum" or "max"."""
+        ...
+
+    def all_gather(self, x: torch.Tensor, dim: int, axis: str) -> torch.Tensor:
+        """Concatenation of the ranks' tensors along `dim` in index order."""
+        ...
+
+    def reduce_scatter(self, x: torch.Tensor, dim: int, axis: str) -> torch.Tensor:
+        """Sum over the ranks, then this rank's even part along `dim`."""
+        ...
+
+    def all_to_all(self, x: torch.Tensor, split_dim: int, concat_dim: int, axis: str) -> torch.Tensor:
+        """Split evenly along `split_dim`, send part i to rank i, concatenate what arrives along `concat_dim`."""
+        ...
+
+    def seed(self, site: int, axes: tuple[str, ...]) -> int:
+        """Seed for random op number `site` in this step and microbatch: equal on ranks that differ only on axes not
+        named, different on ranks that differ on `axes`, the same again when a segment is recomputed."""
+        ...

@@ -1,0 +1,146 @@
+"""The Program: everything a rank needs to run, as plain data. The only thing that passes from rewrite to runtime.
+
+A stage's code is Python source, ``def stage(comm, device, <arguments>): ... return <results>``. `comm` is bound by
+whoever runs it (a rank's collectives, a thread in a test), `device` replaces devices that tracing baked in. The same
+source runs on every rank of a stage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from shardplan.planner.instructions import Schedule
+from shardplan.planner.placement import Layout, Mesh
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """One argument of a stage function.
+
+    kind: "param" | "buffer" | "constant" | "input" | "recv" | "denominator".
+    name: parameter/buffer/constant/input name as in `Source.name`; for "recv" and "denominator" the value's name.
+    stage: for "recv" the stage that sends it, else -1.
+    shape, dtype: local; requires_grad: for "recv", whether its gradient is sent back.
+    """
+
+    kind: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool = False
+    stage: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One result of a stage function.
+
+    kind: "send" | "loss" | "output". stages: for "send", the stages that receive it (their gradients are summed).
+    index: for "output", the position in the traced output tuple.
+    layout: for "output", how the local tensor lies on the stage's mesh (global_shape is the whole).
+    """
+
+    kind: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool = False
+    stages: tuple[int, ...] = ()
+    index: int = -1
+    layout: Layout = ()
+    global_shape: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StageCode:
+    """Source of one stage and what goes in and out, in order."""
+
+    source: str
+    arguments: tuple[Argument, ...]
+    results: tuple[Result, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """How a parameter, buffer or input lies on its stage's mesh.
+
+    layout: along the stage mesh's axes (incl. "mb", on which only inputs are split). reduce_axes: mesh axes on which
+    the gradient is a sum still to be taken at the end of the step. stages: every stage that holds the tensor; where
+    there are several (tied parameters) their gradients are added up as well.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    layout: Layout
+    trainable: bool = False
+    reduce_axes: tuple[str, ...] = ()
+    stages: tuple[int, ...] = ()
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Denominator:
+    """A count that a token-weighted mean divides by, over the whole global batch.
+
+    Before the first microbatch the executor runs `source` (a function like a stage's, of "input", "buffer" and
+    "constant" arguments only) for every microbatch, adds the results and all-reduces the sum over `axes`;
+    `name` is the "denominator" argument of the stage that needs it.
+    """
+
+    name: str
+    stage: int
+    source: str
+    arguments: tuple[Argument, ...]
+    axes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StageRanks:
+    """Devices of a stage: `ranks` in row-major order of the mesh without the axis "mb"."""
+
+    mesh: Mesh
+    ranks: tuple[int, ...]
+
+    def coordinate(self, rank: int) -> dict[str, int]:
+        """Axis name -> index of a rank in the mesh."""
+        index = self.ranks.index(rank)
+        found: dict[str, int] = {}
+        for axis, size in reversed(list(zip(self.mesh.axes, self.mesh.sizes, strict=True))):
+            if axis != "mb":
+                found[axis] = index % size
+                index //= size
+        return found
+
+    def group(self, rank: int, axes: tuple[str, ...]) -> tuple[int, ...]:
+        """Ranks that differ from `rank` only on `axes` (itself included), in mesh order."""
+        mine = self.coordinate(rank)
+        kept = [axis for axis in mine if axis not in axes]
+        return tuple(r for r in self.ranks if all(self.coordinate(r)[a] == mine[a] for a in kept))
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A whole job for one call kind ("train": loss and gradients; "forward": outputs).
+
+    stages[i] runs on placement[i]. schedule has one list per pipeline position; positions[i] gives the ranks of
+    position i. loss_stage: the stage whose "loss" result counts, -1 for none.
+    """
+
+    kind: str
+    stages: tuple[StageCode, ...]
+    placement: tuple[StageRanks, ...]
+    schedule: Schedule
+    microbatches: int
+    parameters: tuple[TensorSpec, ...]
+    buffers: tuple[TensorSpec, ...]
+    inputs: tuple[TensorSpec, ...]
+    denominators: tuple[Denominator, ...] = ()
+    loss_stage: int = -1
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def world_size(self) -> int:
+        return len({rank for stage in self.placement for rank in stage.ranks})

@@ -1,0 +1,1 @@
+"""Runtime: runs a Program on torch.distributed. Never imports a solver."""

@@ -1,0 +1,156 @@
+"""Carry the split of the batch through the graph: the strategies of data parallelism and of microbatches.
+
+On the axis "dp" the batch letter is followed from the inputs to the loss, converting where an op needs it. On the axis
+"mb" (time) the same is done, but no conversion may communicate: microbatches cannot exchange tensors. A graph for which
+that is impossible (batch normalisation, a product of two batch means) runs exactly only in one microbatch, and `reason`
+says which op is in the way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from shardplan.planner.placement import COLLECTIVES, MICROBATCH_AXIS, D, Mesh, P, Placement, R, S, conversion, divides
+from shardplan.planner.rules import Strategy, strategies
+from shardplan.planner.trace import Trace, info, infos, is_tensor, needs_grad, resolve, tensor_args
+
+
+@dataclass(slots=True)
+class Follow:
+    """strategies: node name -> Strategy on the axis (placeholders included); reason: why the batch cannot be split
+    exactly on this axis, or None."""
+
+    strategies: dict[str, Strategy] = field(default_factory=dict)
+    reason: str | None = None
+
+
+def placed(strategy: Strategy | None, index: int) -> Placement:
+    """Placement of result `index` under a strategy (None: replicated)."""
+    return R if strategy is None or index >= len(strategy.outputs) else strategy.outputs[index]
+
+
+def follow(trace: Trace, axis: str, mesh: Mesh) -> Follow:
+    """The batch-split strategy of every node on `axis` ("dp" or "mb")."""
+    return _Follower(trace, axis, mesh.size(axis)).run()
+
+
+class _Follower:
+    def __init__(self, trace: Trace, axis: str, size: int) -> None:
+        self.trace = trace
+        self.size = size
+        self.silent = axis == MICROBATCH_AXIS
+        self.axis = axis
+        self.result = Follow()
+        self.chosen = self.result.strategies
+        self.used: dict[str, int] = {}
+
+    def run(self) -> Follow:
+        for node in self.trace.nodes():
+            if node.op == "placeholder":
+                self.chosen[node.name] = Strategy("-", (), (self.source(node),))
+            elif node.op == "call_function" and resolve(node)[0] is node and infos(node):
+                self.op(node)
+        self.loss()
+        return self.result
+
+    def source(self, node: fx.Node) -> Placement:
+        source = self.trace.sources[node.name]
+        if source.kind == "input" and source.batch_dim is not None:
+            return S(source.batch_dim)
+        # A trainable parameter meets a different part of the batch on every rank: its gradient is a summand.
+        return D if needs_grad(node) else R
+
+    def state(self, argument: fx.Node) -> Placement:
+        maker, index = resolve(argument)
+        return placed(self.chosen.get(maker.name), index)
+
+    def op(self, node: fx.Node) -> None:
+        arguments = tensor_args(node)
+        best: tuple[tuple[float, ...], Strategy] | None = None
+        for order, strategy in enumerate(strategies(node)):
+            if not self.divisible(node, arguments, strategy):
+                continue
+            price = self.price(arguments, strategy)
+            if price is None:
+                continue
+            rank = (*price, not strategy.is_split, any(p == P for p in strategy.outputs), order)
+            if best is None or rank < best[0]:
+                best = rank, strategy
+        if best is None:
+            self.fail(node, arguments)
+            best = (), strategies(node)[0]
+        self.choose(node, arguments, best[1])
+
+    def divisible(self, node: fx.Node, arguments: tuple[fx.Node, ...], strategy: Strategy) -> bool:
+        shapes = [info(a).shape if is_tensor(a) else () for a in arguments]
+        return all(
+            divides(shape, placement, self.size)
+            for shape, placement in [
+                *zip(shapes, strategy.inputs, strict=True),
+                *zip((i.shape for i in infos(node)), strategy.outputs, strict=True),
+            ]
+        )
+
+    def price(self, arguments: tuple[fx.Node, ...], strategy: Strategy) -> tuple[float, ...] | None:
+        """(bytes communicated, bytes converted without communication), or None where it cannot be."""
+        sent = moved = 0.0
+        for argument, wanted in zip(arguments, strategy.inputs, strict=True):
+            have = self.state(argument)
+            differentiable = needs_grad(argument)
+            step = conversion(have, wanted, differentiable)
+            if step.forward == step.backward == "identity":
+                continue
+            nbytes = float(info(argument).nbytes)
+            talks = [part for part in (step.forward, step.backward) if part in COLLECTIVES]
+            if talks and self.silent:
+                return None
+            sent += nbytes * sum(2 if part == "all_reduce" else 1 for part in talks)
+            moved += nbytes
+        return sent, moved
+
+    def choose(self, node: fx.Node, arguments: tuple[fx.Node, ...], strategy: Strategy) -> None:
+        self.chosen[node.name] = strategy
+        for argument, wanted in zip(arguments, strategy.inputs, strict=True):
+            if wanted.is_shard and self.state(argument) != wanted:
+                self.pull(argument, wanted)
+            self.used[argument.name] = self.used.get(argument.name, 0) + 1
+
+    def pull(self, value: fx.Node, wanted: Placement) -> bool:
+        """Make a value that was computed whole in the wanted split instead (an expanded mask, a position grid), if
+        nobody has read it yet and its own arguments allow it without communication."""
+        node, index = resolve(value)
+        if node.op != "call_function" or self.used.get(value.name, 0) or len(infos(node)) > 1:
+            return False
+        if self.state(value).is_shard:
+            return False
+        arguments = tensor_args(node)
+        for strategy in strategies(node):
+            if placed(strategy, index) != wanted or not self.divisible(node, arguments, strategy):
+                continue
+            price = self.price(arguments, strategy)
+            if price is None or price[0] > 0:
+                continue
+            self.chosen[node.name] = strategy
+            for argument, part in zip(arguments, strategy.inputs, strict=True):
+                if part.is_shard and self.state(argument) != part and self.used.get(argument.name, 0) <= 1:
+                    self.used[argument.name] = 0
+                    self.pull(argument, part)
+                    self.used[argument.name] = 1
+            return True
+        return False
+
+    def loss(self) -> None:
+        outputs = next(n for n in self.trace.nodes() if n.op == "output").args[0]
+        loss = outputs[0] if isinstance(outputs, (tuple, list)) else outputs  # type: ignore[index]
+        if not isinstance(loss, fx.Node) or not self.silent:
+            return
+        step = conversion(self.state(loss), P, needs_grad(loss))
+        if {step.forward, step.backward} & COLLECTIVES:
+            self.result.reason = f"the loss ({loss.name}) is not a sum over the batch"
+
+    def fail(self, node: fx.Node, arguments: tuple[fx.Node, ...]) -> None:
+        if self.result.reason is None:
+            states = ", ".join(f"{a.name} {self.state(a)}" for a in arguments)
+            self.result.reason = f"{node.name} ({node.target}) mixes the whole batch: its arguments stand as {states}"

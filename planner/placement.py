@@ -166,9 +166,7 @@ def local_slices(
     return pieces
 
 
-def _take(
-    pieces: list[tuple[int, int]], sections: tuple[int, ...], index: int, size: int
-) -> list[tuple[int, int]]:
+def _take(pieces: list[tuple[int, int]], sections: tuple[int, ...], index: int, size: int) -> list[tuple[int, int]]:
     """The index-th of `size` equal parts of a dim made of `pieces` (of every section where there are sections)."""
     total = sum(stop - start for start, stop in pieces)
     if sections:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
-from shardplan.planner.trace import TensorInfo, Trace, info, is_tensor
+from shardplan.planner.trace import TensorInfo, Trace, info, is_tensor, resolve
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,10 @@ def split_stages(trace: Trace, bounds: tuple[int, ...]) -> StageSplit:
         for segment in trace.segments[first:last]
         for name in segment.nodes
     }
+    for node in trace.nodes():
+        maker = resolve(node)[0]
+        if maker is not node and maker.name in stage_of:
+            stage_of[node.name] = stage_of[maker.name]  # a result of an op is at home where the op runs
     last_stage = len(bounds) - 1
     outputs: dict[int, tuple[str, int]] = {}
     crossings: list[Crossing] = []
@@ -78,5 +83,5 @@ def split_stages(trace: Trace, bounds: tuple[int, ...]) -> StageSplit:
     return StageSplit(len(bounds), stage_of, tuple(crossings), loss_stage, outputs)
 
 
-def _flat(value: object) -> Iterable[object]:
+def _flat(value: Any) -> Iterable[Any]:
     return value if isinstance(value, (tuple, list)) else (value,)

@@ -76,13 +76,8 @@ class ThreadComm:
         return hash(parts) & 0x7FFF_FFFF
 
 
-def run_ranks(
-    mesh: Mesh, function: Callable[[ThreadComm], T], timeout_seconds: float = 30.0
-) -> dict[tuple[int, ...], T]:
-    """Run `function(comm)` once per rank of the mesh (axis "mb" apart), each in a thread.
-
-    Returns coordinate (in the mesh's axis order, "mb" left out) -> result. The first exception of a rank is raised.
-    """
+def make_comms(mesh: Mesh, timeout_seconds: float = 60.0) -> dict[tuple[int, ...], ThreadComm]:
+    """One communicator per rank of the mesh, by coordinate in the mesh's axis order ("mb" left out)."""
     axes = [(axis, size) for axis, size in zip(mesh.axes, mesh.sizes, strict=True) if axis != "mb"]
     exchanges: dict[Any, _Exchange] = {}
     for axis, size in axes:
@@ -90,26 +85,39 @@ def run_ranks(
         for combination in product(*(indices for _, indices in rest)):
             others = tuple(sorted(zip((a for a, _ in rest), combination, strict=True)))
             exchanges[axis, others] = _Exchange(size, timeout_seconds)
+    names = [a for a, _ in axes]
+    return {
+        coordinate: ThreadComm(mesh, dict(zip(names, coordinate, strict=True)), exchanges)
+        for coordinate in product(*(range(size) for _, size in axes))
+    }
+
+
+def run_ranks(
+    mesh: Mesh | dict[tuple[int, ...], ThreadComm], function: Callable[[ThreadComm], T]
+) -> dict[tuple[int, ...], T]:
+    """Run `function(comm)` once per rank (of a mesh, or of communicators made before), each in a thread.
+
+    Returns coordinate -> result. The first exception of a rank is raised.
+    """
+    comms = make_comms(mesh) if isinstance(mesh, Mesh) else mesh
+    if len(comms) == 1:
+        return {coordinate: function(comm) for coordinate, comm in comms.items()}
     results: dict[tuple[int, ...], T] = {}
     errors: list[BaseException] = []
 
-    def run(coordinate: tuple[int, ...]) -> None:
-        comm = ThreadComm(mesh, dict(zip((a for a, _ in axes), coordinate, strict=True)), exchanges)
+    def run(coordinate: tuple[int, ...], comm: ThreadComm) -> None:
         try:
             results[coordinate] = function(comm)
         except BaseException as error:  # a rank's failure must free the others, whatever it was
             errors.append(error)
-            for exchange in exchanges.values():
+            for exchange in comm.exchanges.values():
                 exchange.barrier.abort()
 
-    threads = [
-        threading.Thread(target=run, args=(coordinate,), daemon=True)
-        for coordinate in product(*(range(size) for _, size in axes))
-    ]
+    threads = [threading.Thread(target=run, args=item, daemon=True) for item in comms.items()]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout_seconds * 4)
+        thread.join()
     real = [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]
     if real or errors:
         raise (real or errors)[0]

@@ -1,0 +1,222 @@
+"""Trace + Plan -> Program."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import fx
+
+from shardplan.errors import PlanMismatch
+from shardplan.planner import schedules
+from shardplan.planner.instructions import Schedule
+from shardplan.planner.placement import MICROBATCH_AXIS, D, Layout, P, R, local_shape
+from shardplan.planner.plan import Plan
+from shardplan.planner.propagate import placed
+from shardplan.planner.stages import Crossing, split_stages
+from shardplan.planner.trace import Trace, info, is_tensor, needs_grad
+from shardplan.rewrite.emit import emit
+from shardplan.rewrite.lower import StageLowering, ancestors, stage_mesh, writes
+from shardplan.rewrite.program import Argument, Program, Result, StageCode, StageRanks, TensorSpec
+
+
+def compile(trace: Trace, plan: Plan, kind: str = "train", available: frozenset[str] | None = None) -> Program:
+    """The program of a plan.
+
+    kind: "train" (the loss and gradients) or "forward" (the model's outputs). available: names of the inputs that a
+    forward call gives; outputs that need others are left out. Raises PlanMismatch where the plan is for another trace.
+    """
+    if plan.fingerprint != trace.fingerprint:
+        raise PlanMismatch("the plan was made for another graph", [f"{plan.fingerprint} is not {trace.fingerprint}"])
+    return _Compiler(trace, plan, kind, available).program()
+
+
+@dataclass(slots=True)
+class _Stage:
+    lowering: StageLowering
+    code: StageCode
+
+
+class _Compiler:
+    def __init__(self, trace: Trace, plan: Plan, kind: str, available: frozenset[str] | None) -> None:
+        self.trace = trace
+        self.plan = plan
+        self.train = kind == "train"
+        self.kind = kind
+        self.split = split_stages(trace, tuple(stage.first for stage in plan.stages))
+        self.outputs = self._outputs(available)
+        self.live = self._live()
+        self.crossings = [c for c in map(self._live_crossing, self.split.crossings) if c is not None]
+
+    def _outputs(self, available: frozenset[str] | None) -> dict[int, fx.Node]:
+        """Output position -> node, of what this program returns (position 0 is the loss)."""
+        values = next(n for n in self.trace.nodes() if n.op == "output").args[0]
+        assert isinstance(values, (tuple, list))
+        found: dict[int, fx.Node] = {}
+        for position, value in enumerate(values):
+            if not isinstance(value, fx.Node) or not is_tensor(value) or (position == 0) != self.train:
+                continue
+            given = {
+                self.trace.sources[n.name].name
+                for n in ancestors(value)
+                if n.op == "placeholder" and self.trace.sources[n.name].kind == "input"
+            }
+            if available is None or given <= available:
+                found[position] = value
+        return found
+
+    def _live(self) -> set[fx.Node]:
+        found: set[fx.Node] = set()
+        for node in [*self.outputs.values(), *(n for n in self.trace.nodes() if writes(n))]:
+            if node not in found:
+                found |= ancestors(node)
+        return found
+
+    def _live_crossing(self, crossing: Crossing) -> Crossing | None:
+        node = self.trace.node(crossing.name)
+        stages = {self.split.stage_of[u.name] for u in node.users if u in self.live and u.name in self.split.stage_of}
+        targets = tuple(t for t in crossing.targets if t in stages)
+        return Crossing(crossing.name, crossing.source, targets, crossing.info) if targets else None
+
+    def program(self) -> Program:
+        stages = [self.stage(index) for index in range(len(self.plan.stages))]
+        denominators = tuple(d for s in stages for d in s.lowering.lowered.denominators)
+        used = [
+            (index, argument)
+            for index, stage in enumerate(stages)
+            for argument in (
+                *stage.code.arguments,
+                *(a for d in stage.lowering.lowered.denominators for a in d.arguments),
+            )
+        ]
+        constants = {a.name for _, a in used if a.kind == "constant"}
+        by_name = {self.trace.sources[n].name: n for n in self.trace.constants}
+        return Program(
+            kind=self.kind,
+            stages=tuple(s.code for s in stages),
+            placement=tuple(
+                StageRanks(stage_mesh(self.plan, i), stage.ranks) for i, stage in enumerate(self.plan.stages)
+            ),
+            schedule=self.schedule(),
+            microbatches=self.plan.microbatches,
+            parameters=self.specs("param", used),
+            buffers=self.specs("buffer", used),
+            inputs=self.specs("input", used),
+            denominators=denominators,
+            loss_stage=self.split.loss_stage if self.train else -1,
+            constants={name: self.trace.constants[by_name[name]] for name in sorted(constants)},
+        )
+
+    def schedule(self) -> Schedule:
+        edges = frozenset((c.source, t) for c in self.crossings for t in c.targets)
+        grad_edges = frozenset((c.source, t) for c in self.crossings if c.info.needs_grad for t in c.targets)
+        if self.train and (edges, grad_edges) == (self.split.edges(), self.split.grad_edges()):
+            return self.plan.instructions
+        return schedules.build(
+            self.plan.schedule,
+            len(self.plan.stages),
+            self.plan.microbatches,
+            edges,
+            training=self.train,
+            grad_edges=grad_edges,
+        )
+
+    # -- one stage -----------------------------------------------------------------------------------------------------
+
+    def stage(self, index: int) -> _Stage:
+        lowering = StageLowering(self.trace, self.plan, self.split, index, self.train)
+        sends = [c for c in self.crossings if c.source == index]
+        mine = {p: n for p, n in self.outputs.items() if self.split.outputs[p][1] == index}
+        wanted = [*(self.trace.node(c.name) for c in sends), *mine.values()]
+        shared, own = lowering.needed(wanted)
+        lowering.run(shared)
+        self.run_segments(lowering, index, own)
+        results, values = [], []
+        for crossing in sends:
+            node = self.trace.node(crossing.name)
+            values.append(lowering.value(node))
+            results.append(self.send(lowering, crossing, node))
+        for position, node in mine.items():
+            value, result = self.output(lowering, position, node)
+            values.append(value)
+            results.append(result)
+        lowering.graph.output(tuple(values))
+        lowering.graph.lint()
+        code = StageCode(emit(lowering.graph), tuple(lowering.lowered.arguments), tuple(results))
+        return _Stage(lowering, code)
+
+    def run_segments(self, lowering: StageLowering, index: int, own: list[fx.Node]) -> None:
+        """Lower the stage's ops; segments to be recomputed become groups, unless they write to buffers (which must
+        happen once)."""
+        stage = self.plan.stages[index]
+        group_of: dict[str, str] = {}
+        if self.train:
+            for segment in self.trace.segments[stage.first : stage.last]:
+                nodes = [self.trace.node(n) for n in segment.nodes]
+                if segment.name in stage.rematerialized and not any(map(writes, nodes)):
+                    label = re.sub(r"\W+", "_", segment.name).strip("_")
+                    group_of |= dict.fromkeys(segment.nodes, f"recomputed_{label}")
+        for node in own:
+            lowering.group = group_of.get(node.name, "")
+            lowering.op(node)
+        lowering.group = ""
+
+    def send(self, lowering: StageLowering, crossing: Crossing, node: fx.Node) -> Result:
+        grad = self.train and needs_grad(node)
+        return Result(
+            "send", node.name, lowering.local_shape(node), info(node).dtype, grad, crossing.targets,
+            layout=lowering.layout(node), global_shape=info(node).shape,
+        )  # fmt: skip
+
+    def output(self, lowering: StageLowering, position: int, node: fx.Node) -> tuple[fx.Node, Result]:
+        """The loss stays a summand where it is one: the executor adds it up once a step. Outputs are made whole on
+        every axis on which they are not shards."""
+        loss = self.train and position == 0
+        layout: list = []
+        for axis, placement in zip(lowering.mesh.axes, lowering.layout(node), strict=True):
+            if loss and axis == MICROBATCH_AXIS:
+                layout.append(P if lowering.mesh.size(axis) > 1 else R)
+            elif placement == D or (placement == P and not loss and axis != MICROBATCH_AXIS):
+                layout.append(R)
+            else:
+                layout.append(placement)
+        wanted: Layout = tuple(layout)
+        value = lowering.value(node, wanted)
+        shape = local_shape(info(node).shape, wanted, lowering.mesh)
+        return value, Result(
+            "loss" if loss else "output", node.name, shape, info(node).dtype, loss and needs_grad(node),
+            index=position, layout=wanted, global_shape=info(node).shape,
+        )  # fmt: skip
+
+    # -- tensors -------------------------------------------------------------------------------------------------------
+
+    def specs(self, kind: str, used: Iterable[tuple[int, Argument]]) -> tuple[TensorSpec, ...]:
+        """How every parameter, buffer or input lies. Those that no op reads stay on the first stage."""
+        stages: dict[str, list[int]] = {}
+        for index, argument in used:
+            if argument.kind == kind and index not in stages.setdefault(argument.name, []):
+                stages[argument.name].append(index)
+        found = []
+        for placeholder, source in self.trace.sources.items():
+            if source.kind != kind or (kind == "input" and source.name not in stages):
+                continue
+            node = self.trace.node(placeholder)
+            at = tuple(sorted(stages.get(source.name, [0])))
+            mesh = stage_mesh(self.plan, at[0])
+            chosen = {axis: self.plan.strategy(axis, placeholder) for axis in mesh.axes if mesh.size(axis) > 1}
+            layout = tuple(placed(chosen.get(axis), 0) for axis in mesh.axes)
+            reduce_axes = tuple(a for a, p in zip(mesh.axes, layout, strict=True) if p == D and a != MICROBATCH_AXIS)
+            found.append(
+                TensorSpec(
+                    source.name,
+                    info(node).shape,
+                    info(node).dtype,
+                    layout,
+                    source.trainable,
+                    reduce_axes if source.trainable else (),
+                    at,
+                    source.aliases,
+                )
+            )
+        return tuple(found)

@@ -1,0 +1,124 @@
+"""Ops whose local form is not the op itself: which one, and the call that replaces it.
+
+An op is replaced where a chosen strategy names an implementation, and always where it draws random numbers (replicas
+must draw the same, shards different ones, and a recomputation the same again). The functions are in `rewrite.kernels`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from shardplan.errors import NotSupported
+from shardplan.planner.rules import LocalCall, Slot, Strategy
+from shardplan.planner.trace import info, tensor_args
+from shardplan.rewrite import kernels
+
+if TYPE_CHECKING:
+    from shardplan.rewrite.lower import StageLowering
+
+aten = torch.ops.aten
+
+
+@dataclass(slots=True)
+class OpContext:
+    """One op being lowered: its node, local call, lowered tensor arguments (by slot), strategies by axis."""
+
+    stage: StageLowering
+    node: fx.Node
+    call: LocalCall
+    arguments: list[fx.Node]
+    chosen: dict[str, Strategy]
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """A positional or keyword argument of the op, tensors lowered."""
+        given = position < len(self.call.args)
+        value = self.call.args[position] if given else self.call.kwargs.get(name, default)
+        return self.arguments[value.index] if isinstance(value, Slot) else value
+
+    def split_axes(self, slot: int = 0) -> tuple[str, ...]:
+        """Axes on which tensor argument `slot` is a shard."""
+        return tuple(axis for axis, strategy in self.chosen.items() if strategy.inputs[slot].is_shard)
+
+    def axes_of(self, impl: str) -> tuple[str, ...]:
+        """Axes whose strategy asks for this implementation."""
+        return tuple(axis for axis, strategy in self.chosen.items() if strategy.impl == impl)
+
+    def emit(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        return self.stage.emit(function, args, kwargs)
+
+
+def implementation_of(node: fx.Node, chosen: dict[str, Strategy]) -> str | None:
+    """Name of the implementation that replaces the op, or None."""
+    names = {strategy.impl for strategy in chosen.values() if strategy.impl}
+    if len(names) > 1:
+        raise NotSupported(f"{node.name} would need two implementations at once: {sorted(names)}")
+    if names:
+        return names.pop()
+    return kernels.RANDOM.get(node.target) if _draws(node) else None
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether a random op really draws (dropout with p > 0 in training)."""
+    if node.target in (aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default):
+        return float(node.args[1]) > 0.0 and bool(node.args[2])  # type: ignore[arg-type]
+    if node.target is aten.scaled_dot_product_attention.default:
+        arguments = {i: a for i, a in enumerate(node.args)}
+        return float(arguments.get(4, node.kwargs.get("dropout_p", 0.0)) or 0.0) > 0.0  # type: ignore[arg-type]
+    return node.target in kernels.RANDOM
+
+
+def _vocab_embedding(op: OpContext) -> fx.Node:
+    (axis,) = op.axes_of("vocab_embedding")
+    padding = op.argument(2, "padding_idx", -1)
+    return op.emit(kernels.vocab_embedding, op.stage.comm, axis, op.arguments[0], op.arguments[1], padding_idx=padding)
+
+
+def _cross_entropy(op: OpContext) -> fx.Node:
+    logits = info(tensor_args(op.node)[0])
+    class_dim = 1 if len(logits.shape) > 1 else 0
+    class_axes = [axis for axis, s in op.chosen.items() if s.inputs[0].is_shard and s.inputs[0].dim == class_dim]
+    if len(class_axes) > 1:
+        raise NotSupported(f"{op.node.name}: classes split over two mesh axes")
+    token_axes = [axis for axis in op.split_axes(1)]
+    reduction = op.argument(3, "reduction", 1)
+    weight = op.argument(2, "weight")
+    ignore_index = op.argument(4, "ignore_index", -100)
+    denominator = None
+    if reduction == 1 and token_axes:
+        denominator = op.stage.denominator(op, tuple(token_axes), weight, ignore_index)
+    return op.emit(
+        kernels.cross_entropy,
+        op.stage.comm,
+        op.arguments[0],
+        op.arguments[1],
+        weight,
+        reduction,
+        ignore_index,
+        op.argument(5, "label_smoothing", 0.0),
+        class_axis=class_axes[0] if class_axes else None,
+        denominator=denominator,
+    )
+
+
+def _batch_norm(op: OpContext) -> fx.Node:
+    names = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
+    values = [op.argument(position, name) for position, name in enumerate(names)]
+    return op.emit(kernels.batch_norm, op.stage.comm, op.axes_of("batch_norm"), *values)
+
+
+def _dropout(op: OpContext) -> fx.Node:
+    site = op.stage.sites[op.node.name]
+    return op.emit(kernels.dropout, op.stage.comm, site, op.split_axes(0), op.arguments[0], op.argument(1, "p"), True)
+
+
+IMPLEMENTATIONS: dict[str, Callable[[OpContext], fx.Node]] = {
+    "vocab_embedding": _vocab_embedding,
+    "cross_entropy": _cross_entropy,
+    "batch_norm": _batch_norm,
+    "dropout": _dropout,
+}

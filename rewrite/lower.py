@@ -1,0 +1,299 @@
+"""Lower one stage: the traced ops it runs, on local shapes, with the conversions that its edges need."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from shardplan.errors import NotSupported
+from shardplan.planner.placement import MICROBATCH_AXIS, Layout, Mesh, Placement, R, conversion, local_shape
+from shardplan.planner.plan import Plan
+from shardplan.planner.propagate import placed
+from shardplan.planner.reshard import steps
+from shardplan.planner.rules import Slot, Strategy, local_call
+from shardplan.planner.stages import StageSplit
+from shardplan.planner.trace import Trace, info, is_tensor, needs_grad, resolve, tensor_args
+from shardplan.rewrite import collectives, kernels
+from shardplan.rewrite.emit import emit, set_group
+from shardplan.rewrite.implement import IMPLEMENTATIONS, OpContext, implementation_of
+from shardplan.rewrite.program import Argument, Denominator
+
+# (kind before, kind after) -> conversion without sections. Shards are handled apart.
+_WHOLE = {
+    ("R", "D"): collectives.identity_all_reduce,
+    ("R", "P"): collectives.mask_identity,
+    ("D", "R"): collectives.identity_mask,
+    ("D", "P"): collectives.mask,
+    ("P", "R"): collectives.all_reduce,
+    ("P", "D"): collectives.all_reduce_all_reduce,
+}
+_INTO_SHARD = {
+    "R": collectives.slice_all_gather,
+    "D": collectives.slice_zero_pad,
+    "P": collectives.reduce_scatter_all_gather,
+}
+_OUT_OF_SHARD = {
+    "R": collectives.all_gather_slice,
+    "D": collectives.all_gather_reduce_scatter,
+    "P": collectives.zero_pad_slice,
+}
+
+
+def stage_mesh(plan: Plan, stage: int) -> Mesh:
+    """The mesh a stage's layouts refer to: the plan's mesh with the microbatch axis behind "dp", so that the batch is
+    split over replicas first."""
+    mesh = plan.stages[stage].mesh
+    axes = ["dp", "mb", *(a for a in mesh.axes if a != "dp")]
+    return Mesh(tuple(axes), tuple(plan.microbatches if a == "mb" else mesh.size(a) for a in axes))
+
+
+@dataclass(slots=True)
+class Lowered:
+    """A stage graph and what goes in. arguments: in placeholder order, behind comm and device."""
+
+    graph: fx.Graph
+    arguments: list[Argument] = field(default_factory=list)
+    denominators: list[Denominator] = field(default_factory=list)
+
+
+class StageLowering:
+    """Builds the graph of one stage. Use: `require` what is wanted, then `finish`."""
+
+    def __init__(self, trace: Trace, plan: Plan, split: StageSplit, stage: int, train: bool) -> None:
+        self.trace = trace
+        self.plan = plan
+        self.split = split
+        self.stage = stage
+        self.train = train
+        self.mesh = stage_mesh(plan, stage)
+        self.axes = [a for a, n in zip(self.mesh.axes, self.mesh.sizes, strict=True) if n > 1]
+        self.graph = fx.Graph()
+        self.lowered = Lowered(self.graph)
+        self.comm = self.graph.placeholder("comm")
+        self.device = self.graph.placeholder("device")
+        self.home: dict[str, fx.Node] = {}
+        self.converted: dict[tuple[str, Layout], fx.Node] = {}
+        self.sites = {node.name: i for i, node in enumerate(trace.nodes())}
+        self.group = ""
+
+    # -- layouts -------------------------------------------------------------------------------------------------------
+
+    def chosen(self, node: fx.Node) -> dict[str, Strategy]:
+        """Strategies of an op on the axes of this stage that have more than one rank."""
+        found = {axis: self.plan.strategy(axis, node.name) for axis in self.axes}
+        return {axis: strategy for axis, strategy in found.items() if strategy is not None}
+
+    def layout(self, value: fx.Node) -> Layout:
+        """How the traced value lies when its op has run."""
+        maker, index = resolve(value)
+        chosen = self.chosen(maker)
+        return tuple(placed(chosen.get(axis), index) for axis in self.mesh.axes)
+
+    def local_shape(self, value: fx.Node) -> tuple[int, ...]:
+        return local_shape(info(value).shape, self.layout(value), self.mesh)
+
+    # -- values --------------------------------------------------------------------------------------------------------
+
+    def argument(self, value: fx.Node, kind: str, name: str, stage: int = -1) -> fx.Node:
+        """Make the value an argument of the stage."""
+        prefix = {"recv": "recv_", "denominator": "count_"}.get(kind, "")
+        with self.graph.inserting_after(self._last_placeholder()):
+            node = self.graph.placeholder(prefix + re.sub(r"\W", "_", value.name))
+        grad = self.train and kind in ("recv", "param") and needs_grad(value)
+        self.lowered.arguments.append(Argument(kind, name, self.local_shape(value), info(value).dtype, grad, stage))
+        return node
+
+    def _last_placeholder(self) -> fx.Node:
+        return [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+
+    def value(self, node: fx.Node, wanted: Layout | None = None) -> fx.Node:
+        """The traced value in the stage graph, converted to `wanted` if given."""
+        have = self.layout(node)
+        made = self.home.get(node.name)
+        if made is None:
+            made = self.home[node.name] = self.fetch(node)
+        if wanted is None or wanted == have:
+            return made
+        key = (node.name, wanted)
+        if key not in self.converted:
+            self.converted[key] = self.convert(made, node, have, wanted)
+        return self.converted[key]
+
+    def fetch(self, node: fx.Node) -> fx.Node:
+        if node.op == "placeholder":
+            source = self.trace.sources[node.name]
+            return self.argument(node, source.kind, source.name)
+        stage = self.split.stage_of.get(node.name, self.stage)
+        if stage != self.stage:
+            return self.argument(node, "recv", node.name, stage)
+        raise AssertionError(f"{node.name} is needed before it is computed")
+
+    def convert(self, made: fx.Node, node: fx.Node, have: Layout, wanted: Layout) -> fx.Node:
+        differentiable = self.train and needs_grad(node)
+        for step in steps(have, wanted, self.mesh):
+            source, target = step.source, step.target
+            if conversion(source, target, needs_grad(node)).forward == "identity" and not differentiable:
+                continue
+            made = self.conversion(made, step.axis, source, target, differentiable)
+        return made
+
+    def conversion(self, made: fx.Node, axis: str, source: Placement, target: Placement, grad: bool) -> fx.Node:
+        if source.is_shard and target.is_shard:
+            return self.emit(
+                collectives.all_to_all,
+                (self.comm, made, target.dim, source.dim, axis),
+                {"split_sections": target.sections, "concat_sections": source.sections}
+                if target.sections or source.sections
+                else {},
+            )
+        if target.is_shard or source.is_shard:
+            shard = target if target.is_shard else source
+            if target.is_shard:
+                # Without a gradient the slice has nothing to gather in backward.
+                function = _INTO_SHARD["D" if source.kind == "R" and not grad else source.kind]
+            else:
+                function = _OUT_OF_SHARD[target.kind]
+            sections = {"sections": shard.sections} if shard.sections else {}
+            return self.emit(function, (self.comm, made, shard.dim, axis), sections)
+        return self.emit(_WHOLE[source.kind, target.kind], (self.comm, made, axis), {})
+
+    def emit(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs)
+        if self.group:
+            set_group(node, self.group)
+        return node
+
+    # -- ops -----------------------------------------------------------------------------------------------------------
+
+    def run(self, nodes: Iterable[fx.Node]) -> None:
+        """Lower these ops, in order."""
+        for node in nodes:
+            self.op(node)
+
+    def op(self, node: fx.Node) -> None:
+        maker, index = resolve(node)
+        if maker is not node:
+            self.home[node.name] = self.emit(node.target, (self.value(maker), index), {})
+            return
+        chosen = self.chosen(node)
+        arguments = []
+        for position, argument in enumerate(tensor_args(node)):
+            if not is_tensor(argument):
+                arguments.append(self.value(argument))
+                continue
+            wanted = tuple(chosen[a].inputs[position] if a in chosen else R for a in self.mesh.axes)
+            arguments.append(self.value(argument, wanted))
+        call = local_call(node, chosen, self.mesh)
+        name = implementation_of(node, chosen)
+        if name is not None:
+            context = OpContext(self, node, call, arguments, chosen)
+            made = IMPLEMENTATIONS[name](context)
+        else:
+            made = self.emit(node.target, self.fill(call.args, arguments), self.fill(call.kwargs, arguments))
+        scale = 1
+        for axis, strategy in chosen.items():
+            if strategy.scale:
+                scale *= self.mesh.size(axis)
+        if scale > 1:
+            made = self.emit(torch.ops.aten.mul.Tensor, (made, 1.0 / scale), {})
+        self.home[node.name] = made
+
+    def fill(self, value: Any, arguments: list[fx.Node]) -> Any:
+        """A local call's arguments with slots replaced, and baked devices by the device at hand."""
+        if isinstance(value, Slot):
+            return arguments[value.index]
+        if isinstance(value, torch.device) and value.type != "meta":
+            return self.device
+        if isinstance(value, (tuple, list)):
+            return type(value)(self.fill(item, arguments) for item in value)
+        if isinstance(value, dict):
+            return {key: self.fill(item, arguments) for key, item in value.items()}
+        return value
+
+    def denominator(self, op: OpContext, axes: tuple[str, ...], weight: fx.Node | None, ignore_index: int) -> fx.Node:
+        """The number of tokens (or their weight) of the whole batch that a mean over `axes` divides by.
+
+        Counted before the first microbatch where the target follows from the inputs alone; otherwise counted in place,
+        which only ranks can do, not microbatches.
+        """
+        target = tensor_args(op.node)[1]
+        weights = [a for a in tensor_args(op.node)[2:3] if weight is not None]
+        spatial = tuple(axis for axis in axes if axis != MICROBATCH_AXIS)
+        roots = [target, *weights]
+        if any(n.name in self.split.stage_of for root in roots for n in ancestors(root)):
+            if spatial != axes:
+                raise NotSupported(
+                    f"{op.node.name} divides by a count that depends on parameters",
+                    ["microbatches cannot know it before they have all run"],
+                    ["microbatches=1"],
+                )
+            count = op.emit(kernels.cross_entropy_count, op.arguments[1], weight, ignore_index)
+            for axis in spatial:
+                count = self.emit(collectives.all_reduce, (self.comm, count, axis), {})
+            return count
+        name = f"count_{op.node.name}"
+        inner = StageLowering(self.trace, self.plan, self.split, self.stage, train=False)
+        inner.run(inner.needed(roots)[0])
+        values = []
+        for position, root in enumerate(roots, start=1):
+            wanted = tuple(op.chosen[a].inputs[position] if a in op.chosen else R for a in self.mesh.axes)
+            values.append(inner.value(root, wanted))
+        count = inner.emit(kernels.cross_entropy_count, (*values, *[None] * (2 - len(values)), ignore_index), {})
+        inner.graph.output((count,))
+        arguments = tuple(inner.lowered.arguments)
+        self.lowered.denominators.append(Denominator(name, self.stage, emit(inner.graph), arguments, spatial))
+        with self.graph.inserting_after(self._last_placeholder()):
+            node = self.graph.placeholder(name)
+        self.lowered.arguments.append(Argument("denominator", name, (), torch.float32))
+        return node
+
+    # -- what a stage needs --------------------------------------------------------------------------------------------
+
+    def needed(self, wanted: Iterable[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+        """(shared nodes, this stage's own nodes) that the wanted values depend on, in graph order, with the stage's
+        writes to buffers."""
+        found: set[fx.Node] = set()
+        pending = [n for n in wanted if self._mine(n)]
+        pending += [n for n in self.trace.nodes() if self.split.stage_of.get(n.name) == self.stage and writes(n)]
+        while pending:
+            node = pending.pop()
+            if node in found:
+                continue
+            found.add(node)
+            pending += [a for a in node.all_input_nodes if self._mine(a) and a not in found]
+        ordered = [n for n in self.trace.nodes() if n in found]
+        return (
+            [n for n in ordered if n.name not in self.split.stage_of],
+            [n for n in ordered if n.name in self.split.stage_of],
+        )
+
+    def _mine(self, node: fx.Node) -> bool:
+        return node.op == "call_function" and self.split.stage_of.get(node.name, self.stage) == self.stage
+
+
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """The node and everything that it is computed from."""
+    found: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current not in found:
+            found.add(current)
+            pending += current.all_input_nodes
+    return found
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether the op changes one of its arguments in place (a buffer, after the trace's passes)."""
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        if node.target._schema.is_mutable:
+            return True
+        return node.target is torch.ops.aten.batch_norm.default and bool(node.args[5]) and node.args[3] is not None
+    return False

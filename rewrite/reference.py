@@ -1,0 +1,255 @@
+"""Run a Program in this process: every rank a thread, every stage in turn. Slow, simple and exact.
+
+The definition of what a Program computes, against which the distributed executor is tested, and a way to prove a plan
+right without starting processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from shardplan.planner.placement import MICROBATCH_AXIS, Layout, Mesh, local_slices
+from shardplan.rewrite.emit import load
+from shardplan.rewrite.program import Argument, Program, StageRanks, TensorSpec
+from shardplan.rewrite.threads import ThreadComm, make_comms, run_ranks
+
+Coordinate = tuple[int, ...]
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(slots=True)
+class ReferenceResult:
+    """loss: of the global batch (None for a forward program). gradients: parameter name -> whole gradient (None where
+    no op read the parameter). buffers: name -> value after the step, from the first rank. outputs: position -> whole
+    tensor."""
+
+    loss: torch.Tensor | None = None
+    gradients: dict[str, torch.Tensor | None] = field(default_factory=dict)
+    buffers: Tensors = field(default_factory=dict)
+    outputs: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+def part_of(whole: torch.Tensor, layout: Layout, mesh: Mesh, coordinate: Mapping[str, int]) -> torch.Tensor:
+    """One rank's part of a whole tensor (everything for R, D and P)."""
+    for dim, pieces in enumerate(local_slices(whole.shape, layout, mesh, coordinate)):
+        if pieces != [(0, whole.shape[dim])]:
+            whole = torch.cat([whole.narrow(dim, start, stop - start) for start, stop in pieces], dim)
+    return whole.contiguous()
+
+
+def assemble(
+    parts: Mapping[tuple[tuple[str, int], ...], torch.Tensor],
+    layout: Layout,
+    mesh: Mesh,
+    shape: tuple[int, ...],
+    gradient: bool = False,
+) -> torch.Tensor:
+    """The whole tensor from the parts of all coordinates (axis-index pairs, "mb" included where it is split).
+
+    Shards are put in place; replicas are taken once; summands (P of a value, D of a gradient) are added up.
+    """
+    first = next(iter(parts.values()))
+    whole = torch.zeros(shape, dtype=first.dtype)
+    summed = "D" if gradient else "P"
+    for place, part in parts.items():
+        coordinate = dict(place)
+        replica = any(
+            not p.is_shard and p.kind != summed and coordinate.get(axis, 0) > 0
+            for axis, p in zip(mesh.axes, layout, strict=True)
+        )
+        if replica:
+            continue
+        index = torch.meshgrid(
+            *(
+                torch.cat([torch.arange(a, b) for a, b in pieces]) if pieces else torch.arange(0)
+                for pieces in local_slices(shape, layout, mesh, coordinate)
+            ),
+            indexing="ij",
+        )
+        if index:
+            whole[index] += part
+        else:
+            whole += part
+    return whole
+
+
+def run_program(
+    program: Program, state: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor], training: bool = True
+) -> ReferenceResult:
+    """state: whole parameters and buffers by name; batch: whole inputs by name. One step, no optimizer."""
+    return _Run(program, state, batch, training).run()
+
+
+class _Run:
+    def __init__(
+        self, program: Program, state: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor], training: bool
+    ) -> None:
+        self.program = program
+        self.batch = batch
+        self.specs = {(kind, s.name): s for kind, specs in self._specs() for s in specs}
+        self.functions = [load(code.source, f"stage{i}") for i, code in enumerate(program.stages)]
+        self.comms = [make_comms(placement.mesh) for placement in program.placement]
+        for comms in self.comms:
+            for comm in comms.values():
+                comm.training = training
+        self.tensors: list[dict[Coordinate, Tensors]] = []
+        for stage, placement in enumerate(program.placement):
+            held = [s for kind in ("param", "buffer") for s in self._of(kind) if stage in s.stages]
+            self.tensors.append(
+                {
+                    c: {s.name: self._leaf(s, state[s.name], placement, comm) for s in held}
+                    for c, comm in self.comms[stage].items()
+                }
+            )
+
+    def _specs(self) -> list[tuple[str, tuple[TensorSpec, ...]]]:
+        return [("param", self.program.parameters), ("buffer", self.program.buffers), ("input", self.program.inputs)]
+
+    def _of(self, kind: str) -> tuple[TensorSpec, ...]:
+        return dict(self._specs())[kind]
+
+    def _leaf(self, spec: TensorSpec, whole: torch.Tensor, placement: StageRanks, comm: ThreadComm) -> torch.Tensor:
+        part = part_of(whole.detach(), spec.layout, placement.mesh, comm.coordinate).clone()
+        return part.requires_grad_(spec.trainable and self.program.kind == "train")
+
+    def argument(
+        self, a: Argument, stage: int, place: Coordinate, comm: ThreadComm, received: Tensors, counts: Tensors
+    ) -> torch.Tensor:
+        if a.kind in ("param", "buffer"):
+            return self.tensors[stage][place][a.name]
+        if a.kind == "constant":
+            return self.program.constants[a.name]
+        if a.kind == "recv":
+            return received[a.name]
+        if a.kind == "denominator":
+            return counts[a.name]
+        spec = self.specs["input", a.name]
+        mesh = self.program.placement[stage].mesh
+        return part_of(self.batch[a.name], spec.layout, mesh, {**comm.coordinate, MICROBATCH_AXIS: comm.microbatch})
+
+    def run(self) -> ReferenceResult:
+        result = ReferenceResult()
+        counts = self.denominators()
+        loss_parts: dict[tuple[tuple[str, int], ...], torch.Tensor] = {}
+        output_parts: dict[int, dict[tuple[tuple[str, int], ...], torch.Tensor]] = {}
+        grad = self.program.kind == "train"
+        for microbatch in range(self.program.microbatches):
+            leaves, values = self.forward(microbatch, counts, grad)
+            for stage, code in enumerate(self.program.stages):
+                for place, outs in values[stage].items():
+                    key = (*sorted(self.comms[stage][place].coordinate.items()), (MICROBATCH_AXIS, microbatch))
+                    for spec, value in zip(code.results, outs, strict=True):
+                        if spec.kind == "loss":
+                            loss_parts[key] = value.detach()
+                        elif spec.kind == "output":
+                            output_parts.setdefault(spec.index, {})[key] = value.detach()
+            if grad:
+                self.backward(microbatch, leaves, values)
+        for stage, code in enumerate(self.program.stages):
+            mesh = self.program.placement[stage].mesh
+            for spec in code.results:
+                if spec.kind == "loss":
+                    result.loss = assemble(loss_parts, spec.layout, mesh, spec.global_shape)
+                elif spec.kind == "output":
+                    result.outputs[spec.index] = assemble(
+                        output_parts[spec.index], spec.layout, mesh, spec.global_shape
+                    )
+        if grad:
+            result.gradients = {spec.name: self.gradient(spec) for spec in self.program.parameters}
+        for spec in self.program.buffers:
+            stage = spec.stages[0]
+            parts = {
+                tuple(self.comms[stage][c].coordinate.items()): held[spec.name]
+                for c, held in self.tensors[stage].items()
+            }
+            result.buffers[spec.name] = assemble(parts, spec.layout, self.program.placement[stage].mesh, spec.shape)
+        return result
+
+    def denominators(self) -> list[dict[Coordinate, Tensors]]:
+        """Per stage and rank: the counts of `Program.denominators` over the whole batch."""
+        found: list[dict[Coordinate, Tensors]] = [{c: {} for c in comms} for comms in self.comms]
+        for index, denominator in enumerate(self.program.denominators):
+            function = load(denominator.source, f"denominator{index}")
+
+            def count(comm: ThreadComm, d=denominator, function=function) -> torch.Tensor:
+                place = tuple(comm.coordinate.values())
+                total = torch.zeros(())
+                for microbatch in range(self.program.microbatches):
+                    comm.microbatch = microbatch
+                    values = [self.argument(a, d.stage, place, comm, {}, {}) for a in d.arguments]
+                    total = total + function(comm, torch.device("cpu"), *values)[0]
+                for axis in d.axes:
+                    total = comm.all_reduce(total, axis)
+                return total
+
+            for place, total in run_ranks(self.comms[denominator.stage], count).items():
+                found[denominator.stage][place][denominator.name] = total
+        return found
+
+    def forward(self, microbatch: int, counts: list[dict[Coordinate, Tensors]], grad: bool):  # noqa: ANN201
+        leaves: list[dict[Coordinate, Tensors]] = [{c: {} for c in comms} for comms in self.comms]
+        values: list[dict[Coordinate, tuple[torch.Tensor, ...]]] = []
+        for stage, code in enumerate(self.program.stages):
+
+            def run(comm: ThreadComm, stage=stage, code=code) -> tuple[torch.Tensor, ...]:
+                comm.microbatch = microbatch
+                place = tuple(comm.coordinate.values())
+                arguments = [
+                    self.argument(a, stage, place, comm, leaves[stage][place], counts[stage][place])
+                    for a in code.arguments
+                ]
+                with torch.set_grad_enabled(grad):
+                    return self.functions[stage](comm, torch.device("cpu"), *arguments)
+
+            values.append(run_ranks(self.comms[stage], run))
+            for place, outs in values[stage].items():
+                for spec, value in zip(code.results, outs, strict=True):
+                    if tuple(value.shape) != spec.shape or value.dtype != spec.dtype:
+                        raise AssertionError(f"{spec.name} is {value.dtype}{list(value.shape)}, not {spec}")
+                    for target in spec.stages:
+                        leaf = value.detach().clone().requires_grad_(grad and spec.requires_grad)
+                        leaves[target][place][spec.name] = leaf
+        return leaves, values
+
+    def backward(self, microbatch: int, leaves, values) -> None:  # noqa: ANN001
+        for stage in reversed(range(len(self.program.stages))):
+            code = self.program.stages[stage]
+
+            def run(comm: ThreadComm, stage=stage, code=code) -> None:
+                comm.microbatch = microbatch
+                place = tuple(comm.coordinate.values())
+                outs, grads = [], []
+                for spec, value in zip(code.results, values[stage][place], strict=True):
+                    if not spec.requires_grad or not value.requires_grad:
+                        continue
+                    if spec.kind == "loss":
+                        outs.append(value)
+                        grads.append(torch.ones_like(value))
+                        continue
+                    arrived = [leaves[t][place][spec.name].grad for t in spec.stages]
+                    present = [g for g in arrived if g is not None]
+                    outs.append(value)
+                    grads.append(sum(present[1:], present[0]) if present else torch.zeros_like(value))
+                if outs:
+                    torch.autograd.backward(outs, grads)
+
+            run_ranks(self.comms[stage], run)
+
+    def gradient(self, spec: TensorSpec) -> torch.Tensor | None:
+        """The whole gradient, added up over the stages that hold the parameter."""
+        total: torch.Tensor | None = None
+        for stage in spec.stages:
+            parts = {}
+            for place, held in self.tensors[stage].items():
+                leaf = held[spec.name]
+                if leaf.grad is not None:
+                    parts[tuple(self.comms[stage][place].coordinate.items())] = leaf.grad
+            if parts:
+                if len(parts) != len(self.tensors[stage]):
+                    raise AssertionError(f"only some ranks of stage {stage} have a gradient of {spec.name}")
+                whole = assemble(parts, spec.layout, self.program.placement[stage].mesh, spec.shape, gradient=True)
+                total = whole if total is None else total + whole
+        return total

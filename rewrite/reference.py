@@ -189,7 +189,10 @@ class _Run:
                 found[denominator.stage][place][denominator.name] = total
         return found
 
-    def forward(self, microbatch: int, counts: list[dict[Coordinate, Tensors]], grad: bool):  # noqa: ANN201
+    def forward(
+        self, microbatch: int, counts: list[dict[Coordinate, Tensors]], grad: bool
+    ) -> tuple[list[dict[Coordinate, Tensors]], list[dict[Coordinate, tuple[torch.Tensor, ...]]]]:
+        """One microbatch through all stages: (received leaves, results), per stage and rank."""
         leaves: list[dict[Coordinate, Tensors]] = [{c: {} for c in comms} for comms in self.comms]
         values: list[dict[Coordinate, tuple[torch.Tensor, ...]]] = []
         for stage, code in enumerate(self.program.stages):
@@ -214,7 +217,13 @@ class _Run:
                         leaves[target][place][spec.name] = leaf
         return leaves, values
 
-    def backward(self, microbatch: int, leaves, values) -> None:  # noqa: ANN001
+    def backward(
+        self,
+        microbatch: int,
+        leaves: list[dict[Coordinate, Tensors]],
+        values: list[dict[Coordinate, tuple[torch.Tensor, ...]]],
+    ) -> None:
+        """The same microbatch backward; gradients of parameters accumulate."""
         for stage in reversed(range(len(self.program.stages))):
             code = self.program.stages[stage]
 

@@ -1,0 +1,121 @@
+"""Plans made by hand or at random, without a search: any legal choice of strategies has to compute the same."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+
+from torch import fx
+
+from shardplan.planner import schedules
+from shardplan.planner.placement import Mesh, R, fits
+from shardplan.planner.plan import DeviceSummary, Memory, Plan, StagePlan, Status, input_texts
+from shardplan.planner.propagate import follow
+from shardplan.planner.rules import Strategy, strategies
+from shardplan.planner.stages import split_stages
+from shardplan.planner.trace import Trace, info, infos, is_tensor, resolve, tensor_args
+
+
+def even_bounds(trace: Trace, pp: int) -> tuple[int, ...]:
+    """Segment indices that split the segments into pp runs of about the same number of nodes."""
+    sizes = [len(s.nodes) for s in trace.segments]
+    total, bounds, done = sum(sizes), [0], 0
+    for index, size in enumerate(sizes):
+        if len(bounds) < pp and index > bounds[-1] and done >= total * len(bounds) / pp:
+            bounds.append(index)
+        done += size
+    while len(bounds) < pp:
+        bounds.append(bounds[-1] + 1)
+    return tuple(bounds)
+
+
+def tp_options(node: fx.Node, others: dict[str, Strategy], mesh: Mesh) -> list[Strategy]:
+    """Strategies of a node on the last axis that fit together with those chosen on the other axes."""
+    found = []
+    arguments = [a for a in tensor_args(node)] if node.op == "call_function" else []
+    for strategy in strategies(node):
+        chosen = {**others, mesh.axes[-1]: strategy}
+        good = True
+        for position, argument in enumerate(arguments):
+            if is_tensor(argument):
+                layout = tuple(chosen[a].inputs[position] if a in chosen else R for a in mesh.axes)
+                good = good and fits(info(argument).shape, layout, mesh)
+        for position, result in enumerate(infos(node)):
+            layout = tuple(chosen[a].outputs[position] if a in chosen else R for a in mesh.axes)
+            good = good and fits(result.shape, layout, mesh)
+        if good:
+            found.append(strategy)
+    return found
+
+
+def random_plan(
+    trace: Trace,
+    *,
+    dp: int = 1,
+    tp: int = 1,
+    pp: int = 1,
+    microbatches: int = 1,
+    seed: int = 0,
+    split_bias: float = 0.7,
+    bounds: tuple[int, ...] | None = None,
+    rematerialize: Iterable[str] = (),
+) -> Plan:
+    """A plan with random strategies on tp, the batch followed on dp and mb, and even stages."""
+    rng = random.Random(seed)
+    mesh = Mesh(("dp", "mb", "tp"), (dp, microbatches, tp))
+    splits: dict[str, dict[str, str]] = {}
+    chosen: dict[str, dict[str, Strategy]] = {}
+    for axis in ("dp", "mb"):
+        if mesh.size(axis) > 1:
+            result = follow(trace, axis, mesh)
+            if result.reason:
+                raise ValueError(f"{axis}: {result.reason}")
+            for name, strategy in result.strategies.items():
+                chosen.setdefault(name, {})[axis] = strategy
+                splits.setdefault(axis, {})[name] = str(strategy)
+    if tp > 1:
+        for node in trace.nodes():
+            if node.op == "output" or resolve(node)[0] is not node or not infos(node):
+                continue
+            options = tp_options(node, chosen.get(node.name, {}), mesh)
+            split = [s for s in options if any(p.kind != "R" for p in (*s.inputs, *s.outputs))]
+            pool = split if split and rng.random() < split_bias else options
+            splits.setdefault("tp", {})[node.name] = str(rng.choice(pool))
+    bounds = bounds or even_bounds(trace, pp)
+    split_ = split_stages(trace, bounds)
+    ends = [*bounds[1:], len(trace.segments)]
+    width = dp * tp
+    stages = tuple(
+        StagePlan(
+            first,
+            last,
+            tuple(s.name for s in trace.segments[first:last]),
+            tuple(range(stage * width, (stage + 1) * width)),
+            Mesh(("dp", "tp"), (dp, tp)),
+            0.0,
+            0.0,
+            0.0,
+            Memory(),
+            tuple(s.name for s in trace.segments[first:last] if s.name in set(rematerialize)),
+        )
+        for stage, (first, last) in enumerate(zip(bounds, ends, strict=True))
+    )
+    inputs = input_texts(
+        (s.name, info(trace.node(n)).shape, str(info(trace.node(n)).dtype).removeprefix("torch."))
+        for n, s in trace.sources.items()
+        if s.kind == "input"
+    )
+    return Plan(
+        model=trace.model_name,
+        fingerprint=trace.fingerprint,
+        batch_size=trace.batch_size,
+        inputs=inputs,
+        devices=tuple(DeviceSummary("cpu", 0, 1 << 40) for _ in range(width * pp)),
+        stages=stages,
+        microbatches=microbatches,
+        schedule="1f1b",
+        instructions=schedules.build("1f1b", pp, microbatches, split_.edges(), grad_edges=split_.grad_edges()),
+        splits=splits,
+        step_seconds=0.0,
+        status=Status("given", 0.0, 0.0, "none", 0.0),
+    )

@@ -1,0 +1,367 @@
+"""Seconds of messages and collectives: measured tables where there are any, else a model of the described links.
+
+The model. A collective among n ranks, c of them on each of N nodes, moves through two levels: the links inside a node
+and the nodes' uplinks. For a tensor of S bytes (as `Costs.collective` counts them) the busiest device of a node moves
+
+    ==============  ===================  =======================  =====================
+    kind            inside one node      inside, N > 1            uplink of a node
+    ==============  ===================  =======================  =====================
+    all_reduce      2 (n-1)/n S          2 (c-1)/c S              2 (N-1)/N S
+    all_gather      (n-1)/n S            (c-1)/c S                (N-1)/N S
+    reduce_scatter  (n-1)/n S            (c-1)/c S                (N-1)/N S
+    all_to_all      (n-1)/n S            (c-1)/n S                c (n-c)/n S
+    p2p             S                    -                        S
+    ==============  ===================  =======================  =====================
+
+(Thakur, Rabenseifner, Gropp 2005 for one level; hierarchical rings as in NCCL for two.) A switch that reduces ("nvls")
+moves S instead of 2 (n-1)/n S. Levels work in a pipeline, so the slower one counts: with X the larger of the levels'
+bytes / (bandwidth x efficiency) and A the latency,
+
+    seconds = A + k sqrt(A X) + X.
+
+k = 0 without overlap costs; the best choice of chunk size for a pipeline of A-seconds steps gives k = 2,
+(sqrt(A) + sqrt(X))^2; fitted values lie between. A = sum over levels of latency x (1 + step x steps), where steps is
+the number of hops. `FABRICS` holds the fitted constants. CPU ranks use gloo: one flat ring over all ranks, and
+reduce_scatter costs an all_reduce.
+
+Contention. "per device" uplinks are each device's own: a group with c devices on a node has c of them. A "per node"
+uplink is shared by the groups that use it at the same time; unless `concurrent` lists these, all devices of the node
+are taken to run the same collective in sibling groups (SPMD), and a single p2p message is taken to be alone.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from shardplan.planner.cluster import Cluster, Link
+from shardplan.planner.costs.tables import LinkTables, Points, clean, interpolate
+
+COLLECTIVE_KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+
+
+@dataclass(frozen=True, slots=True)
+class Fabric:
+    """What a kind of link makes of its data-sheet numbers.
+
+    efficiency: share of the bandwidth that a large message reaches, by kind of collective. step: latency of one more
+    hop, as a share of the link's latency. overlap: k of the module docstring. reduces: share of the bandwidth that
+    in-switch reduction reaches, None where the switch cannot; direct: links per device of a fabric without a switch
+    (a group of n devices can use n of them), 0 with one.
+    """
+
+    efficiency: Mapping[str, float]
+    step: float
+    overlap: float
+    reduces: float | None = None
+    direct: int = 0
+
+
+def _even(value: float) -> dict[str, float]:
+    return dict.fromkeys((*COLLECTIVE_KINDS, "p2p"), value)
+
+
+FABRICS: dict[str, Fabric] = {
+    "plain": Fabric(_even(1.0), step=1.0, overlap=0.0),
+    "nvls": Fabric(_even(0.80), step=0.15, overlap=1.4, reduces=0.59),
+    "nvswitch": Fabric(_even(0.77), step=0.3, overlap=1.4),
+    "nvlink": Fabric(_even(0.87), step=0.3, overlap=1.4, direct=6),
+    "pcie": Fabric(_even(0.15), step=0.3, overlap=1.0),
+    "rdma": Fabric(_even(0.72), step=0.7, overlap=1.8),
+    "tcp": Fabric(_even(0.6), step=0.7, overlap=1.0),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """What the model needs to know of a group. counts: node -> members on it, in rank order."""
+
+    size: int
+    counts: tuple[tuple[int, int], ...]
+    gloo: bool
+
+
+class LinkModel:
+    """Prices of messages on a cluster. tables: what was measured on it, and then used wherever it applies.
+
+    constants: fabric constants by name, for fitting.
+    """
+
+    def __init__(
+        self, cluster: Cluster, tables: LinkTables | None = None, constants: Mapping[str, Fabric] | None = None
+    ) -> None:
+        self.cluster = cluster
+        self.tables = tables
+        self.constants = FABRICS if constants is None else constants
+        self._groups: dict[tuple[int, ...], _Group] = {}
+        self._measured: dict[tuple[str, tuple[int, ...]], tuple[str, Points | None, tuple[int, ...] | None]] = {}
+
+    # -- prices ---------------------------------------------------------------------------------------------------
+
+    def collective(
+        self, kind: str, nbytes: int, ranks: Sequence[int], concurrent: Sequence[Sequence[int]] | None = None
+    ) -> float:
+        """Seconds of one collective among `ranks`. kind, nbytes: as in `Costs.collective`.
+
+        concurrent: the groups that run it at the same time (`ranks` among them); see Contention in the module
+        docstring. Measured tables hold what they hold: it does not change them. Raises ValueError on unknown kinds.
+        """
+        if kind not in COLLECTIVE_KINDS:
+            raise ValueError(f"unknown collective {kind!r}")
+        if nbytes <= 0 or len(ranks) < 2:
+            return 0.0
+        group = tuple(ranks)
+        how, points, stand_in = self._lookup(kind, group)
+        if how == "modelled":
+            return self._model(kind, nbytes, group, concurrent)
+        assert points is not None
+        seconds = interpolate(points, nbytes)
+        if stand_in is None:
+            return seconds
+        # A group of another size: what the model says, corrected by what it gets wrong on the nearest measured one.
+        return self._model(kind, nbytes, group, concurrent) * seconds / self._model(kind, nbytes, stand_in, None)
+
+    def p2p(self, nbytes: int, source: int, target: int, concurrent: Sequence[tuple[int, int]] | None = None) -> float:
+        """Seconds until `nbytes` sent by one rank have arrived at another.
+
+        concurrent: the (source, target) pairs that send at the same time, this one among them; default: alone.
+        """
+        if nbytes <= 0 or source == target:
+            return 0.0
+        how, points, stand_in = self._lookup("p2p", (source, target))
+        if how == "modelled":
+            return self._model_p2p(nbytes, source, target, concurrent)
+        assert points is not None
+        seconds = interpolate(points, nbytes)
+        if stand_in is None:
+            return seconds
+        ratio = seconds / self._model_p2p(nbytes, *stand_in, None)  # type: ignore[arg-type]
+        return self._model_p2p(nbytes, source, target, concurrent) * ratio
+
+    def source(self, kind: str, ranks: Sequence[int]) -> str:
+        """Where a price comes from: "measured" (this group or one just like it), "interpolated" (the model, corrected
+        by a measured group of another shape), or "modelled"."""
+        return self._lookup(kind, tuple(ranks))[0]
+
+    # -- measured -------------------------------------------------------------------------------------------------
+
+    def _lookup(self, kind: str, ranks: tuple[int, ...]) -> tuple[str, Points | None, tuple[int, ...] | None]:
+        """(source, points, group that stands in). Exact group, else median over groups alike, else the nearest one."""
+        key = (kind, ranks)
+        if key not in self._measured:
+            self._measured[key] = self._find(kind, ranks)
+        return self._measured[key]
+
+    def _find(self, kind: str, ranks: tuple[int, ...]) -> tuple[str, Points | None, tuple[int, ...] | None]:
+        if self.tables is None:
+            return "modelled", None, None
+        exact = ranks if kind == "p2p" else tuple(sorted(ranks))
+        for group in (ranks, exact):
+            if points := self.tables.entries.get((kind, group)):
+                return "measured", points, None
+        known = [g for g in self.tables.groups(kind) if max(g) < len(self.cluster.devices)]
+        if not known:
+            return "modelled", None, None
+        wanted = self._signature(ranks)
+        alike = [group for group in known if self._signature(group) == wanted]
+        if alike and not self.cluster.has_overrides():
+            return "measured", self._median(kind, alike), None
+        crosses = len(wanted) > 1
+        nearest = min(
+            known, key=lambda g: ((len(self._signature(g)) > 1) != crosses, abs(len(g) - len(ranks)), len(g), g)
+        )
+        return "interpolated", self.tables.entries[kind, nearest], nearest
+
+    def _signature(self, ranks: Iterable[int]) -> tuple[tuple[str, int], ...]:
+        """Device kinds and counts per node, without saying which nodes."""
+        per_node: Counter[tuple[int, str]] = Counter()
+        for rank in ranks:
+            device = self.cluster.devices[rank]
+            per_node[device.node, device.kind.name] += 1
+        return tuple(sorted((name, count) for (_, name), count in per_node.items()))
+
+    def _median(self, kind: str, groups: Sequence[tuple[int, ...]]) -> Points:
+        assert self.tables is not None
+        tables = [self.tables.entries[kind, group] for group in groups]
+        if len(tables) == 1:
+            return tables[0]
+        sizes = sorted({nbytes for points in tables for nbytes, _ in points})
+        return clean((n, statistics.median(interpolate(points, n) for points in tables)) for n in sizes)
+
+    # -- modelled -------------------------------------------------------------------------------------------------
+
+    def _group(self, ranks: tuple[int, ...]) -> _Group:
+        if ranks not in self._groups:
+            devices = [self.cluster.devices[rank] for rank in ranks]
+            counts = tuple(sorted(Counter(device.node for device in devices).items()))
+            self._groups[ranks] = _Group(len(ranks), counts, any(d.kind.torch_device == "cpu" for d in devices))
+        return self._groups[ranks]
+
+    def _model(
+        self, kind: str, nbytes: int, ranks: tuple[int, ...], concurrent: Sequence[Sequence[int]] | None
+    ) -> float:
+        group = self._group(ranks)
+        if group.gloo and kind == "reduce_scatter":
+            kind = "all_reduce"
+        inside, between = self._inside_links(ranks, group), self._between_links(ranks, group)
+        options = [self._levels(kind, nbytes, group, inside, between, concurrent, in_switch=False)]
+        if kind == "all_reduce" and any(self.constants[link.fabric].reduces for link in inside):
+            options.append(self._levels(kind, nbytes, group, inside, between, concurrent, in_switch=True))
+        return min(options)
+
+    def _levels(
+        self,
+        kind: str,
+        nbytes: int,
+        group: _Group,
+        inside: Sequence[Link],
+        between: Sequence[Link],
+        concurrent: Sequence[Sequence[int]] | None,
+        in_switch: bool,
+    ) -> float:
+        """A + k sqrt(A X) + X over both levels."""
+        latency = transfer = overlap = 0.0
+        nodes, most = len(group.counts), max(count for _, count in group.counts)
+        flat = group.gloo or nodes == 1
+        inside_steps = _hops(kind, group.size if group.gloo else most, group.gloo)
+        if most > 1:
+            for link, (node, count) in zip(inside, group.counts, strict=True):
+                if count < 2:
+                    continue
+                fabric = self.constants[link.fabric]
+                moved = _inside_bytes(kind, nbytes, group.size, count, flat)
+                rate = link.bytes_per_s * fabric.efficiency[kind]
+                if in_switch and fabric.reduces:
+                    moved, rate = nbytes, link.bytes_per_s * fabric.reduces
+                if fabric.direct:
+                    rate *= min(1.0, count / fabric.direct)
+                if link.per == "node":
+                    rate /= self._active_devices(node, count, concurrent)
+                transfer = max(transfer, moved / rate)
+                steps = math.log2(count) if in_switch and fabric.reduces else inside_steps
+                latency = max(latency, link.latency_seconds * (1 + fabric.step * (steps - 1)))
+                overlap = max(overlap, fabric.overlap)
+        if nodes > 1:
+            hop = 0.0
+            steps = inside_steps if group.gloo else _hops(kind, nodes, False)
+            for link, (node, count) in zip(between, group.counts, strict=True):
+                fabric = self.constants[link.fabric]
+                moved = _between_bytes(kind, nbytes, group, count)
+                rate = link.bytes_per_s * fabric.efficiency[kind]
+                # gloo keeps one flow per ring edge; NCCL spreads over every device's adapter.
+                rate *= self._uplink_share(link, node, count, concurrent, group.gloo and kind != "all_to_all")
+                transfer = max(transfer, moved / rate)
+                hop = max(hop, link.latency_seconds * (1 + fabric.step * (steps - 1)))
+                overlap = max(overlap, fabric.overlap)
+            latency = max(latency, hop) if group.gloo else latency + hop
+        return latency + overlap * math.sqrt(latency * transfer) + transfer
+
+    def _inside_links(self, ranks: tuple[int, ...], group: _Group) -> list[Link]:
+        """Per node of the group the link that its members use among themselves: with overrides, the slowest edge of
+        the ring through them in rank order."""
+        if not self.cluster.has_overrides():
+            return [self.cluster.wiring[node].link for node, _ in group.counts]
+        links = []
+        for node, count in group.counts:
+            members = sorted(rank for rank in ranks if self.cluster.devices[rank].node == node)
+            if count > 1:
+                edges = [self.cluster.link(a, b) for a, b in zip(members, [*members[1:], members[0]], strict=True)]
+                links.append(_worst(edges))
+            else:
+                links.append(self.cluster.wiring[node].link)
+        return links
+
+    def _between_links(self, ranks: tuple[int, ...], group: _Group) -> list[Link]:
+        """Per node of the group its uplink: with overrides, the slowest edge from its last member to the next node's
+        first."""
+        if len(group.counts) < 2:
+            return []
+        uplinks = [self.cluster.wiring[node].uplink for node, _ in group.counts]
+        if not self.cluster.has_overrides():
+            return uplinks
+        members = {node: sorted(r for r in ranks if self.cluster.devices[r].node == node) for node, _ in group.counts}
+        order = [node for node, _ in group.counts]
+        return [
+            _worst([self.cluster.link(a, b) for a, b in zip(members[node], _cycle(members[after], len(members[node])))])
+            for node, after in zip(order, [*order[1:], order[0]], strict=True)
+        ]
+
+    def _active_devices(self, node: int, count: int, concurrent: Sequence[Sequence[int]] | None) -> int:
+        """Devices of a node that talk at the same time."""
+        if concurrent is None:
+            return len(self.cluster.nodes[node])
+        active = {r for ranks in concurrent for r in ranks if self.cluster.devices[r].node == node}
+        return max(len(active), count)
+
+    def _uplink_share(
+        self, link: Link, node: int, count: int, concurrent: Sequence[Sequence[int]] | None, one_flow: bool
+    ) -> float:
+        """Multiple of `link.bytes_per_s` that the group's members on a node have together."""
+        if link.per == "device":
+            return 1 if one_flow else count
+        if concurrent is None:
+            return 1 / max(1, len(self.cluster.nodes[node]) // count)
+        return 1 / max(1, sum(self._crosses(ranks, node) for ranks in concurrent))
+
+    def _crosses(self, ranks: Iterable[int], node: int) -> bool:
+        places = {self.cluster.devices[rank].node for rank in ranks}
+        return node in places and len(places) > 1
+
+    def _model_p2p(self, nbytes: int, source: int, target: int, concurrent: Sequence[tuple[int, int]] | None) -> float:
+        link = self.cluster.link(source, target)
+        fabric = self.constants[link.fabric]
+        rate = link.bytes_per_s * fabric.efficiency["p2p"]
+        if fabric.direct:
+            rate *= 2 / fabric.direct
+        if link.per == "node" and concurrent:
+            rate /= max(1, max(self._sharing(source, 0, concurrent), self._sharing(target, 1, concurrent)))
+        transfer = nbytes / rate
+        return link.latency_seconds + fabric.overlap * math.sqrt(link.latency_seconds * transfer) + transfer
+
+    def _sharing(self, device: int, end: int, pairs: Sequence[tuple[int, int]]) -> int:
+        """How many of the pairs leave (end 0) or enter (end 1) the node of a device."""
+        node = self.cluster.devices[device].node
+        places = [tuple(self.cluster.devices[rank].node for rank in pair) for pair in pairs]
+        return sum(place[end] == node and place[0] != place[1] for place in places)
+
+
+def _worst(edges: Sequence[Link]) -> Link:
+    slowest = min(edges, key=lambda link: link.bytes_per_s)
+    latency = max(edge.latency_seconds for edge in edges)
+    return Link(slowest.bytes_per_s, latency, slowest.fabric, slowest.per)
+
+
+def _cycle(items: Sequence[int], count: int) -> list[int]:
+    return [items[index % len(items)] for index in range(count)]
+
+
+def _hops(kind: str, size: int, gloo: bool) -> float:
+    """Hops that a small message makes one after the other: rings on gloo, trees for NCCL's all_reduce."""
+    if size < 2:
+        return 1.0
+    if kind == "all_reduce":
+        return 2 * (size - 1) if gloo else 2 * math.log2(size)
+    return size - 1
+
+
+def _inside_bytes(kind: str, nbytes: int, size: int, count: int, flat: bool) -> float:
+    """Bytes that a device sends to others of its node; flat: one ring (or direct exchange) over all ranks."""
+    if kind == "all_to_all":
+        return (count - 1) / size * nbytes
+    once = (size - 1) / size if flat else (count - 1) / count
+    return (2 if kind == "all_reduce" else 1) * once * nbytes
+
+
+def _between_bytes(kind: str, nbytes: int, group: _Group, count: int) -> float:
+    """Bytes that leave a node with `count` members of the group."""
+    if kind == "all_to_all":
+        return count * (group.size - count) / group.size * nbytes
+    nodes = len(group.counts)
+    once = (group.size - 1) / group.size if group.gloo else (nodes - 1) / nodes
+    return (2 if kind == "all_reduce" else 1) * once * nbytes
+
+
+__all__ = ["COLLECTIVE_KINDS", "FABRICS", "Fabric", "LinkModel", "LinkTables"]

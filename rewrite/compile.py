@@ -15,9 +15,9 @@ from shardplan.planner.placement import MICROBATCH_AXIS, D, Layout, P, R, local_
 from shardplan.planner.plan import Plan
 from shardplan.planner.propagate import placed
 from shardplan.planner.stages import Crossing, split_stages
-from shardplan.planner.trace import Trace, info, is_tensor, needs_grad
+from shardplan.planner.trace import Trace, info, is_tensor, mutated, needs_grad
 from shardplan.rewrite.emit import emit
-from shardplan.rewrite.lower import StageLowering, ancestors, stage_mesh, writes
+from shardplan.rewrite.lower import StageLowering, ancestors, stage_mesh
 from shardplan.rewrite.program import Argument, Program, Result, StageCode, StageRanks, TensorSpec
 
 
@@ -68,7 +68,7 @@ class _Compiler:
 
     def _live(self) -> set[fx.Node]:
         found: set[fx.Node] = set()
-        for node in [*self.outputs.values(), *(n for n in self.trace.nodes() if writes(n))]:
+        for node in [*self.outputs.values(), *(n for n in self.trace.nodes() if mutated(n))]:
             if node not in found:
                 found |= ancestors(node)
         return found
@@ -154,7 +154,7 @@ class _Compiler:
         if self.train:
             for segment in self.trace.segments[stage.first : stage.last]:
                 nodes = [self.trace.node(n) for n in segment.nodes]
-                if segment.name in stage.rematerialized and not any(map(writes, nodes)):
+                if segment.name in stage.rematerialized and not any(map(mutated, nodes)):
                     label = re.sub(r"\W+", "_", segment.name).strip("_")
                     group_of |= dict.fromkeys(segment.nodes, f"recomputed_{label}")
         for node in own:

@@ -17,7 +17,7 @@ from shardplan.planner.propagate import placed
 from shardplan.planner.reshard import steps
 from shardplan.planner.rules import Slot, Strategy, local_call
 from shardplan.planner.stages import StageSplit
-from shardplan.planner.trace import Trace, info, is_tensor, needs_grad, resolve, tensor_args
+from shardplan.planner.trace import Trace, info, is_tensor, mutated, needs_grad, resolve, tensor_args
 from shardplan.rewrite import collectives, kernels
 from shardplan.rewrite.emit import emit, set_group
 from shardplan.rewrite.implement import IMPLEMENTATIONS, OpContext, implementation_of
@@ -259,7 +259,7 @@ class StageLowering:
         writes to buffers."""
         found: set[fx.Node] = set()
         pending = [n for n in wanted if self._mine(n)]
-        pending += [n for n in self.trace.nodes() if self.split.stage_of.get(n.name) == self.stage and writes(n)]
+        pending += [n for n in self.trace.nodes() if self.split.stage_of.get(n.name) == self.stage and mutated(n)]
         while pending:
             node = pending.pop()
             if node in found:
@@ -286,14 +286,3 @@ def ancestors(node: fx.Node) -> set[fx.Node]:
             found.add(current)
             pending += current.all_input_nodes
     return found
-
-
-def writes(node: fx.Node) -> bool:
-    """Whether the op changes one of its arguments in place (a buffer, after the trace's passes)."""
-    if node.op != "call_function":
-        return False
-    if isinstance(node.target, torch._ops.OpOverload):
-        if node.target._schema.is_mutable:
-            return True
-        return node.target is torch.ops.aten.batch_norm.default and bool(node.args[5]) and node.args[3] is not None
-    return False

@@ -165,6 +165,15 @@ def set_needs_grad(node: fx.Node, value: bool) -> None:
     node.meta["needs_grad"] = value
 
 
+def mutated(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The buffer placeholders whose value the op changes in place (set by `planner.passes`); such an op never goes."""
+    return node.meta.get("mutates", ())
+
+
+def set_mutated(node: fx.Node, buffers: tuple[fx.Node, ...]) -> None:
+    node.meta["mutates"] = buffers
+
+
 def tensor_args(node: fx.Node) -> tuple[fx.Node, ...]:
     """The tensor-valued arguments of an op as they stand in args, then kwargs (lists flattened, repeats kept).
 

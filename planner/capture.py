@@ -1,0 +1,358 @@
+"""Get a flat graph out of a model: `torch.export` on fake weights, `make_fx` where that fails, and errors with a place.
+
+The model is never run on data and its weights are never copied: a shadow of it, the same modules holding fake tensors,
+is traced. Models on the meta device are traced as if they were on the CPU, so that literals keep their values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from shardplan.errors import NotTraceable, UsageError
+
+PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
+
+
+class CannotCopy(Exception):
+    """The modules of the model cannot be deep-copied."""
+
+
+@dataclass
+class Captured:
+    """module: graph with placeholders; kinds: placeholder name -> (kind, name | leaf index | value).
+
+    kind "param" and "buffer": qualified name in the shadow; "constant": the tensor; "input": index among the leaves of
+    (args, kwargs, target). outputs: what the model returned, by `wrapper.packing`.
+    """
+
+    module: fx.GraphModule
+    kinds: dict[str, tuple[str, Any]]
+    wrapper: Wrapper
+    fake_mode: Any
+    method: str
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Packing:
+    """How the model's output was taken apart; the fields are those of Trace. remarks: notes for the user.
+
+    An object of its own, because export puts back attributes that a module assigns while it is traced.
+    """
+
+    out_spec: Any = None
+    leaves: tuple[int | tuple[Any, ...], ...] = ()
+    loss_leaf: int | None = None
+    remarks: list[str] = field(default_factory=list)
+
+
+class Wrapper(nn.Module):
+    """Calls the model and returns (loss or None, *tensor leaves of the output); `packing` says what they were."""
+
+    def __init__(self, model: nn.Module, loss_fn: Callable[..., Any] | None, need_loss: bool) -> None:
+        super().__init__()
+        self.model = model
+        # In a list, so that the buffers of a loss module become constants of the trace.
+        self.loss_fn = [loss_fn]
+        self.need_loss = need_loss
+        self.packing = Packing()
+        self.training = model.training
+
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> tuple[Any, ...]:
+        output = self.model(*args, **kwargs)
+        loss_fn = self.loss_fn[0]
+        if loss_fn is not None and target is not None:
+            loss = loss_fn(output, target)
+            if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+                raise UsageError(f"loss_fn returned {_describe(loss)}, not a scalar tensor")
+        else:
+            loss = self._own_loss(output)
+        packing = self.packing
+        packing.loss_leaf = None
+        leaves, packing.out_spec = pytree.tree_flatten(output)
+        tensors: list[torch.Tensor] = []
+        places: list[int | tuple[Any, ...]] = []
+        for position, leaf in enumerate(leaves):
+            if isinstance(leaf, torch.Tensor):
+                if leaf is loss:
+                    packing.loss_leaf = position
+                tensors.append(leaf)
+                places.append(len(tensors))
+            elif isinstance(leaf, PLAIN):
+                places.append((leaf,))
+            else:
+                packing.remarks.append(f"a {type(leaf).__name__} in the model's output is returned as None")
+                places.append((None,))
+        packing.leaves = tuple(places)
+        if isinstance(loss, torch.Tensor) and loss.ndim > 0:
+            loss = loss.reshape(())
+        return (loss, *tensors)
+
+    def _own_loss(self, output: Any) -> torch.Tensor | None:
+        found = own_loss(output)
+        if found is None and self.need_loss:
+            kind = _describe(output)
+            raise UsageError(
+                "output is not a scalar loss and no loss_fn is given",
+                [f"the model returned {kind}"],
+                [
+                    "pass loss_fn=f with f(output, target)",
+                    "pass the inputs that make the model compute its loss (labels=...)",
+                ],
+            )
+        return found
+
+
+def own_loss(output: Any) -> torch.Tensor | None:
+    """The loss that a model returned: a scalar tensor, an attribute or key "loss", or the scalar first of a tuple."""
+    if isinstance(output, dict):
+        found = output.get("loss")
+    elif isinstance(output, (tuple, list)) and not hasattr(output, "loss"):
+        found = output[0] if output else None
+    else:
+        found = output if isinstance(output, torch.Tensor) else getattr(output, "loss", None)
+    if isinstance(found, torch.Tensor) and found.numel() == 1 and found.dtype.is_floating_point:
+        return found if found.ndim == 0 or found is not output else None
+    return None
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    return f"{type(value).__name__}"
+
+
+# -- fake copies -------------------------------------------------------------------------------------------------------
+
+
+def make_fake_mode() -> Any:
+    """Fake tensors with sizes that stay symbolic only where they depend on data."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+
+
+def fake_like(fake_mode: Any, value: torch.Tensor) -> torch.Tensor:
+    """A fake tensor of the same shape, strides and dtype; meta becomes CPU."""
+    device = torch.device("cpu") if value.device.type == "meta" else value.device
+    with fake_mode:
+        if value.layout != torch.strided:
+            raise UsageError(f"sparse tensors are not supported (layout {value.layout})")
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+
+
+def _fakes(model: nn.Module, fake_mode: Any) -> dict[int, torch.Tensor]:
+    """id of every parameter and buffer -> its fake."""
+    found: dict[int, torch.Tensor] = {}
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if isinstance(value, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
+            raise UsageError(f"{name} has no shape yet", [], ["run the model once on a small batch"])
+        fake = fake_like(fake_mode, value)
+        is_parameter = isinstance(value, nn.Parameter)
+        found[id(value)] = nn.Parameter(fake, requires_grad=value.requires_grad) if is_parameter else fake
+    return found
+
+
+@contextlib.contextmanager
+def shadow(model: nn.Module, fake_mode: Any, copied: bool) -> Iterator[nn.Module]:
+    """The model with fake weights. copied: a copy of its modules; else the model itself, put right afterwards.
+
+    Raises CannotCopy.
+    """
+    fakes = _fakes(model, fake_mode)
+    if copied:
+        memo: dict[int, Any] = dict(fakes)
+        for module in model.modules():
+            memo.update({id(v): v for v in vars(module).values() if isinstance(v, torch.Tensor)})
+        try:
+            made = copy.deepcopy(model, memo)
+        except Exception as error:
+            raise CannotCopy(str(error)) from error
+        yield made
+        return
+    undo: list[tuple[dict[str, Any], str, Any]] = []
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module in model.modules():
+            for table in (module._parameters, module._buffers):
+                for name, value in table.items():
+                    if value is not None:
+                        undo.append((table, name, value))
+                        table[name] = fakes[id(value)]
+        yield model
+    finally:
+        for table, name, value in undo:
+            table[name] = value
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def without_caches(model: nn.Module) -> Iterator[None]:
+    """Hugging Face models: ``config.use_cache`` off for as long as the block runs."""
+    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "use_cache")}
+    before = [(config, config.use_cache) for config in configs.values()]
+    try:
+        for config, _ in before:
+            config.use_cache = False
+        yield
+    finally:
+        for config, value in before:
+            config.use_cache = value
+
+
+# -- capture -----------------------------------------------------------------------------------------------------------
+
+
+def capture(wrapper: Wrapper, inputs: tuple[Any, Any, Any], fake_mode: Any) -> Captured:
+    """inputs: (args, kwargs, target) of fake tensors. Raises NotTraceable or UsageError."""
+    try:
+        return _export(wrapper, inputs, fake_mode)
+    except Exception as error:
+        usage = _find(error, UsageError, NotTraceable)
+        if usage is not None:
+            raise usage from None
+        if depends_on_data(error):
+            raise explain(error, wrapper.model) from error
+        first = error
+    try:
+        made = _make_fx(wrapper, inputs, fake_mode)
+    except Exception as error:
+        raise explain(first, wrapper.model) from error
+    reason = f"{type(first).__name__}: {str(first).strip().splitlines()[0] if str(first).strip() else ''}"
+    made.notes.append(f"WARNING: traced by make_fx because torch.export failed ({reason}); module names are lost")
+    return made
+
+
+def _export(wrapper: Wrapper, inputs: tuple[Any, Any, Any], fake_mode: Any) -> Captured:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(wrapper, inputs, strict=False)
+    leaves = 0
+    kinds: dict[str, tuple[str, Any]] = {}
+    for spec in program.graph_signature.input_specs:
+        kind = spec.kind.name
+        if kind == "USER_INPUT":
+            kinds[spec.arg.name] = ("input", leaves)
+            leaves += 1
+        elif kind in ("PARAMETER", "BUFFER"):
+            kinds[spec.arg.name] = ("param" if kind == "PARAMETER" else "buffer", spec.target)
+        elif kind == "CONSTANT_TENSOR":
+            assert spec.target is not None
+            kinds[spec.arg.name] = ("constant", program.constants[spec.target])
+        else:
+            raise NotTraceable(f"the model reads {spec.arg.name}, which is neither a tensor nor a number")
+    return Captured(program.graph_module, kinds, wrapper, fake_mode, "export")
+
+
+def _make_fx(wrapper: Wrapper, inputs: tuple[Any, Any, Any], fake_mode: Any) -> Captured:
+    """Pre-dispatch `make_fx` over the same fake weights and inputs."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    state = dict(wrapper.named_parameters()) | dict(wrapper.named_buffers())
+    leaves, spec = pytree.tree_flatten(inputs)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+    def call(state: dict[str, torch.Tensor], tensors: list[torch.Tensor]) -> tuple[Any, ...]:
+        given = iter(tensors)
+        filled = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        return torch.func.functional_call(wrapper, state, pytree.tree_unflatten(filled, spec))
+
+    with warnings.catch_warnings(), fake_mode:
+        warnings.simplefilter("ignore")
+        module = make_fx(call, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(state, tensors)
+    kinds: dict[str, tuple[str, Any]] = {}
+    parameters = dict(wrapper.named_parameters())
+    positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    labels = [("param" if name in parameters else "buffer", name) for name in state]
+    labels += [("input", position) for position in positions]
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    for node, label in zip(placeholders, labels, strict=True):
+        kinds[node.name] = label
+    for node in [n for n in module.graph.nodes if n.op == "get_attr"]:
+        value = getattr(module, str(node.target))
+        if not isinstance(value, torch.Tensor):
+            continue
+        with module.graph.inserting_before(placeholders[0]):
+            made = module.graph.placeholder(f"c_{node.name}")
+        made.meta["val"] = fake_like(fake_mode, value)
+        kinds[made.name] = ("constant", value)
+        node.replace_all_uses_with(made)
+        module.graph.erase_node(node)
+    return Captured(module, kinds, wrapper, fake_mode, "make_fx")
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def _find(error: BaseException, *kinds: type[BaseException]) -> BaseException | None:
+    return next((e for e in _chain(error) if isinstance(e, kinds)), None)
+
+
+def depends_on_data(error: BaseException) -> bool:
+    """Whether tracing failed because Python needed to know the numbers in a tensor."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    kinds = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
+    return any(isinstance(e, kinds) or "data-dependent" in str(e).lower() for e in _chain(error))
+
+
+def explain(error: BaseException, model: nn.Module) -> NotTraceable:
+    """The error for the user: the statement that could not be traced, and the module to make a leaf."""
+    names = {id(module): name for name, module in model.named_modules()}
+    place, text, path = "", "", None
+    for link in _chain(error):
+        for frame, line in reversed(list(traceback.walk_tb(_tb(link)))):
+            if not place and not _is_library(frame.f_code.co_filename):
+                place = f"{frame.f_code.co_filename}:{line}"
+                text = _source_line(frame.f_code.co_filename, line)
+            owner = frame.f_locals.get("self")
+            if place and path is None and id(owner) in names:
+                path = names[id(owner)]
+        if place:
+            break
+    where = f"{path or 'the model'} "
+    message = next(iter(str(error).strip().splitlines()), "")
+    what = "depends on the numbers in a tensor" if depends_on_data(error) else "cannot be traced"
+    details = [f"{place}: {text}"] if place else []
+    details.append(f"{type(error).__name__}: {message}")
+    return NotTraceable(where + what, details, [f'constraints=[leaf("{path}")]'] if path else [])
+
+
+def _tb(error: BaseException) -> TracebackType | None:
+    return error.__traceback__
+
+
+def _is_library(file: str) -> bool:
+    from pathlib import Path
+
+    roots = (str(Path(torch.__file__).parent), str(Path(__file__).resolve().parent))
+    return file.startswith(("<", *roots)) or "/contextlib.py" in file or file == __file__
+
+
+def _source_line(file: str, line: int) -> str:
+    import linecache
+
+    return linecache.getline(file, line).strip()

@@ -1,0 +1,48 @@
+"""Set `needs_grad` on every node, as autograd will."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from shardplan.planner.passes.draft import Draft, packet
+from shardplan.planner.trace import set_needs_grad, tensor_args
+from shardplan.planner.trace import needs_grad as flows
+
+name = "gradients"
+
+# Results that do not depend on the values of the argument, only on its shape and dtype.
+SHAPE_ONLY = frozenset(
+    f"aten.{op}"
+    for op in (
+        "zeros_like ones_like full_like empty_like rand_like randn_like randint_like new_zeros new_ones new_full "
+        "new_empty new_empty_strided detach"
+    ).split()
+)
+
+
+def apply(draft: Draft) -> None:
+    """A gradient starts at trainable floating parameters; integers, detach and no_grad regions stop it."""
+    for node in draft.graph.nodes:
+        set_needs_grad(node, draft.training and _needs(draft, node))
+
+
+def _floating(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.dtype.is_floating_point or value.dtype.is_complex
+    return isinstance(value, (tuple, list)) and any(_floating(item) for item in value)
+
+
+def _needs(draft: Draft, node: fx.Node) -> bool:
+    if not _floating(node.meta.get("val")):
+        return False
+    if node.op == "placeholder":
+        return draft.sources[node].trainable
+    if node.op != "call_function" or node.meta.get("no_grad") or packet(node) in SHAPE_ONLY:
+        return False
+    if node.target is operator.getitem:
+        return flows(node.args[0])  # type: ignore[arg-type]
+    return any(flows(argument) for argument in tensor_args(node))

@@ -1,45 +1,30 @@
 """Shared nodes, segments and their structural kinds, and the fingerprint of a trace.
 
-The compute nodes (those that are not shared) stand in a line. A cut before position i costs the number of values made
-before i and still needed at or after i. A position is a candidate where that number is the least of the `WINDOW`
-positions on one of its sides: between the halves of a decoder layer one value crosses (the residual stream), in a
-decoder with cross attention also the encoder's output and the position bias, but never the inside of a layer. From
-the candidates, cuts are taken so that every segment has a heavy op. All of it is linear in the number of nodes.
+Where the segments begin and end: `planner.cuts`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import operator
-from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import fx
 
-from shardplan.planner.trace import Segment, Source, Trace, infos, is_tensor, module_path, mutated, needs_grad
-
-WINDOW = 64
-
-HEAVY = frozenset(
-    "linear addmm mm bmm matmul baddbmm einsum addbmm mv dot bilinear _grouped_mm grouped_mm conv1d conv2d conv3d "
-    "convolution _convolution conv_transpose1d conv_transpose2d conv_transpose3d scaled_dot_product_attention embedding "
-    "embedding_bag lstm gru rnn_tanh rnn_relu".split()
-)
-EMBEDDINGS = frozenset({"embedding", "embedding_bag"})
-EPILOGUES = frozenset(
-    "relu gelu silu tanh sigmoid elu leaky_relu hardtanh hardswish mish softplus dropout batch_norm max_pool2d "
-    "avg_pool2d max_pool1d avg_pool1d".split()
-)
+from shardplan.planner.cuts import find_cuts, is_heavy
+from shardplan.planner.trace import Segment, Source, Trace, infos, module_path, mutated
 
 
 def fill_segments(trace: Trace) -> None:
     """Set `shared`, `segments` and `fingerprint` of a trace whose graph is final."""
     trace.shared = shared_nodes(trace)
     compute = [n for n in trace.nodes() if n.op == "call_function" and n.name not in trace.shared]
-    bounds = _cuts(compute)
-    parts = [compute[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    bounds = find_cuts(compute)
+    parts = [compute[a:b] for a, b in pairwise(bounds)]
     kinds: dict[str, int] = {}
     numbers = [kinds.setdefault(structure(part, trace), len(kinds)) for part in parts]
     names = _names(parts, trace)
@@ -70,109 +55,6 @@ def _is_random(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return node.target is not operator.getitem
     return torch.Tag.nondeterministic_seeded in node.target.tags
-
-
-# -- cuts --------------------------------------------------------------------------------------------------------------
-
-
-def _op(node: fx.Node) -> str:
-    return node.target._schema.name.split("::")[1] if isinstance(node.target, torch._ops.OpOverload) else ""
-
-
-def is_heavy(node: fx.Node) -> bool:
-    """Matrix products, convolutions, attention, embeddings, and every op that is not PyTorch's own."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    return _op(node) in HEAVY or node.target.namespace not in ("aten", "prims", "prim")
-
-
-def _crossings(compute: Sequence[fx.Node]) -> list[int]:
-    """Per position, how many values cross a cut there. Between an op and its getitems: more than anywhere else."""
-    position = {node: i for i, node in enumerate(compute)}
-    change = [0] * (len(compute) + 1)
-    for i, node in enumerate(compute):
-        last = max((position[user] for user in node.users if user in position), default=i)
-        weight = 1 if is_tensor(node) else len(compute)
-        if last > i:
-            change[i + 1] += weight
-            change[last + 1] -= weight
-    total, found = 0, []
-    for step in change[: len(compute)]:
-        total += step
-        found.append(total)
-    return found
-
-
-def _window_minimum(values: Sequence[int], window: int) -> list[int]:
-    """Minimum of each value and the `window` before it."""
-    kept: deque[int] = deque()
-    found = []
-    for i, value in enumerate(values):
-        while kept and values[kept[-1]] >= value:
-            kept.pop()
-        kept.append(i)
-        if kept[0] < i - window:
-            kept.popleft()
-        found.append(values[kept[0]])
-    return found
-
-
-def _cuts(compute: Sequence[fx.Node]) -> list[int]:
-    """Bounds of the segments, 0 and len(compute) included."""
-    if not compute:
-        return [0]
-    costs = _crossings(compute)[1:]
-    left = _window_minimum(costs, WINDOW)
-    right = _window_minimum(costs[::-1], WINDOW)[::-1]
-    candidates = [i + 1 for i, cost in enumerate(costs) if cost <= max(left[i], right[i])]
-    heavy = [i for i, node in enumerate(compute) if is_heavy(node)]
-    bounds = [0]
-    allowed = set(candidates)
-    upcoming = iter([*heavy, len(compute)])
-    following = next(upcoming)
-    for candidate in candidates:
-        if candidate <= bounds[-1]:
-            continue
-        seen = following
-        while following < candidate:
-            seen, following = following, next(upcoming)
-        del seen
-        if following == len(compute) or not _has_heavy(compute[bounds[-1] : candidate]):
-            continue
-        cut = candidate
-        while cut + 1 in allowed and _finishes(compute[cut], compute[cut - 1]):
-            cut += 1
-        bounds.append(cut)
-    bounds.append(len(compute))
-    return _merge_embeddings(compute, bounds)
-
-
-def _has_heavy(part: Iterable[fx.Node]) -> bool:
-    return any(is_heavy(node) for node in part)
-
-
-def _finishes(node: fx.Node, before: fx.Node) -> bool:
-    """Whether a light op belongs to what comes before it: an activation, or a norm of the same module."""
-    if is_heavy(node):
-        return False
-    if _op(node) in EPILOGUES:
-        return True
-    here, there = module_path(node), module_path(before)
-    parent = here.rpartition(".")[0]
-    return bool(there) and (here == there or parent == there)
-
-
-def _merge_embeddings(compute: Sequence[fx.Node], bounds: list[int]) -> list[int]:
-    """Embeddings that are added up (tokens, positions, types) stay together."""
-
-    def embeds(start: int, stop: int) -> bool:
-        return all(_op(node) in EMBEDDINGS for node in compute[start:stop] if is_heavy(node))
-
-    kept = [bounds[0]]
-    for before, bound, after in zip(bounds, bounds[1:], bounds[2:], strict=False):
-        if not (embeds(before, bound) and embeds(bound, after)):
-            kept.append(bound)
-    return [*kept, bounds[-1]] if len(bounds) > 1 else kept
 
 
 # -- kinds and fingerprint ---------------------------------------------------------------------------------------------
@@ -265,11 +147,12 @@ def _names(parts: Sequence[Sequence[fx.Node]], trace: Trace) -> list[str]:
     loss = output.args[0][0]  # type: ignore[index]
     paths = [[module_path(n) for n in part if is_heavy(n)] or [module_path(n) for n in part] for part in parts]
     names = [_common(group) for group in paths]
-    for name, count in Counter(names).items():
-        if count > 1:
-            for i, group in enumerate(paths):
-                if names[i] == name:
-                    names[i] = _with_children(name, group)
+    for whole in (False, True):
+        found = list(names)
+        for i, group in enumerate(paths):
+            if not names[i] or any(_within(other, names[i]) for j, other in enumerate(names) if j != i):
+                found[i] = _with_children(_common(group), group, whole)
+        names = found
     names = [name or "root" for name in names]
     names = [f"{name}+loss" if loss in part else name for name, part in zip(names, parts, strict=True)]
     seen: Counter[str] = Counter()
@@ -291,9 +174,14 @@ def _common(paths: Sequence[str]) -> str:
     return ".".join(common)
 
 
-def _with_children(name: str, paths: Sequence[str]) -> str:
-    """ "blocks.0" of ["blocks.0.qkv", "blocks.0.proj"] -> "blocks.0.qkv+proj"."""
+def _within(path: str, module: str) -> bool:
+    return path == module or path.startswith(f"{module}.")
+
+
+def _with_children(name: str, paths: Sequence[str], whole: bool) -> str:
+    """ "blocks.0" of ["blocks.0.qkv", "blocks.0.proj"] -> "blocks.0.qkv+proj"; whole: with all of the paths below."""
     start = len(name) + 1 if name else 0
-    children = list(dict.fromkeys(path[start:].split(".")[0] for path in paths if len(path) > len(name)))
+    below = [path[start:] for path in paths if len(path) > start]
+    children = list(dict.fromkeys(below if whole else [path.split(".")[0] for path in below]))
     label = "+".join(children if len(children) < 3 else [children[0], children[-1]])
     return ".".join(part for part in (name, label) if part)

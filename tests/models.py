@@ -223,7 +223,7 @@ def mixtral() -> Case:
 class SkipMLP(nn.Module):
     """Wide layers, a residual around each, and one long skip from the first to the last."""
 
-    def __init__(self, width: int = 32, hidden: int = 64, depth: int = 4, classes: int = 12) -> None:
+    def __init__(self, width: int = 32, hidden: int = 64, depth: int = 6, classes: int = 12) -> None:
         super().__init__()
         self.inner = nn.Linear(16, width)
         self.up = nn.ModuleList(nn.Linear(width, hidden) for _ in range(depth))

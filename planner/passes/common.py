@@ -22,9 +22,11 @@ def apply(draft: Draft) -> None:
     for node in draft.ops():
         if flows(node) or mutated(node) or not all(argument in free for argument in node.all_input_nodes):
             continue
-        if isinstance(node.target, torch._ops.OpOverload):
-            if torch.Tag.nondeterministic_seeded in node.target.tags or node.target._schema.is_mutable:
-                continue
+        op = node.target
+        if isinstance(op, torch._ops.OpOverload) and (
+            torch.Tag.nondeterministic_seeded in op.tags or op._schema.is_mutable
+        ):
+            continue
         key = (node.target, _hashable(node.args), _hashable(node.kwargs))
         if key in first:
             draft.replace(node, first[key])

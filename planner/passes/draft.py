@@ -77,6 +77,11 @@ def packet(node: fx.Node) -> str:
     return ""
 
 
+def aten_ops(names: str) -> frozenset[str]:
+    """ "add mul" -> {"aten.add", "aten.mul"}, as `packet` names them."""
+    return frozenset(f"aten.{name}" for name in names.split())
+
+
 def same_storage(a: Any, b: Any) -> bool:
     """Whether two fake tensors share memory."""
     if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from shardplan.planner.passes.draft import Draft, packet
+from shardplan.planner.passes.draft import Draft, aten_ops, packet
 from shardplan.planner.passes.known import Evaluator, Known
 
 name = "fold-masks"
@@ -159,4 +159,4 @@ _RULES: dict[str, Rule] = {
     "aten.where": _fold_where,
     "aten.masked_fill": _fold_masked_fill,
     "aten.scaled_dot_product_attention": _fold_attention,
-} | {f"aten.{op}": _fold_and for op in "__and__ __or__ bitwise_and bitwise_or logical_and logical_or".split()}
+} | dict.fromkeys(aten_ops("__and__ __or__ bitwise_and bitwise_or logical_and logical_or"), _fold_and)

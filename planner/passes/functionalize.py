@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from shardplan.planner.passes.draft import Draft, not_traceable, packet
+from shardplan.planner.passes.draft import Draft, aten_ops, not_traceable, packet
 from shardplan.planner.trace import set_mutated
 
 name = "functionalize"
@@ -236,12 +236,9 @@ class _Functionalizer:
         return self.draft.emit(node, aten.slice_scatter.default, parent, value, dim, start, stop, like=node)
 
 
-_RESHAPES = frozenset(
-    f"aten.{op}"
-    for op in (
-        "view reshape _unsafe_view flatten unflatten squeeze unsqueeze alias detach contiguous to clone expand "
-        "view_as reshape_as expand_as lift_fresh"
-    ).split()
+_RESHAPES = aten_ops(
+    "view reshape _unsafe_view flatten unflatten squeeze unsqueeze alias detach contiguous to clone expand "
+    "view_as reshape_as expand_as lift_fresh"
 )
 
 

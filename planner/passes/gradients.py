@@ -8,19 +8,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from shardplan.planner.passes.draft import Draft, packet
-from shardplan.planner.trace import set_needs_grad, tensor_args
+from shardplan.planner.passes.draft import Draft, aten_ops, packet
 from shardplan.planner.trace import needs_grad as flows
+from shardplan.planner.trace import set_needs_grad, tensor_args
 
 name = "gradients"
 
 # Results that do not depend on the values of the argument, only on its shape and dtype.
-SHAPE_ONLY = frozenset(
-    f"aten.{op}"
-    for op in (
-        "zeros_like ones_like full_like empty_like rand_like randn_like randint_like new_zeros new_ones new_full "
-        "new_empty new_empty_strided detach"
-    ).split()
+SHAPE_ONLY = aten_ops(
+    "zeros_like ones_like full_like empty_like rand_like randn_like randint_like new_zeros new_ones new_full "
+    "new_empty new_empty_strided detach"
 )
 
 

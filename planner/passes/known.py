@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from shardplan.planner.passes.draft import Draft, packet
+from shardplan.planner.passes.draft import Draft, aten_ops, packet
 
 LARGEST_NUMEL = 1 << 22
 
@@ -185,9 +185,7 @@ class Evaluator:
         return _squeezed(node.target(*args, **kwargs), shape)  # type: ignore[operator]
 
 
-_COPIES = frozenset(
-    f"aten.{op}" for op in "to _to_copy clone contiguous alias detach lift_fresh lift_fresh_copy type_as".split()
-)
+_COPIES = aten_ops("to _to_copy clone contiguous alias detach lift_fresh lift_fresh_copy type_as")
 _ALSO_POINTWISE = frozenset({"aten.__and__", "aten.__or__", "aten.__xor__", "aten.masked_fill", "aten.where"})
 _ALONG = {"aten.cumsum": 1, "aten.diff": 2, "aten.slice": 1, "aten.flip": 1}
 _FILLS: dict[str, Callable[[fx.Node], Any]] = {

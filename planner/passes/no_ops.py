@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from shardplan.planner.passes.draft import Draft, packet, same_storage
+from shardplan.planner.passes.draft import Draft, aten_ops, packet, same_storage
 from shardplan.planner.trace import mutated
 from shardplan.planner.trace import needs_grad as flows
 
@@ -16,10 +16,7 @@ name = "no-ops"
 
 ALIASES = {"aten.alias", "aten.lift_fresh", "aten.lift_fresh_copy", "aten.lift"}
 CASTS = {"aten.to", "aten._to_copy", "aten.type_as"}
-RESHAPES = {
-    f"aten.{op}"
-    for op in ("view reshape _unsafe_view flatten unflatten squeeze expand slice view_as expand_as".split())
-}
+RESHAPES = aten_ops("view reshape _unsafe_view flatten unflatten squeeze expand slice view_as expand_as")
 DROPOUTS = {"aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout"}
 
 

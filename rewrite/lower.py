@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from shardplan.errors import NotSupported
-from shardplan.planner.placement import MICROBATCH_AXIS, Layout, Mesh, Placement, R, conversion, local_shape
+from shardplan.planner.placement import MICROBATCH_AXIS, Layout, Mesh, R, conversion, local_shape
 from shardplan.planner.plan import Plan
 from shardplan.planner.propagate import placed
 from shardplan.planner.reshard import steps
@@ -19,29 +19,10 @@ from shardplan.planner.rules import Slot, Strategy, local_call
 from shardplan.planner.stages import StageSplit
 from shardplan.planner.trace import Trace, info, is_tensor, mutated, needs_grad, resolve, tensor_args
 from shardplan.rewrite import collectives, kernels
+from shardplan.rewrite.conversions import conversion_call
 from shardplan.rewrite.emit import emit, set_group
 from shardplan.rewrite.implement import IMPLEMENTATIONS, OpContext, implementation_of
 from shardplan.rewrite.program import Argument, Denominator
-
-# (kind before, kind after) -> conversion without sections. Shards are handled apart.
-_WHOLE = {
-    ("R", "D"): collectives.identity_all_reduce,
-    ("R", "P"): collectives.mask_identity,
-    ("D", "R"): collectives.identity_mask,
-    ("D", "P"): collectives.mask,
-    ("P", "R"): collectives.all_reduce,
-    ("P", "D"): collectives.all_reduce_all_reduce,
-}
-_INTO_SHARD = {
-    "R": collectives.slice_all_gather,
-    "D": collectives.slice_zero_pad,
-    "P": collectives.reduce_scatter_all_gather,
-}
-_OUT_OF_SHARD = {
-    "R": collectives.all_gather_slice,
-    "D": collectives.all_gather_reduce_scatter,
-    "P": collectives.zero_pad_slice,
-}
 
 
 def stage_mesh(plan: Plan, stage: int) -> Mesh:
@@ -136,33 +117,13 @@ class StageLowering:
     def convert(self, made: fx.Node, node: fx.Node, have: Layout, wanted: Layout) -> fx.Node:
         differentiable = self.train and needs_grad(node)
         for step in steps(have, wanted, self.mesh):
-            source, target = step.source, step.target
-            if conversion(source, target, needs_grad(node)).forward == "identity" and not differentiable:
+            if not differentiable and conversion(step.source, step.target, needs_grad(node)).forward == "identity":
                 continue
-            made = self.conversion(made, step.axis, source, target, differentiable)
+            made = self.emit(*conversion_call(self.comm, made, step, differentiable))
         return made
 
-    def conversion(self, made: fx.Node, axis: str, source: Placement, target: Placement, grad: bool) -> fx.Node:
-        if source.is_shard and target.is_shard:
-            return self.emit(
-                collectives.all_to_all,
-                (self.comm, made, target.dim, source.dim, axis),
-                {"split_sections": target.sections, "concat_sections": source.sections}
-                if target.sections or source.sections
-                else {},
-            )
-        if target.is_shard or source.is_shard:
-            shard = target if target.is_shard else source
-            if target.is_shard:
-                # Without a gradient the slice has nothing to gather in backward.
-                function = _INTO_SHARD["D" if source.kind == "R" and not grad else source.kind]
-            else:
-                function = _OUT_OF_SHARD[target.kind]
-            sections = {"sections": shard.sections} if shard.sections else {}
-            return self.emit(function, (self.comm, made, shard.dim, axis), sections)
-        return self.emit(_WHOLE[source.kind, target.kind], (self.comm, made, axis), {})
-
     def emit(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        """Append a call to the stage graph."""
         node = self.graph.call_function(target, args, kwargs)
         if self.group:
             set_group(node, self.group)

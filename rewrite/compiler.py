@@ -21,7 +21,7 @@ from shardplan.rewrite.lower import StageLowering, ancestors, stage_mesh
 from shardplan.rewrite.program import Argument, Program, Result, StageCode, StageRanks, TensorSpec
 
 
-def compile(trace: Trace, plan: Plan, kind: str = "train", available: frozenset[str] | None = None) -> Program:
+def compile_program(trace: Trace, plan: Plan, kind: str = "train", available: frozenset[str] | None = None) -> Program:
     """The program of a plan.
 
     kind: "train" (the loss and gradients) or "forward" (the model's outputs). available: names of the inputs that a

@@ -66,6 +66,7 @@ class DeviceKind:
             raise ValueError(f"{self.name}: unknown number types {unknown}")
         if not 0 <= self.reserve < 1:
             raise ValueError(f"{self.name}: reserve must be in [0, 1), not {self.reserve}")
+        object.__setattr__(self, "flops", {name: self.flops[name] for name in FLOP_TYPES if name in self.flops})
 
     def peak_flops(self, dtype: object) -> float:
         """Dense peak operations per second for a torch dtype or a name such as "bf16" or "float32".

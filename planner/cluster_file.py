@@ -436,10 +436,10 @@ def _parse_text(text: str, per_node: int | None) -> Cluster:
         return detect(_positive(int(text), "devices"))
     if text.endswith(".toml") or (os.sep in text and os.path.exists(text)):
         return load(Path(text))
+    if found := re.match(r"^(?:cpu\s*[:x]\s*([1-9]\d*)|(\d+)\s*[xX*]\s*cpu)$", text):
+        return cpu_cluster(_positive(int(found[1] or found[2]), "cpu"))
     if _LOCAL.match(text):
         return local_cluster([text])
-    if found := re.match(r"^(?:cpu\s*[:x]\s*(\d+)|(\d+)\s*[xX*]\s*cpu)$", text):
-        return cpu_cluster(_positive(int(found[1] or found[2]), "cpu"))
     if _COUNTED.match(text) or "," in text or "+" in text:
         return _described([(kind, len(list(run))) for kind, run in groupby(_device_list(text, {}))], per_node)
     name, _, count = text.partition(":")

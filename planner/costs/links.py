@@ -25,8 +25,10 @@ the number of hops. `FABRICS` holds the fitted constants. CPU ranks use gloo: on
 reduce_scatter costs an all_reduce.
 
 Contention. "per device" uplinks are each device's own: a group with c devices on a node has c of them. A "per node"
-uplink is shared by the groups that use it at the same time; unless `concurrent` lists these, all devices of the node
-are taken to run the same collective in sibling groups (SPMD), and a single p2p message is taken to be alone.
+uplink is shared by what uses it at the same time: unless `concurrent` lists the groups, all devices of the node are
+taken to run the same collective in sibling groups, or to send at the same time (SPMD). One pair of GPUs alone rarely
+gets more than its share of a node's adapters anyway (measured p2p between nodes with 8 GPUs: 7.3 of 50 GB/s, A100;
+1.4 of 12.5 GB/s, A10G).
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ from dataclasses import dataclass
 
 from shardplan.planner.cluster import Cluster, Link
 from shardplan.planner.costs.tables import LinkTables, Points, clean, interpolate
+
+_NOISE = 2.0
 
 COLLECTIVE_KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 
@@ -64,14 +68,25 @@ def _even(value: float) -> dict[str, float]:
     return dict.fromkeys((*COLLECTIVE_KINDS, "p2p"), value)
 
 
+def _by_kind(
+    all_reduce: float, all_gather: float, reduce_scatter: float, all_to_all: float, p2p: float
+) -> dict[str, float]:
+    return dict(zip((*COLLECTIVE_KINDS, "p2p"), (all_reduce, all_gather, reduce_scatter, all_to_all, p2p), strict=True))
+
+
+# Fitted by benchmarks/fit_links.py to published nccl-tests and torch.distributed timings: NVIDIA DGX Cloud
+# Benchmarking (8 H100), nccl-tests issue 309, OCI and AWS documentation (16-64 H100), ml-engineering (A100, H200,
+# B200), vTrain (A100, V100), SuperScaler/Aceso (V100), Mist (A100-40G, L4, A10G). No table separates all_gather and
+# reduce_scatter from copies on "nvswitch" and "nvlink": they are given all_reduce's efficiency, whose ring they share
+# (H200: 361 and 363 against 366 GB/s). tcp and the other kinds of rdma: assumed.
 FABRICS: dict[str, Fabric] = {
     "plain": Fabric(_even(1.0), step=1.0, overlap=0.0),
-    "nvls": Fabric(_even(0.80), step=0.15, overlap=1.4, reduces=0.59),
-    "nvswitch": Fabric(_even(0.77), step=0.3, overlap=1.4),
-    "nvlink": Fabric(_even(0.87), step=0.3, overlap=1.4, direct=6),
-    "pcie": Fabric(_even(0.15), step=0.3, overlap=1.0),
-    "rdma": Fabric(_even(0.72), step=0.7, overlap=1.8),
-    "tcp": Fabric(_even(0.6), step=0.7, overlap=1.0),
+    "nvls": Fabric(_by_kind(0.80, 0.84, 0.84, 0.80, 0.80), step=0.25, overlap=1.1, reduces=0.61),
+    "nvswitch": Fabric(_by_kind(0.80, 0.80, 0.80, 0.62, 0.98), step=0.23, overlap=0.56),
+    "nvlink": Fabric(_by_kind(0.84, 0.84, 0.84, 0.51, 0.97), step=0.52, overlap=0.46, direct=6),
+    "pcie": Fabric(_by_kind(0.163, 0.136, 0.134, 0.125, 0.186), step=0.0, overlap=1.07),
+    "rdma": Fabric(_even(0.82), step=0.8, overlap=1.84),
+    "tcp": Fabric(_even(0.6), step=0.8, overlap=1.0),
 }
 
 
@@ -127,7 +142,8 @@ class LinkModel:
     def p2p(self, nbytes: int, source: int, target: int, concurrent: Sequence[tuple[int, int]] | None = None) -> float:
         """Seconds until `nbytes` sent by one rank have arrived at another.
 
-        concurrent: the (source, target) pairs that send at the same time, this one among them; default: alone.
+        concurrent: the (source, target) pairs that send at the same time, this one among them; default: every device
+        of the node sends.
         """
         if nbytes <= 0 or source == target:
             return 0.0
@@ -149,7 +165,12 @@ class LinkModel:
     # -- measured -------------------------------------------------------------------------------------------------
 
     def _lookup(self, kind: str, ranks: tuple[int, ...]) -> tuple[str, Points | None, tuple[int, ...] | None]:
-        """(source, points, group that stands in). Exact group, else median over groups alike, else the nearest one."""
+        """(source, points, group that stands in).
+
+        Groups alike (devices and nodes, no links of their own) share the median of their tables, so that noise does not
+        make one of them look faster; a group that differs from it by more than `_NOISE` keeps its own table. Without a
+        table for it or its like, the nearest measured group stands in.
+        """
         key = (kind, ranks)
         if key not in self._measured:
             self._measured[key] = self._find(kind, ranks)
@@ -158,21 +179,21 @@ class LinkModel:
     def _find(self, kind: str, ranks: tuple[int, ...]) -> tuple[str, Points | None, tuple[int, ...] | None]:
         if self.tables is None:
             return "modelled", None, None
-        exact = ranks if kind == "p2p" else tuple(sorted(ranks))
-        for group in (ranks, exact):
-            if points := self.tables.entries.get((kind, group)):
-                return "measured", points, None
+        exact = self.tables.entries.get((kind, ranks))
+        if exact is None and kind != "p2p":
+            exact = self.tables.entries.get((kind, tuple(sorted(ranks))))
         known = [g for g in self.tables.groups(kind) if max(g) < len(self.cluster.devices)]
+        wanted = self._signature(ranks)
+        alike = [] if self.cluster.has_overrides() else [g for g in known if self._signature(g) == wanted]
+        pooled = self._median(kind, alike) if alike else None
+        if exact is not None:
+            return "measured", pooled if pooled and _close(exact, pooled) else exact, None
+        if pooled is not None:
+            return "measured", pooled, None
         if not known:
             return "modelled", None, None
-        wanted = self._signature(ranks)
-        alike = [group for group in known if self._signature(group) == wanted]
-        if alike and not self.cluster.has_overrides():
-            return "measured", self._median(kind, alike), None
-        crosses = len(wanted) > 1
-        nearest = min(
-            known, key=lambda g: ((len(self._signature(g)) > 1) != crosses, abs(len(g) - len(ranks)), len(g), g)
-        )
+        crosses = self._node_count(ranks) > 1
+        nearest = min(known, key=lambda g: ((self._node_count(g) > 1) != crosses, abs(len(g) - len(ranks)), len(g), g))
         return "interpolated", self.tables.entries[kind, nearest], nearest
 
     def _signature(self, ranks: Iterable[int]) -> tuple[tuple[str, int], ...]:
@@ -183,13 +204,17 @@ class LinkModel:
             per_node[device.node, device.kind.name] += 1
         return tuple(sorted((name, count) for (_, name), count in per_node.items()))
 
+    def _node_count(self, ranks: Iterable[int]) -> int:
+        return len({self.cluster.devices[rank].node for rank in ranks})
+
     def _median(self, kind: str, groups: Sequence[tuple[int, ...]]) -> Points:
         assert self.tables is not None
         tables = [self.tables.entries[kind, group] for group in groups]
         if len(tables) == 1:
             return tables[0]
         sizes = sorted({nbytes for points in tables for nbytes, _ in points})
-        return clean((n, statistics.median(interpolate(points, n) for points in tables)) for n in sizes)
+        reaching = {n: [points for points in tables if points[-1][0] >= n] for n in sizes}
+        return clean((n, statistics.median(interpolate(points, n) for points in reaching[n])) for n in sizes)
 
     # -- modelled -------------------------------------------------------------------------------------------------
 
@@ -316,16 +341,27 @@ class LinkModel:
         rate = link.bytes_per_s * fabric.efficiency["p2p"]
         if fabric.direct:
             rate *= 2 / fabric.direct
-        if link.per == "node" and concurrent:
-            rate /= max(1, max(self._sharing(source, 0, concurrent), self._sharing(target, 1, concurrent)))
+        if link.per == "node":
+            rate /= self._senders(source, target, concurrent)
         transfer = nbytes / rate
         return link.latency_seconds + fabric.overlap * math.sqrt(link.latency_seconds * transfer) + transfer
 
-    def _sharing(self, device: int, end: int, pairs: Sequence[tuple[int, int]]) -> int:
-        """How many of the pairs leave (end 0) or enter (end 1) the node of a device."""
-        node = self.cluster.devices[device].node
+    def _senders(self, source: int, target: int, pairs: Sequence[tuple[int, int]] | None) -> int:
+        """How many messages share the busier end of the way between two devices."""
+        ends = [self.cluster.devices[rank].node for rank in (source, target)]
+        if pairs is None:
+            return max(len(self.cluster.nodes[node]) for node in ends) if ends[0] != ends[1] else 1
         places = [tuple(self.cluster.devices[rank].node for rank in pair) for pair in pairs]
-        return sum(place[end] == node and place[0] != place[1] for place in places)
+        if ends[0] == ends[1]:
+            return max(1, sum(place == (ends[0], ends[0]) for place in places))
+        crossing = [place for place in places if place[0] != place[1]]
+        return max(1, *(sum(place[end] == ends[end] for place in crossing) for end in (0, 1)))
+
+
+def _close(points: Points, others: Points) -> bool:
+    """Whether two tables differ by less than `_NOISE` on average over the sizes of the first."""
+    logs = [math.log(seconds / interpolate(others, nbytes)) for nbytes, seconds in points]
+    return abs(statistics.fmean(logs)) < math.log(_NOISE)
 
 
 def _worst(edges: Sequence[Link]) -> Link:

@@ -24,8 +24,8 @@ def clean(points: Iterable[tuple[int, float]]) -> Points:
     """Sorted, deduplicated, without spikes, never decreasing.
 
     Points of the same size become their median. A running median of three removes single spikes; what still decreases
-    is pooled (isotonic regression of the logarithms, by pooling adjacent violators). Raises ValueError where a size is
-    not positive, or where half of the times or more are not positive finite numbers.
+    is pooled (isotonic regression of the logarithms, by pooling adjacent violators). Cleaning again changes nothing.
+    Raises ValueError where a size is not positive, or where half of the times or more are not positive finite numbers.
     """
     by_size: dict[int, list[float]] = {}
     total = bad = 0
@@ -40,17 +40,19 @@ def clean(points: Iterable[tuple[int, float]]) -> Points:
     if total == 0 or 2 * bad >= total:
         raise ValueError(f"{bad} of {total} measured times are not positive numbers")
     sizes = sorted(by_size)
-    logs = [math.log(statistics.median(by_size[size])) for size in sizes]
-    calm = [statistics.median(logs[max(i - 1, 0) : i + 2]) if 0 < i < len(logs) - 1 else x for i, x in enumerate(logs)]
+    times = [statistics.median(by_size[size]) for size in sizes]
+    calm = [statistics.median(times[i - 1 : i + 2]) if 0 < i < len(times) - 1 else x for i, x in enumerate(times)]
     pools: list[tuple[float, int]] = []
     for value in calm:
         weight = 1
         while pools and pools[-1][0] > value:
             other, count = pools.pop()
-            value, weight = (value * weight + other * count) / (weight + count), weight + count
+            total_weight = weight + count
+            value = math.exp((math.log(value) * weight + math.log(other) * count) / total_weight)
+            weight = total_weight
         pools.append((value, weight))
     rising = [value for value, weight in pools for _ in range(weight)]
-    return tuple((size, math.exp(value)) for size, value in zip(sizes, rising, strict=True))
+    return tuple(zip(sizes, rising, strict=True))
 
 
 def interpolate(points: Points, nbytes: int) -> float:

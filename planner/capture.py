@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._guards import TracingContext, tracing
 from torch.utils import _pytree as pytree
 
 from shardplan.errors import NotTraceable, UsageError
@@ -26,6 +27,10 @@ PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 
 class CannotCopy(Exception):
     """The modules of the model cannot be deep-copied."""
+
+
+class CustomBackward(Exception):
+    """A custom autograd.Function was called."""
 
 
 @dataclass
@@ -141,7 +146,8 @@ def make_fake_mode() -> Any:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    shape_env = ShapeEnv(tracked_fakes=[], trace_asserts=True)
+    return FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True, export=True)
 
 
 def fake_like(fake_mode: Any, value: torch.Tensor) -> torch.Tensor:
@@ -213,22 +219,56 @@ def without_caches(model: nn.Module) -> Iterator[None]:
             config.use_cache = value
 
 
+@contextlib.contextmanager
+def plain_python(training: bool) -> Iterator[None]:
+    """What PyTorch does in Python behind the graph's back: activation checkpoints run their function as it is, and a
+    custom autograd.Function, whose backward no graph of forward ops can hold, raises CustomBackward in training."""
+    import torch.utils.checkpoint as checkpoints
+
+    def run(_cls: type, function: Callable[..., Any], _preserve: bool, *args: Any) -> Any:
+        return function(*args)
+
+    def nothing(*_args: Any, **_kwargs: Any) -> Iterator[None]:
+        yield
+
+    def refuse(cls: type, *_args: Any, **_kwargs: Any) -> Any:
+        raise CustomBackward(f"{cls.__name__}.backward cannot be part of the graph")
+
+    changes: list[tuple[Any, str, Any]] = [
+        (checkpoints.CheckpointFunction, "apply", classmethod(run)),
+        (checkpoints, "_checkpoint_without_reentrant_generator", nothing),
+    ]
+    if training:
+        changes.append((torch.autograd.Function, "apply", classmethod(refuse)))
+    with contextlib.ExitStack() as undo:
+        for owner, attribute, made in changes:
+            before = vars(owner).get(attribute)
+            setattr(owner, attribute, made)
+            if before is None:
+                undo.callback(delattr, owner, attribute)
+            else:
+                undo.callback(setattr, owner, attribute, before)
+        yield
+
+
 # -- capture -----------------------------------------------------------------------------------------------------------
 
 
 def capture(wrapper: Wrapper, inputs: tuple[Any, Any, Any], fake_mode: Any) -> Captured:
     """inputs: (args, kwargs, target) of fake tensors. Raises NotTraceable or UsageError."""
     try:
-        return _export(wrapper, inputs, fake_mode)
+        with plain_python(wrapper.need_loss):
+            return _export(wrapper, inputs, fake_mode)
     except Exception as error:
         usage = _find(error, UsageError, NotTraceable)
         if usage is not None:
             raise usage from None
-        if depends_on_data(error):
+        if depends_on_data(error) or _find(error, CustomBackward):
             raise explain(error, wrapper.model) from error
         first = error
     try:
-        made = _make_fx(wrapper, inputs, fake_mode)
+        with plain_python(wrapper.need_loss):
+            made = _make_fx(wrapper, inputs, fake_mode)
     except Exception as error:
         raise explain(first, wrapper.model) from error
     reason = f"{type(first).__name__}: {str(first).strip().splitlines()[0] if str(first).strip() else ''}"
@@ -237,7 +277,8 @@ def capture(wrapper: Wrapper, inputs: tuple[Any, Any, Any], fake_mode: Any) -> C
 
 
 def _export(wrapper: Wrapper, inputs: tuple[Any, Any, Any], fake_mode: Any) -> Captured:
-    with warnings.catch_warnings():
+    # The context makes export use the mode of our fakes instead of a second one.
+    with warnings.catch_warnings(), tracing(TracingContext(fake_mode)):
         warnings.simplefilter("ignore")
         program = torch.export.export(wrapper, inputs, strict=False)
     leaves = 0
@@ -335,7 +376,11 @@ def explain(error: BaseException, model: nn.Module) -> NotTraceable:
             break
     where = f"{path or 'the model'} "
     message = next(iter(str(error).strip().splitlines()), "")
-    what = "depends on the numbers in a tensor" if depends_on_data(error) else "cannot be traced"
+    what = "cannot be traced"
+    if depends_on_data(error):
+        what = "depends on the numbers in a tensor"
+    elif _find(error, CustomBackward):
+        what = "calls an autograd.Function with a backward of its own"
     details = [f"{place}: {text}"] if place else []
     details.append(f"{type(error).__name__}: {message}")
     return NotTraceable(where + what, details, [f'constraints=[leaf("{path}")]'] if path else [])

@@ -15,7 +15,7 @@ name = "autocast-casts"
 def apply(draft: Draft) -> None:
     """Per op: no cast, all inputs to the region's dtype, or all to float32, whichever gives the traced dtypes."""
     for node in draft.ops():
-        region = node.meta.get("autocast")
+        region = node.meta.pop("autocast", None)
         if region is None or not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
             continue
         wanted = _dtypes(node.meta.get("val"))

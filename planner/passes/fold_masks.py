@@ -105,7 +105,9 @@ def _fold_attention(draft: Draft, node: fx.Node, evaluate: Evaluator) -> None:
     mask = node.kwargs.get("attn_mask", args[3])
     if not isinstance(mask, fx.Node) or node.kwargs.get("is_causal", args[5]):
         return
-    form = mask_form(evaluate(mask))
+    if mask not in evaluate.forms:
+        evaluate.forms[mask] = mask_form(evaluate(mask))
+    form = evaluate.forms[mask]
     if form is not None:
         kwargs = {k: v for k, v in node.kwargs.items() if k not in ("attn_mask", "is_causal")}
         node.args = (*args[:3], None, kwargs.pop("dropout_p", args[4]), form == "causal")

@@ -16,7 +16,8 @@ import torch
 from torch import fx
 
 from shardplan.planner.passes.draft import Draft, aten_ops, not_traceable, packet
-from shardplan.planner.trace import set_mutated
+from shardplan.planner.trace import needs_grad as flows
+from shardplan.planner.trace import set_mutated, set_needs_grad
 
 name = "functionalize"
 
@@ -142,6 +143,8 @@ class _Functionalizer:
         source = self.draft.sources.get(storage.base)
         if source is not None and source.kind == "param":
             raise not_traceable(node, f"changes the parameter {source.name} in forward")
+        if node.meta.get("no_grad") and flows(written[0]):
+            raise not_traceable(node, "changes under no_grad a tensor that needs a gradient")
         value = self._functional(node, written[0])
         chain = alias.chain
         fresh = {chain: value}
@@ -155,9 +158,11 @@ class _Functionalizer:
                 value = self._put_back(node, inner[-1], parent, value)
             fresh[chain] = value
         storage.version += 1
+        needed = any(flows(argument) for argument in node.all_input_nodes) and not node.meta.get("no_grad")
         storage.values = fresh
         for part, made in fresh.items():
             self.aliases[made] = Alias(storage, part)
+            set_needs_grad(made, needed or flows(storage.base))
         node.replace_all_uses_with(fresh[alias.chain])
         if source is not None and source.kind == "buffer":
             base = storage.base

@@ -38,8 +38,8 @@ def _needs(draft: Draft, node: fx.Node) -> bool:
         return False
     if node.op == "placeholder":
         return draft.sources[node].trainable
-    if node.op != "call_function" or node.meta.get("no_grad") or packet(node) in SHAPE_ONLY:
-        return False
     if node.target is operator.getitem:
         return flows(node.args[0])  # type: ignore[arg-type]
+    if node.op != "call_function" or node.meta.get("no_grad") or packet(node) in SHAPE_ONLY:
+        return False
     return any(flows(argument) for argument in tensor_args(node))

@@ -17,7 +17,7 @@ from torch import fx
 
 from shardplan.planner.passes.draft import Draft, aten_ops, packet
 
-LARGEST_NUMEL = 1 << 22
+LARGEST_NUMEL = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +64,15 @@ def _squeezed(value: torch.Tensor, shape: tuple[int, ...]) -> Known:
 
 
 class Evaluator:
-    """Finds the value of nodes that depend on no placeholder but constants."""
+    """Finds the value of nodes that depend on no placeholder but constants.
+
+    forms: what attention masks turned out to mean, for `fold_masks`.
+    """
 
     def __init__(self, draft: Draft) -> None:
         self.draft = draft
         self.found: dict[fx.Node, Known | None] = {}
+        self.forms: dict[fx.Node, str | None] = {}
 
     def __call__(self, node: Any) -> Known | None:
         """The node's value, or None where it is not known or cannot be had cheaply."""
@@ -120,6 +124,8 @@ class Evaluator:
             return _padded(source, shape)
         if source is not None and source.data is not None and op == "aten.unsqueeze":
             return Known(shape, source.data.unsqueeze(node.args[1]))  # type: ignore[arg-type]
+        if source is not None and source.data is not None and op in ("aten.reshape", "aten.view"):
+            return _reshaped(source, shape) or self._whole(node, known, shape)
         if source is not None and source.data is not None and op == "aten.index":
             return self._index(node, known, shape)
         if torch.Tag.pointwise in node.target.tags or op in _ALSO_POINTWISE:  # type: ignore[union-attr]
@@ -153,8 +159,10 @@ class Evaluator:
 
     def _whole(self, node: fx.Node, known: dict[fx.Node, Known], shape: tuple[int, ...]) -> Known | None:
         """Any other op: on the whole values, where they are small."""
+        if packet(node) in _ALONG:
+            return self._along(node, known, shape)
         if math.prod(shape) > LARGEST_NUMEL or any(math.prod(value.shape) > LARGEST_NUMEL for value in known.values()):
-            return self._batched(node, known, shape)
+            return None
         fulls = {n: value.full() for n, value in known.items()}
         if any(value is None for value in fulls.values()):
             return None
@@ -162,10 +170,10 @@ class Evaluator:
         result = node.target(*args, **kwargs)  # type: ignore[operator]
         return _squeezed(result, shape) if isinstance(result, torch.Tensor) else None
 
-    def _batched(self, node: fx.Node, known: dict[fx.Node, Known], shape: tuple[int, ...]) -> Known | None:
+    def _along(self, node: fx.Node, known: dict[fx.Node, Known], shape: tuple[int, ...]) -> Known | None:
         """Ops along one dim (cumsum, diff, slice, ...): other dims need not be expanded."""
-        position = _ALONG.get(packet(node))
-        if position is None or any(value.data is None for value in known.values()):
+        position = _ALONG[packet(node)]
+        if any(value.data is None for value in known.values()):
             return None
         dim = node.args[position] if len(node.args) > position else node.kwargs.get("dim", -1)
         dim = int(dim) % len(shape)  # type: ignore[call-overload]
@@ -212,6 +220,16 @@ def _padded(value: Known, shape: tuple[int, ...]) -> Known:
     if value.data is not None:
         return Known(shape, value.data.reshape(lead + tuple(value.data.shape)))
     return Known(shape, None, value.formula, lead + value.kept)
+
+
+def _reshaped(value: Known, shape: tuple[int, ...]) -> Known | None:
+    """The value with dims of size 1 put in or taken out; None where the reshape does more."""
+    assert value.data is not None
+    long = [dim for dim, extent in enumerate(value.shape) if extent > 1]
+    if [value.shape[dim] for dim in long] != [extent for extent in shape if extent > 1]:
+        return None
+    extents = iter([value.data.shape[dim] for dim in long])
+    return Known(shape, value.data.reshape([next(extents) if extent > 1 else 1 for extent in shape]))
 
 
 def _closed(node: fx.Node, tensors: list[fx.Node]) -> Callable[..., torch.Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -31,6 +32,10 @@ class CannotCopy(Exception):
 
 class CustomBackward(Exception):
     """A custom autograd.Function was called."""
+
+
+class DataDependent(Exception):
+    """Python needed to know the numbers in a tensor."""
 
 
 @dataclass
@@ -75,6 +80,16 @@ class Wrapper(nn.Module):
         self.training = model.training
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> tuple[Any, ...]:
+        from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+        try:
+            output, loss = self._call(args, kwargs, target)
+        except GuardOnDataDependentSymNode as error:
+            # Export would print the whole graph for the original.
+            raise DataDependent(str(error)) from error
+        return self._pack(output, loss)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> tuple[Any, torch.Tensor | None]:
         output = self.model(*args, **kwargs)
         loss_fn = self.loss_fn[0]
         if loss_fn is not None and target is not None:
@@ -83,6 +98,9 @@ class Wrapper(nn.Module):
                 raise UsageError(f"loss_fn returned {_describe(loss)}, not a scalar tensor")
         else:
             loss = self._own_loss(output)
+        return output, loss
+
+    def _pack(self, output: Any, loss: torch.Tensor | None) -> tuple[Any, ...]:
         packing = self.packing
         packing.loss_leaf = None
         leaves, packing.out_spec = pytree.tree_flatten(output)
@@ -162,9 +180,7 @@ def fake_like(fake_mode: Any, value: torch.Tensor) -> torch.Tensor:
 def _fakes(model: nn.Module, fake_mode: Any) -> dict[int, torch.Tensor]:
     """id of every parameter and buffer -> its fake."""
     found: dict[int, torch.Tensor] = {}
-    for name, value in [*model.named_parameters(), *model.named_buffers()]:
-        if isinstance(value, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
-            raise UsageError(f"{name} has no shape yet", [], ["run the model once on a small batch"])
+    for value in [*model.parameters(), *model.buffers()]:
         fake = fake_like(fake_mode, value)
         is_parameter = isinstance(value, nn.Parameter)
         found[id(value)] = nn.Parameter(fake, requires_grad=value.requires_grad) if is_parameter else fake
@@ -251,13 +267,30 @@ def plain_python(training: bool) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """PyTorch's tracer logs what it also raises; the exception is enough."""
+    names = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes", "torch.export", "torch._export")
+    loggers = [logging.getLogger(name) for name in names]
+    before = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
 # -- capture -----------------------------------------------------------------------------------------------------------
 
 
 def capture(wrapper: Wrapper, inputs: tuple[Any, Any, Any], fake_mode: Any) -> Captured:
     """inputs: (args, kwargs, target) of fake tensors. Raises NotTraceable or UsageError."""
     try:
-        with plain_python(wrapper.need_loss):
+        with plain_python(wrapper.need_loss), quiet():
             return _export(wrapper, inputs, fake_mode)
     except Exception as error:
         usage = _find(error, UsageError, NotTraceable)
@@ -267,7 +300,7 @@ def capture(wrapper: Wrapper, inputs: tuple[Any, Any, Any], fake_mode: Any) -> C
             raise explain(error, wrapper.model) from error
         first = error
     try:
-        with plain_python(wrapper.need_loss):
+        with plain_python(wrapper.need_loss), quiet():
             made = _make_fx(wrapper, inputs, fake_mode)
     except Exception as error:
         raise explain(first, wrapper.model) from error
@@ -278,8 +311,7 @@ def capture(wrapper: Wrapper, inputs: tuple[Any, Any, Any], fake_mode: Any) -> C
 
 def _export(wrapper: Wrapper, inputs: tuple[Any, Any, Any], fake_mode: Any) -> Captured:
     # The context makes export use the mode of our fakes instead of a second one.
-    with warnings.catch_warnings(), tracing(TracingContext(fake_mode)):
-        warnings.simplefilter("ignore")
+    with tracing(TracingContext(fake_mode)):
         program = torch.export.export(wrapper, inputs, strict=False)
     leaves = 0
     kinds: dict[str, tuple[str, Any]] = {}
@@ -311,8 +343,7 @@ def _make_fx(wrapper: Wrapper, inputs: tuple[Any, Any, Any], fake_mode: Any) -> 
         filled = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         return torch.func.functional_call(wrapper, state, pytree.tree_unflatten(filled, spec))
 
-    with warnings.catch_warnings(), fake_mode:
-        warnings.simplefilter("ignore")
+    with fake_mode:
         module = make_fx(call, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(state, tensors)
     kinds: dict[str, tuple[str, Any]] = {}
     parameters = dict(wrapper.named_parameters())
@@ -356,7 +387,7 @@ def depends_on_data(error: BaseException) -> bool:
     from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-    kinds = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
+    kinds = (DataDependent, GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
     return any(isinstance(e, kinds) or "data-dependent" in str(e).lower() for e in _chain(error))
 
 

@@ -179,9 +179,9 @@ def _valleys(values: Sequence[int]) -> list[bool]:
 
     def rises(ordered: Sequence[int]) -> list[bool]:
         higher, found = True, []
-        for before, value in zip([None, *ordered[:-1]], ordered, strict=True):
-            if before is not None and before != value:
-                higher = before > value
+        for i, value in enumerate(ordered):
+            if i and ordered[i - 1] != value:
+                higher = ordered[i - 1] > value
             found.append(higher)
         return found
 

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from shardplan.errors import NotTraceable, UsageError
 from shardplan.planner.capture import (
+    PLAIN,
     CannotCopy,
     Captured,
     Wrapper,
@@ -71,6 +72,9 @@ def trace_model(
 def _check_arguments(model: Any, args: Any, kwargs: Any, loss_fn: Any, target: Any, training: bool) -> None:
     if not isinstance(model, nn.Module):
         raise UsageError(f"model is {type(model).__name__}, not an nn.Module")
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if isinstance(value, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
+            raise UsageError(f"{name} has no shape yet", [], ["run the model once on a small batch"])
     if not isinstance(args, tuple):
         raise UsageError(f"args is {type(args).__name__}, not a tuple of positional arguments")
     if loss_fn is not None and not callable(loss_fn):
@@ -81,6 +85,13 @@ def _check_arguments(model: Any, args: Any, kwargs: Any, loss_fn: Any, target: A
         raise UsageError("loss_fn is given but no target", [], ["pass target=..., the second argument of loss_fn"])
     if loss_fn is None and target is not None:
         raise UsageError("target is given but no loss_fn", [], ["pass loss_fn=f with f(output, target)"])
+    for leaf in pytree.tree_leaves((args, kwargs, target)):
+        if not isinstance(leaf, (torch.Tensor, *PLAIN)):
+            raise UsageError(
+                f"a {type(leaf).__name__} among the inputs: only tensors and plain values in tuples, lists and dicts",
+                [],
+                [f"register {type(leaf).__name__} with torch.utils._pytree.register_pytree_node"],
+            )
     if not any(isinstance(leaf, torch.Tensor) and leaf.ndim for leaf in pytree.tree_leaves((args, kwargs))):
         raise UsageError("no tensor with a batch dim among the example inputs")
 
@@ -92,7 +103,7 @@ def _batch_size(inputs: Any) -> int:
 
 def _capture(model: nn.Module, inputs: Any, loss_fn: Any, training: bool, fake_mode: Any) -> Captured:
     """Trace a copy of the modules; the model itself where it cannot be copied or the loss function holds on to it."""
-    own = {id(t) for t in [*model.parameters(), *model.buffers()]}
+    own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
     for copied in (True, False):
         try:
             with shadow(model, fake_mode, copied) as traced, without_caches(traced):
@@ -101,7 +112,8 @@ def _capture(model: nn.Module, inputs: Any, loss_fn: Any, training: bool, fake_m
                 found = capture(Wrapper(traced, loss_fn, training), inputs, fake_mode)
         except CannotCopy:
             continue
-        if not any(id(value) in own for kind, value in found.kinds.values() if kind == "constant"):
+        constants = [value for kind, value in found.kinds.values() if kind == "constant"]
+        if not any(value.untyped_storage()._cdata in own for value in constants):
             return found
     raise NotTraceable("the loss function holds tensors of the model that could not be traced")
 
@@ -112,6 +124,9 @@ def _capture(model: nn.Module, inputs: Any, loss_fn: Any, training: bool, fake_m
 def _draft(captured: Captured, model: nn.Module, inputs: Any, notes: list[str], training: bool) -> Draft:
     """The captured graph with a Source for every placeholder; placeholders that are not tensors become literals."""
     draft = Draft(captured.module, {}, {}, captured.fake_mode, training, notes)
+    for part in captured.module.modules():
+        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
+            node.meta["nn_module_stack"] = _module_stack(node)
     canonical = _canonical_names(model)
     labels = _input_labels(model, inputs)
     leaves = pytree.tree_leaves(inputs)
@@ -211,12 +226,7 @@ def _refuse_unknown_sizes(module: fx.GraphModule) -> None:
         for value in pytree.tree_leaves(node.meta.get("val")):
             sized = value.shape if isinstance(value, torch.Tensor) else (value,)
             if any(isinstance(extent, (torch.SymInt, torch.SymFloat, torch.SymBool)) for extent in sized):
-                raise _stripped(node, "makes a size or number that depends on the numbers in a tensor")
-
-
-def _stripped(node: fx.Node, what: str) -> NotTraceable:
-    node.meta["nn_module_stack"] = _module_stack(node)
-    return not_traceable(node, what)
+                raise not_traceable(node, "makes a size or number that depends on the numbers in a tensor")
 
 
 # -- from a draft to a trace -------------------------------------------------------------------------------------------
@@ -277,9 +287,8 @@ def _identifier(name: str) -> str:
 
 def _keep_meta(old: fx.Node, new: fx.Node, made: dict[fx.Node, fx.Node]) -> None:
     new.meta["val"] = old.meta.get("val")
-    new.meta["nn_module_stack"] = _module_stack(old)
-    if "stack_trace" in old.meta:
-        new.meta["stack_trace"] = old.meta["stack_trace"]
+    for key in ("nn_module_stack", "stack_trace"):
+        new.meta[key] = old.meta.get(key)
     set_needs_grad(new, needs_grad(old))
     if mutated(old):
         set_mutated(new, tuple(made[buffer] for buffer in mutated(old)))

@@ -62,6 +62,14 @@ def _symbolic(value: Any) -> bool:
     return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
+def _changes_arguments(node: fx.Node) -> bool:
+    """Such an op would change the recorded values of others; a region may hold one."""
+    target = node.target
+    return isinstance(target, torch._ops.HigherOrderOperator) or (
+        isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+    )
+
+
 def _facts(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return tuple(value.shape), value.dtype
@@ -71,7 +79,7 @@ def _facts(value: Any) -> Any:
 
 
 def _compare(draft: Draft, node: fx.Node) -> None:
-    if isinstance(node.target, torch._ops.HigherOrderOperator) or node.meta.get("autocast") is not None:
+    if node.meta.get("autocast") is not None or _changes_arguments(node):
         return
     found = draft.evaluate(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
     _check(

@@ -225,7 +225,7 @@ class Cluster:
     def preset(name: str, nodes: int = 1) -> Cluster:
         """`nodes` machines of a shipped node preset ("dgx-h100", "p4d", ...) or one node full of a device preset
         ("h100"). Raises UsageError naming the nearest matches."""
-        from shardplan.planner.cluster_file import node_preset
+        from shardplan.planner.presets import node_preset
 
         return node_preset(name, nodes)
 
@@ -236,7 +236,7 @@ class Cluster:
         as its preset). Raises UsageError."""
         if isinstance(devices, Cluster):
             return devices
-        from shardplan.planner.cluster_file import parse
+        from shardplan.planner.device_text import parse
 
         return parse(devices, devices_per_node)
 

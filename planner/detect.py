@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from shardplan.errors import UsageError
-from shardplan.planner import cluster_file
+from shardplan.planner import presets
 from shardplan.planner.cluster import Cluster, Device, DeviceKind, Link, Wiring
 
 _LOOPBACK = Link(2e9, 60e-6, "plain", source="assumed for gloo on one machine; measured before planning where it runs")
@@ -160,7 +160,7 @@ def _preset_of(name: str, memory_nbytes: int) -> DeviceKind | None:
     5 % of its memory."""
     words = set(re.split(r"[\s\-]+", name.lower()))
     best: tuple[int, str] | None = None
-    for kind in cluster_file.preset_kinds().values():
+    for kind in presets.preset_kinds().values():
         family, *rest = kind.name.split("-")
         found = family in words or (family.startswith("rtx") and {"rtx", family[3:]} <= words)
         if not found or abs(kind.memory_nbytes - memory_nbytes) > 0.05 * kind.memory_nbytes:
@@ -168,12 +168,12 @@ def _preset_of(name: str, memory_nbytes: int) -> DeviceKind | None:
         score = sum(part in words for part in rest) - sum(part not in words for part in rest if part == "pcie")
         if best is None or (score, kind.name) > best:
             best = score, kind.name
-    return cluster_file.preset_kinds()[best[1]] if best else None
+    return presets.preset_kinds()[best[1]] if best else None
 
 
 def _gpu_wiring(kind: DeviceKind) -> Wiring:
     """Links of the machine that such GPUs usually stand in; PCI Express where the kind is not shipped."""
-    if usual := cluster_file.preset_node_of(kind.name):
-        return cluster_file.node_preset(usual, 1).wiring[0]
+    if usual := presets.preset_node_of(kind.name):
+        return presets.node_preset(usual, 1).wiring[0]
     pcie = Link(16e9, 15e-6, "pcie", source="assumed: PCI Express 3.0 x16")
     return Wiring(pcie, Link(1.25e9, 50e-6, "tcp", "node", source="assumed: 10 Gbit/s Ethernet"))

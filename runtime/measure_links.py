@@ -26,6 +26,7 @@ COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 SIZES = (1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20, 1 << 23)
 _LEAST_REPEATS, _MOST_REPEATS = 3, 15
 _ENOUGH = 1 << 20
+_STRAIGHT = 0.7
 _ACK = 1
 
 Group = tuple[int, ...]
@@ -200,9 +201,11 @@ class _Session:
         return result
 
     def _walk(self, prepare: Callable[[int], Callable[[], float] | None]) -> list[tuple[int, float]]:
-        """Sizes in rising order, each with as many repeats as an even share of the time left allows. Sizes that would
-        take too long are left out, but not before `_ENOUGH` unless they would take the whole share many times over:
-        what is beyond the last size is extrapolated, and below `_ENOUGH` there is mostly latency to extrapolate."""
+        """Sizes in rising order, each with as many repeats as an even share of the time left allows.
+
+        Sizes that would take too long are left out: what is beyond the last one is extrapolated. While there is mostly
+        latency to extrapolate (below `_ENOUGH`, times rising slower than bytes) more time is allowed.
+        """
         found: list[tuple[int, float]] = []
         before, walk_end = (0, 0.0), 0.0
         for index, nbytes in enumerate(self.sizes):
@@ -221,8 +224,9 @@ class _Session:
             per_byte = max(slowest - before[1], 0.0) / (nbytes - before[0])
             expected = (2 + _LEAST_REPEATS) * (slowest + per_byte * (following - nbytes))
             left = walk_end - elapsed - repeats * slowest
-            share = self.budget_seconds / max(len(self.sizes), 1)
-            if index > 0 and expected > (left if following > _ENOUGH else max(left, share)):
+            straight = slowest > _STRAIGHT * before[1] * nbytes / max(before[0], 1)
+            more = 0.0 if straight or following > _ENOUGH else self.budget_seconds / len(self.sizes)
+            if index > 0 and expected > max(left, more):
                 break
             before = nbytes, slowest
         self.walks -= 1

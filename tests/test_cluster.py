@@ -23,7 +23,7 @@ from shardplan.planner.cluster import (
     PairLink,
     Wiring,
 )
-from shardplan.planner.cluster_file import device_kind, preset_kinds, preset_nodes
+from shardplan.planner.presets import device_kind, preset_kinds, preset_nodes
 
 FILE = """
 schema = 1
@@ -122,8 +122,8 @@ def test_the_file_of_the_documentation() -> None:
     assert (kind.name, kind.torch_device, kind.memory_nbytes) == ("h100", "cuda", 80 * 10**9)
     assert cluster.memory_limit(3) == int(80e9 * 0.94)
     inside, between = cluster.link(0, 7), cluster.link(0, 8)
-    assert (inside.bytes_per_s, inside.latency_seconds, inside.per) == (450e9, 8e-6, "device")
-    assert (between.bytes_per_s, between.latency_seconds, between.per) == (50e9, 15e-6, "device")
+    assert inside == Link(450e9, 8e-6, "nvls", "device")
+    assert between == Link(50e9, 15e-6, "rdma", "device")
 
 
 def test_shipped_kinds_and_machines_need_no_description(tmp_path: Path) -> None:
@@ -165,6 +165,8 @@ def test_shipped_kinds_and_machines_need_no_description(tmp_path: Path) -> None:
         (('latency = "15 us"', 'latency = "15 us"\nkind = "carrier pigeon"'), "link.cluster.kind"),
         (('latency = "15 us"', 'latency = "15 us"\n[[link.pair]]\ndevices = [0, 99]'), "link.pair[0].devices"),
         (("count = 2", 'count = 2\nmemory = ["1 GB"]'), "node[0].memory"),
+        (("count = 2", 'count = 2\nmemory = "0 GB"'), "node[0].memory"),
+        (("count = 2", 'count = 2\nmemory = "81 GB"'), "node[0].memory"),
         (("[[node]]", "[node]"), "node"),
     ],
 )
@@ -224,7 +226,7 @@ def _clusters(draw: st.DrawFn) -> Cluster:
     ends = [(a, b) for a in range(len(devices)) for b in range(len(devices)) if a != b]
     pairs = draw(st.lists(st.sampled_from(ends), max_size=3, unique=True)) if ends else []
     overrides = tuple(PairLink(a, b, draw(_links)) for a, b in pairs)
-    limits = draw(st.lists(st.none() | st.integers(1, 2**50), min_size=len(devices), max_size=len(devices)))
+    limits = [draw(st.none() | st.integers(1, device.kind.memory_nbytes)) for device in devices]
     some = any(limit is not None for limit in limits)
     return Cluster(devices, wiring, overrides, tuple(limits) if some else (), draw(_texts))
 

@@ -62,17 +62,12 @@ def assemble(
         )
         if replica:
             continue
-        index = torch.meshgrid(
-            *(
-                torch.cat([torch.arange(a, b) for a, b in pieces]) if pieces else torch.arange(0)
-                for pieces in local_slices(shape, layout, mesh, coordinate)
-            ),
-            indexing="ij",
-        )
-        if index:
-            whole[index] += part
-        else:
+        if not shape:
             whole += part
+            continue
+        pieces = local_slices(shape, layout, mesh, coordinate)
+        held = [torch.cat([torch.arange(start, stop) for start, stop in dim]) for dim in pieces]
+        whole[torch.meshgrid(*held, indexing="ij")] += part
     return whole
 
 

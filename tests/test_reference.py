@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from shardplan.planner.export import trace_model
 from shardplan.planner.trace import Trace
 from shardplan.rewrite import compile
 from shardplan.rewrite.reference import run_program
@@ -31,7 +32,7 @@ def traced():
                     case.batch[key] = value.double()
             state = {k: v.detach().clone() for k, v in case.model.state_dict(keep_vars=True).items()}
             state |= {k: v.detach().clone() for k, v in case.model.named_buffers()}
-            trace = models.trace_case(case)
+            trace = trace_model(case.model, (), case.kwargs, loss_fn=case.loss_fn, target=case.target)
             made[name] = case, trace, models.run_eager(case), state
         return made[name]
 

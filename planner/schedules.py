@@ -8,18 +8,18 @@ that needs them, so that
 * a receive is posted before its position can block on anything of that time, so that the list finishes even where a
   send completes only once its receive is posted (`planner.simulate.check` proves it for every list).
 
-Gradients of a skip edge over ``d`` stages come ``d - 1`` backwards before they are used: the far stage runs ahead by
-that much. Their receives are posted as early, or the far stage could wait in its send for a stage that itself waits to
-send to it.
+Over a skip edge the far stage runs ahead, and could wait in sending a gradient for a stage that itself waits to send it
+an activation; receives are posted earlier there (`post_earlier`).
 """
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
 
-from shardplan.errors import NotSupported, UsageError
-from shardplan.planner.instructions import Instruction, Op, Schedule
+from shardplan.errors import Deadlock, NotSupported, UsageError
+from shardplan.planner.instructions import Instruction, Op, Schedule, schedule_text
 
 KINDS = ("gpipe", "1f1b")
 _LATER = ("interleaved", "zb")
@@ -65,13 +65,14 @@ def build(
 def _build(
     kind: str, stages: int, microbatches: int, edges: frozenset[Edge], training: bool, grad_edges: frozenset[Edge]
 ) -> Schedule:
-    lines = []
-    for stage in range(stages):
-        line = weave(compute_order(kind, stage, stages, microbatches, training), edges, grad_edges)
-        if training:
-            line += (Instruction(Op.REDUCE_GRADS, stage), Instruction(Op.OPTIMIZER_STEP, stage))
-        lines.append(line)
-    return tuple(lines)
+    orders = [compute_order(kind, stage, stages, microbatches, training) for stage in range(stages)]
+    lines = weave(orders, edges, grad_edges)
+    if not training:
+        return lines
+    return tuple(
+        (*line, Instruction(Op.REDUCE_GRADS, stage), Instruction(Op.OPTIMIZER_STEP, stage))
+        for stage, line in enumerate(lines)
+    )
 
 
 def in_flight(kind: str, stage: int, stages: int, microbatches: int) -> int:
@@ -97,43 +98,124 @@ def compute_order(kind: str, stage: int, stages: int, microbatches: int, trainin
 
 
 def weave(
-    computes: Sequence[Instruction], edges: Iterable[Edge], grad_edges: Iterable[Edge]
-) -> tuple[Instruction, ...]:
-    """Puts the messages of a position into the order of its computes (of one or more stages). See module docstring."""
+    orders: Sequence[Sequence[Instruction]], edges: Collection[Edge], grad_edges: Collection[Edge]
+) -> tuple[tuple[Instruction, ...], ...]:
+    """Puts the messages into the compute order of every position. See module docstring."""
+    sources, targets = _neighbours(edges)
+    grad_targets, grad_sources = _neighbours(grad_edges)
+    lines = []
+    for order in orders:
+        posts: list[list[Instruction]] = [[] for _ in order]
+        for at, compute in enumerate(order):
+            stage, microbatch = compute.stage, compute.microbatch
+            if compute.op is Op.FORWARD:
+                op, peers = Op.RECV_ACT, sources.get(stage, ())
+            elif compute.op in _BACKWARDS:
+                op, peers = Op.RECV_GRAD, grad_sources.get(stage, ())
+            else:
+                continue
+            posts[max(at - 1, 0)] += (Instruction(op, stage, microbatch, peer) for peer in peers)
+        lines.append(_line(order, posts, targets, grad_targets))
+    if all(target == source + 1 for source, target in edges):
+        return tuple(lines)
+    return post_earlier(lines)
+
+
+def _neighbours(edges: Iterable[Edge]) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+    """For every stage: sources and targets, the nearest stage first (it is the next to need or to give the value)."""
     sources: dict[int, list[int]] = {}
     targets: dict[int, list[int]] = {}
     for source, target in sorted(edges):
-        sources.setdefault(target, []).append(source)
+        sources.setdefault(target, []).insert(0, source)
         targets.setdefault(source, []).append(target)
-    grad_sources: dict[int, list[int]] = {}
-    grad_targets: dict[int, list[int]] = {}
-    for source, target in sorted(grad_edges):
-        grad_sources.setdefault(source, []).append(target)
-        grad_targets.setdefault(target, []).insert(0, source)
+    return sources, targets
 
-    posts: list[list[Instruction]] = [[] for _ in computes]
-    seen: dict[int, list[int]] = {}
-    for index, compute in enumerate(computes):
-        stage, microbatch = compute.stage, compute.microbatch
-        if compute.op is Op.FORWARD:
-            for peer in sources.get(stage, ()):
-                posts[max(index - 1, 0)].append(Instruction(Op.RECV_ACT, stage, microbatch, peer))
-        elif compute.op in _BACKWARDS:
-            backwards = seen.setdefault(stage, [])
-            backwards.append(index)
-            for peer in grad_sources.get(stage, ()):
-                early = max(peer - stage - 1, 1)
-                slot = backwards[max(len(backwards) - early, 0)]
-                posts[max(slot - 1, 0)].append(Instruction(Op.RECV_GRAD, stage, microbatch, peer))
 
+def _line(
+    order: Sequence[Instruction],
+    posts: Sequence[Sequence[Instruction]],
+    targets: dict[int, list[int]],
+    grad_targets: dict[int, list[int]],
+) -> tuple[Instruction, ...]:
     line: list[Instruction] = []
-    for compute, posted in zip(computes, posts, strict=True):
+    for compute, posted in zip(order, posts, strict=True):
         stage, microbatch = compute.stage, compute.microbatch
         line += posted
         line.append(compute)
-        # The nearest stage first: it is the next to need the value.
         if compute.op is Op.FORWARD:
             line += (Instruction(Op.SEND_ACT, stage, microbatch, peer) for peer in targets.get(stage, ()))
         elif compute.op in _BACKWARDS:
             line += (Instruction(Op.SEND_GRAD, stage, microbatch, peer) for peer in grad_targets.get(stage, ()))
     return tuple(line)
+
+
+def post_earlier(lines: Sequence[Sequence[Instruction]]) -> tuple[tuple[Instruction, ...], ...]:
+    """Moves receives forward, as few as needed, until the lines finish where a send waits for its receive to be posted.
+
+    Runs the lines under that rule. Where nothing moves, a position waits in a send; the receive that it waits for is
+    posted where its position stands. With every receive posted no send waits, so this ends for any lines that finish
+    when sends return at once.
+    """
+    home = {instruction.stage: position for position, line in enumerate(lines) for instruction in line}
+    pending: dict[Edge, deque[Instruction]] = defaultdict(deque)
+    for line in lines:
+        for instruction in line:
+            if instruction.is_recv:
+                pending[instruction.peer, instruction.stage].append(instruction)
+    made: list[list[Instruction]] = [[] for _ in lines]
+    posted: set[Instruction] = set()
+    sent: set[Instruction] = set()
+    needs: dict[tuple[int, bool, int], list[Instruction]] = defaultdict(list)
+    cursors = [0] * len(lines)
+
+    def post(receive: Instruction) -> None:
+        pending[receive.peer, receive.stage].remove(receive)
+        posted.add(receive)
+        needs[receive.stage, receive.op is Op.RECV_ACT, receive.microbatch].append(_other_side(receive))
+        made[home[receive.stage]].append(receive)
+
+    def advance(position: int) -> bool:
+        line, start = lines[position], cursors[position]
+        while cursors[position] < len(line):
+            instruction = line[cursors[position]]
+            if instruction.is_recv:
+                if instruction not in posted:
+                    post(instruction)
+            else:
+                if instruction.is_send:
+                    sent.add(instruction)
+                    if _other_side(instruction) not in posted:
+                        break
+                elif instruction.op is not Op.BACKWARD_WEIGHT:
+                    key = (instruction.stage, instruction.op is Op.FORWARD, instruction.microbatch)
+                    if any(send not in sent for send in needs.get(key, ())):
+                        break
+                made[position].append(instruction)
+            cursors[position] += 1
+        return cursors[position] > start
+
+    while any(cursor < len(line) for cursor, line in zip(cursors, lines)):
+        if any([advance(position) for position in range(len(lines))]):
+            continue
+        waiting = [lines[p][at] for p, at in enumerate(cursors) if at < len(lines[p]) and lines[p][at].is_send]
+        if not waiting:
+            raise Deadlock("the order of computes cannot finish", schedule_text(tuple(map(tuple, lines))).splitlines())
+        # A gradient first: its buffer moves from one stage to the other, an activation's would be one more.
+        wanted = _other_side(min(waiting, key=lambda send: (send.op is Op.SEND_ACT, send.microbatch, send.stage)))
+        queue = pending[wanted.peer, wanted.stage]
+        while wanted not in posted:
+            post(queue[0])
+    return tuple(map(tuple, made))
+
+
+_SIDES = {
+    Op.SEND_ACT: Op.RECV_ACT,
+    Op.RECV_ACT: Op.SEND_ACT,
+    Op.SEND_GRAD: Op.RECV_GRAD,
+    Op.RECV_GRAD: Op.SEND_GRAD,
+}
+
+
+def _other_side(instruction: Instruction) -> Instruction:
+    """The receive of a send, the send of a receive."""
+    return Instruction(_SIDES[instruction.op], instruction.peer, instruction.microbatch, instruction.stage)

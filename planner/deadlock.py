@@ -102,7 +102,8 @@ def _check_messages(schedule: Schedule, edges: set[tuple[int, int]], grad_edges:
                 continue
             activation = op in _ACTS
             pair = (stage, peer) if instruction.is_send else (peer, stage)
-            if (pair if activation else pair[::-1]) not in (edges if activation else grad_edges):
+            edge = pair if activation else (pair[1], pair[0])
+            if edge not in (edges if activation else grad_edges):
                 raise _fault(schedule, f"{instruction} has no edge", {position: at})
             if instruction in seen:
                 raise _fault(schedule, f"{instruction} stands twice", {position: at})
@@ -111,7 +112,7 @@ def _check_messages(schedule: Schedule, edges: set[tuple[int, int]], grad_edges:
                 when = "before its value is computed" if instruction.is_send else "after its value was needed"
                 raise _fault(schedule, f"{instruction} stands {when}", {position: at})
             sides[instruction.is_recv][pair].append((activation, microbatch))
-    for activation, wanted in ((True, edges), (False, {edge[::-1] for edge in grad_edges})):
+    for activation, wanted in ((True, edges), (False, {(target, source) for source, target in grad_edges})):
         for pair in sorted(wanted):
             for side, verb in zip(sides, ("sent", "received"), strict=True):
                 found = sorted(m for kind, m in side[pair] if kind == activation)

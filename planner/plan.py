@@ -14,12 +14,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shardplan.errors import PlanFileError, PlanMismatch
 from shardplan.planner.instructions import Schedule, parse_schedule, schedule_text
 from shardplan.planner.placement import Mesh
 from shardplan.planner.rules.strategy import Strategy
+
+if TYPE_CHECKING:
+    from shardplan.planner.report.measured import Measured
 
 SCHEMA = 1
 
@@ -92,6 +95,38 @@ class Alternative:
 
 
 @dataclass(frozen=True, slots=True)
+class StageLink:
+    """What one microbatch carries between two stages: an activation from source to target (skip connections are links
+    of their own) and, where grad_nbytes > 0, its gradient back. Bytes are those of one rank's message, seconds what
+    the cost model says for it."""
+
+    source: int
+    target: int
+    nbytes: int
+    seconds: float
+    grad_nbytes: int = 0
+    grad_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSummary:
+    """A node of the traced graph as `Plan.explain` and the report need it (made by `planner.describe`).
+
+    op: "aten.linear", or "param", "buffer", "constant", "input". name: full name of a parameter, buffer or input; for
+        ops the module that they came from. stages: where it is computed or held.
+    inputs: nodes that make the tensor arguments, in the order of `Strategy.inputs`; ``name#2`` is result 2 of an op.
+    outputs: "float32[8,16]" per tensor result (global shapes). differentiable: whether a gradient flows.
+    """
+
+    op: str
+    name: str
+    stages: tuple[int, ...]
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    differentiable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceSummary:
     """A device as the plan saw it."""
 
@@ -109,6 +144,7 @@ class Plan:
         replicated on that axis.
     simulated_seconds: step time that the simulator gives for `instructions` (step_seconds is the same number).
     replicated_ops: (op, number of nodes, share of step seconds) for ops that had no rule.
+    links: messages between stages, one entry per edge of the schedule. nodes: node name -> summary, getitem left out.
     coverage: share of predicted op seconds that was "measured", "interpolated", "modelled".
     """
 
@@ -132,6 +168,8 @@ class Plan:
     notes: tuple[str, ...] = ()
     trace_seconds: float = 0.0
     profile_seconds: float = 0.0
+    links: tuple[StageLink, ...] = ()
+    nodes: dict[str, NodeSummary] = field(default_factory=dict)
     schema: int = SCHEMA
 
     def strategy(self, axis: str, node: str) -> Strategy | None:
@@ -163,6 +201,37 @@ class Plan:
             raise PlanMismatch(
                 f"this plan was made for another job ({self.model})", wrong, ["plan again, or drop plan="]
             )
+
+    # -- for people ----------------------------------------------------------------------------------------------------
+
+    def __str__(self) -> str:
+        """The report as plain text."""
+        from shardplan.planner.report import render_text
+
+        return render_text(self)
+
+    def report(self, path: str | os.PathLike[str] | None = None, measured: Measured | None = None) -> None:
+        """Print the report, or write it: ``.html`` (one offline file), ``trace.json`` (Chrome trace), ``.json``,
+        ``.txt`` or ``.md``. Raises UsageError on another suffix."""
+        from shardplan.planner.report import print_report, write_report
+
+        if path is None:
+            print_report(self, measured)
+        else:
+            write_report(self, path, measured)
+
+    def explain(self, pattern: str) -> str:
+        """In words, what every parameter and op whose name matches the glob (or lies in the module of that name) does
+        on each axis: how it is split and what it communicates. Raises NoMatch, naming the nearest names."""
+        from shardplan.planner.report import explain
+
+        return explain(self, pattern)
+
+    def diff(self, other: Plan) -> str:
+        """What changes from this plan to `other`, in words; "no difference" for equal plans."""
+        from shardplan.planner.report import diff
+
+        return diff(self, other)
 
     # -- files ---------------------------------------------------------------------------------------------------------
 

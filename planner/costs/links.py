@@ -91,12 +91,26 @@ FABRICS: dict[str, Fabric] = {
 
 
 @dataclass(frozen=True, slots=True)
+class _Part:
+    """The members of a group on one node, `count` of them. inside: their link among themselves; between: towards the
+    other nodes of the group. devices: of the whole node."""
+
+    node: int
+    count: int
+    devices: int
+    inside: Link
+    between: Link
+
+
+@dataclass(frozen=True, slots=True)
 class _Group:
-    """What the model needs to know of a group. counts: node -> members on it, in rank order."""
+    """What the model needs to know of a group. parts: one per node; alike: one of every kind of part (large groups
+    have few kinds)."""
 
     size: int
-    counts: tuple[tuple[int, int], ...]
     gloo: bool
+    parts: tuple[_Part, ...]
+    alike: tuple[_Part, ...]
 
 
 class LinkModel:
@@ -220,10 +234,37 @@ class LinkModel:
 
     def _group(self, ranks: tuple[int, ...]) -> _Group:
         if ranks not in self._groups:
-            devices = [self.cluster.devices[rank] for rank in ranks]
-            counts = tuple(sorted(Counter(device.node for device in devices).items()))
-            self._groups[ranks] = _Group(len(ranks), counts, any(d.kind.torch_device == "cpu" for d in devices))
+            members: dict[int, list[int]] = {}
+            for rank in sorted(ranks):
+                members.setdefault(self.cluster.devices[rank].node, []).append(rank)
+            rows = list(members.values())
+            parts = tuple(
+                _Part(
+                    node,
+                    len(row),
+                    len(self.cluster.nodes[node]),
+                    self._inside_link(node, row),
+                    self._between_link(node, row, after),
+                )
+                for (node, row), after in zip(members.items(), [*rows[1:], rows[0]], strict=True)
+            )
+            alike = {(part.count, part.devices, part.inside, part.between): part for part in reversed(parts)}
+            gloo = any(self.cluster.devices[row[0]].kind.torch_device == "cpu" for row in rows)
+            self._groups[ranks] = _Group(len(ranks), gloo, parts, tuple(alike.values()))
         return self._groups[ranks]
+
+    def _inside_link(self, node: int, members: Sequence[int]) -> Link:
+        """The link that members of one node use among themselves: with overrides, the slowest edge of the ring through
+        them in rank order."""
+        if not self.cluster.has_overrides() or len(members) < 2:
+            return self.cluster.wiring[node].link
+        return _worst([self.cluster.link(a, b) for a, b in zip(members, [*members[1:], members[0]], strict=True)])
+
+    def _between_link(self, node: int, members: Sequence[int], following: Sequence[int]) -> Link:
+        """Their uplink: with overrides, the slowest edge to the members on the next node of the ring."""
+        if not self.cluster.has_overrides() or members is following:
+            return self.cluster.wiring[node].uplink
+        return _worst([self.cluster.link(a, following[i % len(following)]) for i, a in enumerate(members)])
 
     def _model(
         self, kind: str, nbytes: int, ranks: tuple[int, ...], concurrent: Sequence[Sequence[int]] | None
@@ -231,105 +272,60 @@ class LinkModel:
         group = self._group(ranks)
         if group.gloo and kind == "reduce_scatter":
             kind = "all_reduce"
-        inside, between = self._inside_links(ranks, group), self._between_links(ranks, group)
-        options = [self._levels(kind, nbytes, group, inside, between, concurrent, in_switch=False)]
-        if kind == "all_reduce" and any(self.constants[link.fabric].reduces for link in inside):
-            options.append(self._levels(kind, nbytes, group, inside, between, concurrent, in_switch=True))
-        return min(options)
+        seconds = self._levels(kind, nbytes, group, concurrent, in_switch=False)
+        if kind == "all_reduce" and any(self.constants[part.inside.fabric].reduces for part in group.alike):
+            seconds = min(seconds, self._levels(kind, nbytes, group, concurrent, in_switch=True))
+        return seconds
 
     def _levels(
-        self,
-        kind: str,
-        nbytes: int,
-        group: _Group,
-        inside: Sequence[Link],
-        between: Sequence[Link],
-        concurrent: Sequence[Sequence[int]] | None,
-        in_switch: bool,
+        self, kind: str, nbytes: int, group: _Group, concurrent: Sequence[Sequence[int]] | None, in_switch: bool
     ) -> float:
         """A + k sqrt(A X) + X over both levels."""
-        latency = transfer = overlap = 0.0
-        nodes, most = len(group.counts), max(count for _, count in group.counts)
-        flat = group.gloo or nodes == 1
+        parts = group.alike if concurrent is None else group.parts
+        nodes, most = len(group.parts), max(part.count for part in parts)
         inside_steps = _hops(kind, group.size if group.gloo else most, group.gloo)
-        if most > 1:
-            for link, (node, count) in zip(inside, group.counts, strict=True):
-                if count < 2:
-                    continue
-                fabric = self.constants[link.fabric]
-                moved = _inside_bytes(kind, nbytes, group.size, count, flat)
-                rate = link.bytes_per_s * fabric.efficiency[kind]
+        between_steps = inside_steps if group.gloo else _hops(kind, nodes, False)
+        inside = between = transfer = overlap = 0.0
+        for part in parts:
+            if part.count > 1:
+                fabric, link = self.constants[part.inside.fabric], part.inside
+                moved = _inside_bytes(kind, nbytes, group.size, part.count, group.gloo or nodes == 1)
+                rate, steps = link.bytes_per_s * fabric.efficiency[kind], inside_steps
                 if in_switch and fabric.reduces:
-                    moved, rate = nbytes, link.bytes_per_s * fabric.reduces
+                    moved, rate, steps = nbytes, link.bytes_per_s * fabric.reduces, math.log2(part.count)
                 if fabric.direct:
-                    rate *= min(1.0, count / fabric.direct)
+                    rate *= min(1.0, part.count / fabric.direct)
                 if link.per == "node":
-                    rate /= self._active_devices(node, count, concurrent)
+                    rate /= self._active_devices(part, concurrent)
                 transfer = max(transfer, moved / rate)
-                steps = math.log2(count) if in_switch and fabric.reduces else inside_steps
-                latency = max(latency, link.latency_seconds * (1 + fabric.step * (steps - 1)))
+                inside = max(inside, link.latency_seconds * (1 + fabric.step * (steps - 1)))
                 overlap = max(overlap, fabric.overlap)
-        if nodes > 1:
-            hop = 0.0
-            steps = inside_steps if group.gloo else _hops(kind, nodes, False)
-            for link, (node, count) in zip(between, group.counts, strict=True):
-                fabric = self.constants[link.fabric]
-                moved = _between_bytes(kind, nbytes, group, count)
-                rate = link.bytes_per_s * fabric.efficiency[kind]
+            if nodes > 1:
+                fabric, link = self.constants[part.between.fabric], part.between
+                moved = _between_bytes(kind, nbytes, group, part.count)
                 # gloo keeps one flow per ring edge; NCCL spreads over every device's adapter.
-                rate *= self._uplink_share(link, node, count, concurrent, group.gloo and kind != "all_to_all")
+                one_flow = group.gloo and kind != "all_to_all"
+                rate = link.bytes_per_s * fabric.efficiency[kind] * self._uplink_share(part, concurrent, one_flow)
                 transfer = max(transfer, moved / rate)
-                hop = max(hop, link.latency_seconds * (1 + fabric.step * (steps - 1)))
+                between = max(between, link.latency_seconds * (1 + fabric.step * (between_steps - 1)))
                 overlap = max(overlap, fabric.overlap)
-            latency = max(latency, hop) if group.gloo else latency + hop
+        latency = max(inside, between) if group.gloo else inside + between
         return latency + overlap * math.sqrt(latency * transfer) + transfer
 
-    def _inside_links(self, ranks: tuple[int, ...], group: _Group) -> list[Link]:
-        """Per node of the group the link that its members use among themselves: with overrides, the slowest edge of
-        the ring through them in rank order."""
-        if not self.cluster.has_overrides():
-            return [self.cluster.wiring[node].link for node, _ in group.counts]
-        links = []
-        for node, count in group.counts:
-            members = sorted(rank for rank in ranks if self.cluster.devices[rank].node == node)
-            if count > 1:
-                edges = [self.cluster.link(a, b) for a, b in zip(members, [*members[1:], members[0]], strict=True)]
-                links.append(_worst(edges))
-            else:
-                links.append(self.cluster.wiring[node].link)
-        return links
-
-    def _between_links(self, ranks: tuple[int, ...], group: _Group) -> list[Link]:
-        """Per node of the group its uplink: with overrides, the slowest edge from its last member to the next node's
-        first."""
-        if len(group.counts) < 2:
-            return []
-        uplinks = [self.cluster.wiring[node].uplink for node, _ in group.counts]
-        if not self.cluster.has_overrides():
-            return uplinks
-        members = {node: sorted(r for r in ranks if self.cluster.devices[r].node == node) for node, _ in group.counts}
-        order = [node for node, _ in group.counts]
-        return [
-            _worst([self.cluster.link(a, b) for a, b in zip(members[node], _cycle(members[after], len(members[node])))])
-            for node, after in zip(order, [*order[1:], order[0]], strict=True)
-        ]
-
-    def _active_devices(self, node: int, count: int, concurrent: Sequence[Sequence[int]] | None) -> int:
-        """Devices of a node that talk at the same time."""
+    def _active_devices(self, part: _Part, concurrent: Sequence[Sequence[int]] | None) -> int:
+        """Devices of the part's node that talk at the same time."""
         if concurrent is None:
-            return len(self.cluster.nodes[node])
-        active = {r for ranks in concurrent for r in ranks if self.cluster.devices[r].node == node}
-        return max(len(active), count)
+            return part.devices
+        active = {r for ranks in concurrent for r in ranks if self.cluster.devices[r].node == part.node}
+        return max(len(active), part.count)
 
-    def _uplink_share(
-        self, link: Link, node: int, count: int, concurrent: Sequence[Sequence[int]] | None, one_flow: bool
-    ) -> float:
-        """Multiple of `link.bytes_per_s` that the group's members on a node have together."""
-        if link.per == "device":
-            return 1 if one_flow else count
+    def _uplink_share(self, part: _Part, concurrent: Sequence[Sequence[int]] | None, one_flow: bool) -> float:
+        """Multiple of the uplink's bandwidth that the group's members on a node have together."""
+        if part.between.per == "device":
+            return 1 if one_flow else part.count
         if concurrent is None:
-            return 1 / max(1, len(self.cluster.nodes[node]) // count)
-        return 1 / max(1, sum(self._crosses(ranks, node) for ranks in concurrent))
+            return 1 / max(1, part.devices // part.count)
+        return 1 / max(1, sum(self._crosses(ranks, part.node) for ranks in concurrent))
 
     def _crosses(self, ranks: Iterable[int], node: int) -> bool:
         places = {self.cluster.devices[rank].node for rank in ranks}
@@ -370,10 +366,6 @@ def _worst(edges: Sequence[Link]) -> Link:
     return Link(slowest.bytes_per_s, latency, slowest.fabric, slowest.per)
 
 
-def _cycle(items: Sequence[int], count: int) -> list[int]:
-    return [items[index % len(items)] for index in range(count)]
-
-
 def _hops(kind: str, size: int, gloo: bool) -> float:
     """Hops that a small message makes one after the other: rings on gloo, trees for NCCL's all_reduce."""
     if size < 2:
@@ -395,7 +387,7 @@ def _between_bytes(kind: str, nbytes: int, group: _Group, count: int) -> float:
     """Bytes that leave a node with `count` members of the group."""
     if kind == "all_to_all":
         return count * (group.size - count) / group.size * nbytes
-    nodes = len(group.counts)
+    nodes = len(group.parts)
     once = (group.size - 1) / group.size if group.gloo else (nodes - 1) / nodes
     return (2 if kind == "all_reduce" else 1) * once * nbytes
 

@@ -87,18 +87,21 @@ def test_shares_end_at_one() -> None:
         units.parse_share("101 %")
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**60))
 def test_sizes_round_trip(nbytes: int) -> None:
     if nbytes < 2**53:
         assert units.parse_nbytes(units.format_nbytes(nbytes)) == nbytes
 
 
+@settings(deadline=None)
 @given(st.floats(1e-3, 1e18))
 def test_rates_round_trip(rate: float) -> None:
     assert units.parse_bytes_per_s(units.format_bytes_per_s(rate)) == rate
     assert units.parse_flops_per_s(units.format_flops_per_s(rate)) == rate
 
 
+@settings(deadline=None)
 @given(st.floats(0, 100))
 def test_times_and_shares_round_trip(value: float) -> None:
     assert units.parse_seconds(units.format_seconds(value)) == value

@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardplan.planner.cluster import Cluster, Device, DeviceKind, Link, PairLink, Wiring
@@ -90,6 +90,7 @@ def test_switches_that_reduce_move_each_byte_once() -> None:
     assert switch.collective("all_reduce", 10**9, (0, 1)) == pytest.approx(ring)
 
 
+@settings(deadline=None)
 @given(
     kind=st.sampled_from(COLLECTIVE_KINDS),
     name=st.sampled_from(sorted(FABRICS)),
@@ -113,6 +114,7 @@ def test_prices_rise_with_bytes_nodes_and_latency(kind, name, uplink, device, sm
     assert whole_nodes == sorted(whole_nodes)
 
 
+@settings(deadline=None)
 @given(st.sampled_from(COLLECTIVE_KINDS), st.permutations(range(8)), st.integers(1, 2**30))
 def test_the_order_of_ranks_does_not_matter(kind: str, order: list[int], nbytes: int) -> None:
     model = LinkModel(Cluster.parse("16xh100"))
@@ -192,6 +194,7 @@ def test_single_links_can_differ() -> None:
 _points = st.lists(st.tuples(st.integers(1, 2**30), st.floats(1e-6, 1e3)), min_size=1, max_size=12)
 
 
+@settings(deadline=None)
 @given(_points, st.lists(st.integers(1, 2**34), min_size=2, max_size=6))
 def test_clean_tables_rise_and_so_do_their_interpolations(points, sizes: list[int]) -> None:
     table = clean(points)
@@ -207,6 +210,7 @@ def test_clean_tables_rise_and_so_do_their_interpolations(points, sizes: list[in
     assert clean(table) == table
 
 
+@settings(deadline=None)
 @given(st.floats(1e-6, 1e-2), st.floats(1e6, 1e12), st.integers(1, 2**32))
 def test_a_straight_line_is_followed_within_a_few_percent(latency: float, rate: float, nbytes: int) -> None:
     points = tuple((4**k, latency + 4**k / rate) for k in range(5, 13))
@@ -251,6 +255,7 @@ _entries = st.dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(_entries)
 def test_tables_round_trip(entries) -> None:
     tables = LinkTables(entries, "gloo")

@@ -204,11 +204,12 @@ def shadow(model: nn.Module, fake_mode: Any, copied: bool) -> Iterator[nn.Module
             raise CannotCopy(str(error)) from error
         yield made
         return
-    undo: list[tuple[dict[str, Any], str, Any]] = []
+    undo: list[tuple[Any, str, Any]] = []
     modes = [(module, module.training) for module in model.modules()]
     try:
         for module in model.modules():
-            for table in (module._parameters, module._buffers):
+            tables: tuple[Any, ...] = (module._parameters, module._buffers)
+            for table in tables:
                 for name, value in table.items():
                     if value is not None:
                         undo.append((table, name, value))
@@ -224,7 +225,11 @@ def shadow(model: nn.Module, fake_mode: Any, copied: bool) -> Iterator[nn.Module
 @contextlib.contextmanager
 def without_caches(model: nn.Module) -> Iterator[None]:
     """Hugging Face models: ``config.use_cache`` off for as long as the block runs."""
-    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "use_cache")}
+    configs: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "use_cache"):
+            configs[id(config)] = config
     before = [(config, config.use_cache) for config in configs.values()]
     try:
         for config, _ in before:
@@ -268,6 +273,24 @@ def plain_python(training: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def flat_regions() -> Iterator[None]:
+    """Export keeps the switches of no_grad and autocast as they were called, instead of putting what is between them
+    into submodules: that step forgets a no_grad inside an autocast region."""
+    from torch._export.passes import replace_autocast_with_hop_pass, replace_set_grad_with_hop_pass
+
+    def keep(module: fx.GraphModule, signature: Any) -> tuple[fx.GraphModule, Any]:
+        return module, signature
+
+    with contextlib.ExitStack() as undo:
+        for owner in (replace_autocast_with_hop_pass, replace_set_grad_with_hop_pass):
+            attribute = owner.__name__.rpartition(".")[2]
+            if hasattr(owner, attribute):
+                undo.callback(setattr, owner, attribute, getattr(owner, attribute))
+                setattr(owner, attribute, keep)
+        yield
+
+
+@contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """PyTorch's tracer logs what it also raises; the exception is enough."""
     names = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes", "torch.export", "torch._export")
@@ -303,7 +326,8 @@ def capture(wrapper: Wrapper, inputs: tuple[Any, Any, Any], fake_mode: Any) -> C
         with plain_python(wrapper.need_loss), quiet():
             made = _make_fx(wrapper, inputs, fake_mode)
     except Exception as error:
-        raise explain(first, wrapper.model) from error
+        known = depends_on_data(error) or _find(error, CustomBackward)
+        raise explain(error if known else first, wrapper.model) from error
     reason = f"{type(first).__name__}: {str(first).strip().splitlines()[0] if str(first).strip() else ''}"
     made.notes.append(f"WARNING: traced by make_fx because torch.export failed ({reason}); module names are lost")
     return made
@@ -311,7 +335,7 @@ def capture(wrapper: Wrapper, inputs: tuple[Any, Any, Any], fake_mode: Any) -> C
 
 def _export(wrapper: Wrapper, inputs: tuple[Any, Any, Any], fake_mode: Any) -> Captured:
     # The context makes export use the mode of our fakes instead of a second one.
-    with tracing(TracingContext(fake_mode)):
+    with tracing(TracingContext(fake_mode)), flat_regions():
         program = torch.export.export(wrapper, inputs, strict=False)
     leaves = 0
     kinds: dict[str, tuple[str, Any]] = {}

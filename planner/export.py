@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from shardplan.errors import NotTraceable, UsageError
@@ -26,6 +27,7 @@ from shardplan.planner.capture import (
 )
 from shardplan.planner.passes import Draft, normalize
 from shardplan.planner.passes.draft import not_traceable, packet
+from shardplan.planner.passes.inline_regions import mark_switched
 from shardplan.planner.segments import fill_segments
 from shardplan.planner.trace import Source, Trace, mutated, needs_grad, set_mutated, set_needs_grad
 
@@ -127,6 +129,7 @@ def _draft(captured: Captured, model: nn.Module, inputs: Any, notes: list[str], 
     for part in captured.module.modules():
         for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
             node.meta["nn_module_stack"] = _module_stack(node)
+    mark_switched(captured.module.graph)
     canonical = _canonical_names(model)
     labels = _input_labels(model, inputs)
     leaves = pytree.tree_leaves(inputs)
@@ -191,7 +194,7 @@ def _input_labels(model: nn.Module, inputs: Any) -> list[str]:
     positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     labels = []
     for path, _ in pytree.tree_flatten_with_path(inputs)[0]:
-        keys = [getattr(key, "key", getattr(key, "idx", getattr(key, "name", None))) for key in path]
+        keys: list[Any] = [getattr(key, "key", getattr(key, "idx", getattr(key, "name", None))) for key in path]
         if keys[0] == 2:
             keys = ["target", *keys[1:]]
         elif keys[0] == 0 and keys[1] < len(positional):
@@ -251,12 +254,12 @@ def _finish(draft: Draft, captured: Captured, in_spec: Any, batch_size: int) -> 
         _keep_meta(node, new, made)
     for node in draft.graph.nodes:
         if node.op == "call_function":
-            args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: made[n])
+            args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: made[n])
             label = packet(node).split(".")[-1].strip("_") or getattr(node.target, "__name__", "op")
             made[node] = graph.create_node("call_function", node.target, args, kwargs, name=label)
             _keep_meta(node, made[node], made)
         elif node.op == "output":
-            graph.output(fx.node.map_arg(node.args[0], lambda n: made[n]))
+            graph.output(map_arg(node.args[0], lambda n: made[n]))
     module = fx.GraphModule(nn.Module(), graph, class_name="Traced")
     loss = next(iter(_output_args(graph)), None)
     if draft.training and isinstance(loss, fx.Node) and not needs_grad(loss):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 BATCH = 8
 SEQUENCE = 16
@@ -363,10 +364,10 @@ def run_eager(case: Case) -> Result:
         output = case.model(**case.kwargs, use_cache=False) if _caches(case.model) else case.model(**case.kwargs)
     else:
         output = case.model(**case.kwargs)
-    loss = case.loss_fn(output, case.target) if case.loss_fn else loss_of(output)
+    loss = case.loss_fn(output, case.batch["target"]) if case.loss_fn else loss_of(output)
     if loss is not None:
         loss.backward()
-    leaves = [leaf.detach() for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+    leaves = [leaf.detach() for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
     gradients = {name: p.grad for name, p in case.model.named_parameters() if p.grad is not None}
     buffers = {name: b.detach().clone() for name, b in case.model.named_buffers()}
     return Result(None if loss is None else loss.detach(), leaves, gradients, buffers)
@@ -383,7 +384,7 @@ def run_trace(trace: Any, model: nn.Module, batch: dict[str, Any]) -> Result:
     the model is left alone.
     """
     names = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    leaves = torch.utils._pytree.tree_leaves(({}, {k: v for k, v in batch.items() if k != "target"}))
+    leaves = pytree.tree_leaves(({}, {k: v for k, v in batch.items() if k != "target"}))
     values: dict[str, torch.Tensor] = {}
     arguments = []
     for node, source in trace.sources.items():

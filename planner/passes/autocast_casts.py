@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from shardplan.planner.passes.draft import Draft, not_traceable
 
@@ -48,7 +49,7 @@ def _try(draft: Draft, node: fx.Node, dtype: torch.dtype | None) -> Any:
 
     try:
         with draft.fake_mode, torch.no_grad():
-            args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), value)
+            args, kwargs = map_arg((node.args, dict(node.kwargs)), value)
             return node.target(*args, **kwargs)  # type: ignore[operator]
     except (RuntimeError, TypeError, ValueError):
         return None

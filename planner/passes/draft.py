@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from shardplan.errors import NotTraceable
 from shardplan.planner.trace import Source, module_path
@@ -54,7 +55,7 @@ class Draft:
 
     def evaluate(self, target: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Fake result of a call whose node arguments stand for their fake values."""
-        args, kwargs = fx.node.map_arg((args, dict(kwargs)), lambda node: node.meta["val"])
+        args, kwargs = map_arg((args, dict(kwargs)), lambda node: node.meta["val"])
         with self.fake_mode or contextlib.nullcontext(), torch.no_grad():
             return target(*args, **kwargs)
 

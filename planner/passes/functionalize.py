@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from shardplan.planner.passes.draft import Draft, aten_ops, not_traceable, packet
 from shardplan.planner.trace import needs_grad as flows
@@ -128,7 +129,7 @@ class _Functionalizer:
         template = alias.chain[-1]
         parent = self._value(Alias(storage, alias.chain[:-1]), before)
         viewed = next(n for n in template.all_input_nodes if n in self.aliases and self.aliases[n].storage is storage)
-        args, kwargs = fx.node.map_arg((template.args, template.kwargs), lambda n: parent if n is viewed else n)
+        args, kwargs = map_arg((template.args, template.kwargs), lambda n: parent if n is viewed else n)
         made = self.draft.emit(before, template.target, *args, like=template, **kwargs)  # type: ignore[arg-type]
         self.aliases[made] = alias
         storage.values[alias.chain] = made

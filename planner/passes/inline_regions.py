@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from shardplan.planner.passes.draft import Draft, not_traceable
 
@@ -21,7 +22,6 @@ CHECKPOINT_REGION = "tag_activation_checkpoint"
 
 def apply(draft: Draft) -> None:
     """Regions within regions included; the innermost region decides."""
-    _inline_grad_switches(draft)
     while regions := [node for node in draft.ops() if _region(node)]:
         for node in regions:
             _inline(draft, node)
@@ -66,7 +66,7 @@ def _inline(draft: Draft, node: fx.Node) -> None:
         made.meta["no_grad"], made.meta["autocast"] = no_grad, autocast
         known[old] = made
     (returned,) = next(n for n in reversed(inner.graph.nodes) if n.op == "output").args
-    results = fx.node.map_arg(returned, lambda n: known[n])
+    results = map_arg(returned, lambda n: known[n])
     for user in list(node.users):
         if not isinstance(results, (tuple, list)):
             break
@@ -85,12 +85,24 @@ def _adopt(draft: Draft, module: Any) -> str:
     return f"region_{number}"
 
 
-def _inline_grad_switches(draft: Draft) -> None:
-    """`make_fx` records the switch of the gradient mode as calls in the flat graph."""
+def mark_switched(graph: fx.Graph) -> None:
+    """The same marks for a graph in which regions are calls that switch a mode on and off, as from `make_fx`."""
     enabled = True
-    for node in draft.ops():
+    autocasts: list[Any] = []
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
         if node.target is torch._C._set_grad_enabled:
             enabled = bool(node.args[0])
-            draft.graph.erase_node(node)
-        elif not enabled:
-            node.meta["no_grad"] = True
+            graph.erase_node(node)
+        elif node.target is torch.amp.autocast_mode._enter_autocast:
+            _device, dtype, active, *_ = node.args
+            autocasts.append(dtype if active else None)
+        elif node.target is torch.amp.autocast_mode._exit_autocast:
+            autocasts.pop()
+            entered = node.args[0]
+            graph.erase_node(node)
+            graph.erase_node(entered)  # type: ignore[arg-type]
+        else:
+            node.meta["no_grad"] = not enabled
+            node.meta["autocast"] = autocasts[-1] if autocasts else None

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from shardplan.planner.passes.draft import Draft, aten_ops, packet
 
@@ -122,8 +123,13 @@ class Evaluator:
             return self._pointwise(lambda x: x.to(dtype), (source,), shape)
         if source is not None and op == "aten.expand":
             return _padded(source, shape)
-        if source is not None and source.data is not None and op == "aten.unsqueeze":
-            return Known(shape, source.data.unsqueeze(node.args[1]))  # type: ignore[arg-type]
+        if source is not None and op == "aten.unsqueeze":
+            dim = int(node.args[1]) % len(shape)  # type: ignore[call-overload]
+            if source.data is not None:
+                return Known(shape, source.data.unsqueeze(dim))
+            # A formula is evaluated by rows and columns: dims of size 1 before these change nothing.
+            leading = dim < len(shape) - 2 and all(extent == 1 for extent in source.kept[:-2])
+            return Known(shape, None, source.formula, (1, *source.kept)) if leading else None
         if source is not None and source.data is not None and op in ("aten.reshape", "aten.view"):
             return _reshaped(source, shape) or self._whole(node, known, shape)
         if source is not None and source.data is not None and op == "aten.index":
@@ -166,7 +172,7 @@ class Evaluator:
         fulls = {n: value.full() for n, value in known.items()}
         if any(value is None for value in fulls.values()):
             return None
-        args, kwargs = fx.node.map_arg((node.args, _on_cpu(node.kwargs)), lambda n: fulls[n])
+        args, kwargs = map_arg((node.args, _on_cpu(node.kwargs)), lambda n: fulls[n])
         result = node.target(*args, **kwargs)  # type: ignore[operator]
         return _squeezed(result, shape) if isinstance(result, torch.Tensor) else None
 
@@ -189,7 +195,7 @@ class Evaluator:
         parts = {n: p.expand([p.shape[d] if d == dim else common[d] for d in range(p.ndim)]) for n, p in parts.items()}
         if any(p.numel() > LARGEST_NUMEL for p in parts.values()):
             return None
-        args, kwargs = fx.node.map_arg((node.args, _on_cpu(node.kwargs)), lambda n: parts[n])
+        args, kwargs = map_arg((node.args, _on_cpu(node.kwargs)), lambda n: parts[n])
         return _squeezed(node.target(*args, **kwargs), shape)  # type: ignore[operator]
 
 

@@ -57,7 +57,7 @@ def _is_no_op(node: fx.Node, source: fx.Node) -> bool:
     if op == "aten.contiguous":
         return before.is_contiguous(memory_format=node.kwargs.get("memory_format", torch.contiguous_format))  # type: ignore[arg-type]
     if op in DROPOUTS:
-        return node.args[1] == 0 or not node.args[2]
+        return bool(node.args[1] == 0 or not node.args[2])
     return _is_neutral(node, op)
 
 

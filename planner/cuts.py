@@ -24,7 +24,7 @@ from shardplan.planner.trace import module_path, mutated
 
 REACH_HEAVY = 6
 REACH_NODES = 16
-PASSING_HEAVY = 8
+PASSING_HEAVY = 9
 
 HEAVY = frozenset(
     [
@@ -155,7 +155,7 @@ def _reach(heavy: Sequence[int], count: int) -> list[int]:
     found = []
     for i in range(count - 1):
         passed = bisect.bisect_left(heavy, i + 1)
-        far = heavy[passed - REACH_HEAVY] - 1 if passed >= REACH_HEAVY else 0
+        far = heavy[passed - REACH_HEAVY - 1] if passed > REACH_HEAVY else 0
         found.append(max(0, min(far, i - REACH_NODES)))
     return found
 

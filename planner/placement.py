@@ -25,6 +25,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,9 @@ class Placement:
     def __str__(self) -> str:
         if self.kind != "S":
             return self.kind
-        return f"S({self.dim}|{','.join(map(str, self.sections))})" if self.sections else f"S({self.dim})"
+        runs = [(size, sum(1 for _ in same)) for size, same in groupby(self.sections)]
+        text = ",".join(str(size) if count == 1 else f"{count}x{size}" for size, count in runs)
+        return f"S({self.dim}|{text})" if text else f"S({self.dim})"
 
 
 R = Placement("R")
@@ -69,7 +72,7 @@ def S(dim: int, sections: tuple[int, ...] = ()) -> Placement:
     return Placement("S", dim, tuple(sections))
 
 
-_TEXT = re.compile(r"^S\((\d+)(?:\|([\d,]+))?\)$")
+_TEXT = re.compile(r"^S\((\d+)(?:\|((?:\d+x)?\d+(?:,(?:\d+x)?\d+)*))?\)$")
 
 
 @lru_cache(maxsize=4096)
@@ -80,8 +83,11 @@ def parse(text: str) -> Placement:
     found = _TEXT.match(text)
     if not found:
         raise ValueError(f"not a placement: {text!r}")
-    sections = tuple(int(part) for part in found[2].split(",")) if found[2] else ()
-    return S(int(found[1]), sections)
+    sections: list[int] = []
+    for part in found[2].split(",") if found[2] else ():
+        count, _, size = part.rpartition("x")
+        sections += [int(size)] * int(count or 1)
+    return S(int(found[1]), tuple(sections))
 
 
 Layout = tuple[Placement, ...]

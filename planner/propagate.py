@@ -68,19 +68,20 @@ class _Follower:
 
     def op(self, node: fx.Node) -> None:
         arguments = tensor_args(node)
+        carries = any(self.state(argument).kind in ("S", "P") for argument in arguments)
         best: tuple[tuple[float, ...], Strategy] | None = None
-        for order, strategy in enumerate(strategies(node)):
+        for order, strategy in enumerate(strategies(node, inner=True)):
             if not self.divisible(node, arguments, strategy):
                 continue
             price = self.price(arguments, strategy)
             if price is None:
                 continue
-            rank = (*price, not strategy.is_split, any(p == P for p in strategy.outputs), order)
+            rank = (*price, strategy.is_split != carries, any(p == P for p in strategy.outputs), order)
             if best is None or rank < best[0]:
                 best = rank, strategy
         if best is None:
             self.fail(node, arguments)
-            best = (), strategies(node)[0]
+            best = (), strategies(node, inner=True)[0]
         self.choose(node, arguments, best[1])
 
     def divisible(self, node: fx.Node, arguments: tuple[fx.Node, ...], strategy: Strategy) -> bool:
@@ -126,7 +127,7 @@ class _Follower:
         if self.state(value).is_shard:
             return False
         arguments = tensor_args(node)
-        for strategy in strategies(node):
+        for strategy in strategies(node, inner=True):
             if placed(strategy, index) != wanted or not self.divisible(node, arguments, strategy):
                 continue
             price = self.price(arguments, strategy)

@@ -116,9 +116,19 @@ def _dropout(op: OpContext) -> fx.Node:
     return op.emit(kernels.dropout, op.stage.comm, site, op.split_axes(0), op.arguments[0], op.argument(1, "p"), True)
 
 
+def _attention(op: OpContext) -> fx.Node:
+    names = ("attn_mask", "dropout_p", "is_causal")
+    defaults = (None, 0.0, False)
+    given = {n: op.argument(i, n, d) for i, (n, d) in enumerate(zip(names, defaults, strict=True), start=3)}
+    given |= {name: op.call.kwargs[name] for name in ("scale", "enable_gqa") if name in op.call.kwargs}
+    site = op.stage.sites[op.node.name]
+    return op.emit(kernels.attention, op.stage.comm, site, op.split_axes(0), *op.arguments[:3], **given)
+
+
 IMPLEMENTATIONS: dict[str, Callable[[OpContext], fx.Node]] = {
     "vocab_embedding": _vocab_embedding,
     "cross_entropy": _cross_entropy,
     "batch_norm": _batch_norm,
     "dropout": _dropout,
+    "attention": _attention,
 }

@@ -13,7 +13,7 @@ from shardplan.planner.plan import DeviceSummary, Memory, Plan, StagePlan, Statu
 from shardplan.planner.propagate import follow
 from shardplan.planner.rules import Strategy, strategies
 from shardplan.planner.stages import split_stages
-from shardplan.planner.trace import Trace, info, infos, is_tensor, resolve, tensor_args
+from shardplan.planner.trace import Trace, info, infos, is_tensor, mutated, resolve, tensor_args
 
 
 def even_bounds(trace: Trace, pp: int) -> tuple[int, ...]:
@@ -81,6 +81,11 @@ def random_plan(
             split = [s for s in options if any(p.kind != "R" for p in (*s.inputs, *s.outputs))]
             pool = split if split and rng.random() < split_bias else options
             splits.setdefault("tp", {})[node.name] = str(rng.choice(pool))
+        for node in trace.nodes():  # a buffer that an op writes to lies as the op reads it
+            for buffer in mutated(node):
+                text = splits["tp"].get(node.name)
+                placement = Strategy.parse(text).inputs[tensor_args(node).index(buffer)] if text else R
+                splits["tp"][buffer.name] = str(Strategy("-", (), (placement,)))
     bounds = bounds or even_bounds(trace, pp)
     split_ = split_stages(trace, bounds)
     ends = [*bounds[1:], len(trace.segments)]

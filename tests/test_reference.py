@@ -39,10 +39,14 @@ def traced():
     return get
 
 
-def close(mine: torch.Tensor, theirs: torch.Tensor, where: str) -> None:
-    scale = theirs.norm().clamp_min(1e-12)
-    error = float((mine - theirs).norm() / scale)
-    assert error < 1e-9, f"{where}: relative error {error:.2e}"
+# These compute a part of the model in fp32 whatever the parameters are, so the order of a sum shows.
+ROUNDS_TO_FP32 = {"llama", "gpt2", "t5", "bert"}
+
+
+def close(mine: torch.Tensor, theirs: torch.Tensor, tolerance: float, floor: float, where: str) -> None:
+    """Relative to the tensor's norm, or to `floor` where that is larger (some true gradients are zero)."""
+    error = float((mine - theirs).norm()) / max(float(theirs.norm()), floor)
+    assert error < tolerance, f"{where}: relative error {error:.2e}"
 
 
 @pytest.mark.parametrize("degrees", MESHES, ids=lambda d: "x".join(f"{k}{v}" for k, v in d.items()))
@@ -56,14 +60,16 @@ def test_random_plans_match_one_device(traced, name, degrees):
         program = compile(trace, plan)
         result = run_program(program, state, batch_of(case, trace))
         where = f"{name} {degrees} m{microbatches} seed {seed}"
-        close(result.loss, eager.loss, f"{where}: loss")
+        tolerance = 1e-6 if name in ROUNDS_TO_FP32 else 1e-9
+        floor = 1e-3 * max(float(g.norm()) for g in eager.gradients.values())
+        close(result.loss, eager.loss, tolerance, 1e-12, f"{where}: loss")
         for parameter, gradient in eager.gradients.items():
             mine = result.gradients[parameter]
             assert mine is not None, f"{where}: no gradient of {parameter}"
-            close(mine, gradient, f"{where}: gradient of {parameter}")
+            close(mine, gradient, tolerance, floor, f"{where}: gradient of {parameter}")
         for buffer, value in eager.buffers.items():
             if buffer in result.buffers and value.is_floating_point():
-                close(result.buffers[buffer], value, f"{where}: buffer {buffer}")
+                close(result.buffers[buffer], value, tolerance, 1e-12, f"{where}: buffer {buffer}")
 
 
 def batch_of(case: models.Case, trace: Trace) -> dict[str, torch.Tensor]:

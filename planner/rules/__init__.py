@@ -2,17 +2,74 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import fx
 
+from shardplan.planner.placement import D, R, S
+from shardplan.planner.rules import families, sections, views
+from shardplan.planner.rules.letters import whole_strategies
 from shardplan.planner.rules.localize import LocalCall, Slot, local_call
 from shardplan.planner.rules.strategy import Strategy
+from shardplan.planner.trace import info, infos, resolve
 
-__all__ = ["LocalCall", "Slot", "Strategy", "local_call", "strategies"]
+__all__ = ["LocalCall", "Slot", "Strategy", "has_rule", "local_call", "strategies"]
 
 
-def strategies(node: fx.Node) -> tuple[Strategy, ...]:
+def strategies(node: fx.Node, inner: bool = False) -> tuple[Strategy, ...]:
     """Every way to run `node` on one axis, from its global shapes; divisibility is the caller's check.
 
-    The first is always the replicated one. Placeholders have strategies with no inputs and one output.
+    The first is always the replicated one. Placeholders have strategies with no inputs and one output. inner: with
+    splits of dims that a view merges behind others, which only the batch needs (see `views.inner_splits`).
     """
-    raise NotImplementedError
+    key = f"strategies inner={inner}"
+    found = node.meta.get(key)
+    if found is None:
+        wanted = f"sections inner={inner}"
+        if wanted not in node.meta:
+            sections.annotate(node.graph, lambda n: _plain(n, inner), wanted)
+        plain = _plain(node, inner)
+        found = node.meta[key] = _unique([*plain, *sections.variants(node, plain, node.meta[wanted])])
+    return found
+
+
+def has_rule(node: fx.Node) -> bool:
+    """Whether the op has a rule; one without is computed whole on every rank of an axis."""
+    return node.op != "call_function" or resolve(node)[0] is not node or families.rule_of(node) is not None
+
+
+def _plain(node: fx.Node, inner: bool) -> tuple[Strategy, ...]:
+    """Strategies without section variants of what readers want."""
+    key = f"plain inner={inner}"
+    found = node.meta.get(key)
+    if found is None:
+        made = _placeholder(node) if node.op == "placeholder" else _op(node)
+        if inner and node.target in views.RESHAPES:
+            made += views.inner_splits(node)
+        found = node.meta[key] = _unique(made)
+    return found
+
+
+def _op(node: fx.Node) -> list[Strategy]:
+    if node.op != "call_function" or resolve(node)[0] is not node or not infos(node):
+        return []
+    found = whole_strategies(node)
+    rule = families.rule_of(node)
+    if rule is not None and not families.unsplittable(node):
+        found += rule(node)
+    return found
+
+
+def _placeholder(node: fx.Node) -> list[Strategy]:
+    value = info(node)
+    found = [Strategy("-", (), (R,))]
+    if value.needs_grad:
+        found.append(Strategy("d", (), (D,)))
+    return found + [Strategy(f"s{dim}", (), (S(dim),)) for dim, extent in enumerate(value.shape) if extent > 1]
+
+
+def _unique(found: Iterable[Strategy]) -> tuple[Strategy, ...]:
+    kept: dict[tuple[object, ...], Strategy] = {}
+    for strategy in found:
+        kept.setdefault((strategy.inputs, strategy.outputs, strategy.impl), strategy)
+    return tuple(kept.values())

@@ -1,0 +1,253 @@
+"""Local implementations of ops that are not themselves on a rank: called by generated stage code with the communicator.
+
+=====================  =======================================================  ====================================
+`Strategy.impl`        when                                                     function
+=====================  =======================================================  ====================================
+``vocab_embedding``    the vocabulary is split                                  `vocab_embedding` (result: summand)
+``cross_entropy``      tokens are split (mean), or classes are                  `cross_entropy`
+``batch_norm``         samples or positions are split, in training              `batch_norm`
+``dropout``            random pointwise op, whenever it draws                   `dropout`
+``attention``          attention with dropout, whenever it draws                `attention`
+=====================  =======================================================  ====================================
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd import Function
+from torch.nn import functional as F
+
+from shardplan.rewrite.comm import Comm
+
+aten = torch.ops.aten
+
+RANDOM: dict[Any, str] = {
+    aten.dropout.default: "dropout",
+    aten.scaled_dot_product_attention.default: "attention",
+}
+"""Random ops and the implementation that draws for them."""
+
+
+def vocab_embedding(
+    comm: Comm, axis: str, weight: torch.Tensor, ids: torch.Tensor, padding_idx: int = -1
+) -> torch.Tensor:
+    """Rows of a vocabulary split over `axis`: zeros where another rank has the row.
+
+    weight: [vocab / n, dim]; ids: int [...], global; padding_idx: global, its row gets no gradient. -> [..., dim].
+    """
+    rows = weight.shape[0]
+    local = ids - comm.index(axis) * rows
+    elsewhere = (local < 0) | (local >= rows)
+    padding = padding_idx - comm.index(axis) * rows if padding_idx >= 0 else -1
+    local = local.masked_fill(elsewhere, 0)
+    found = aten.embedding.default(weight, local, padding if 0 <= padding < rows else -1)
+    return found.masked_fill(elsewhere.unsqueeze(-1), 0)
+
+
+def cross_entropy_count(target: torch.Tensor, weight: torch.Tensor | None, ignore_index: int) -> torch.Tensor:
+    """What a mean divides by, on this rank: the number of tokens that count, or their weight. -> float32 []."""
+    counted = target != ignore_index
+    if weight is None:
+        return counted.sum().float()
+    return weight[target.masked_fill(~counted, 0)].masked_fill(~counted, 0).sum().float()
+
+
+def cross_entropy(
+    comm: Comm,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    *,
+    class_axis: str | None = None,
+    denominator: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Cross entropy of class indices.
+
+    logits: [tokens, classes, ...] or [classes]; target: int, without the class dim. reduction: 0 none, 1 mean, 2 sum.
+    class_axis: the axis that splits the classes. denominator: [] count over the whole batch; the result is then the sum
+    over this rank's tokens divided by it.
+    """
+    if class_axis is not None:
+        losses = _parallel_losses(comm, logits, target, ignore_index, label_smoothing, class_axis)
+        if reduction == 0:
+            return losses
+        total = losses.sum()
+        if reduction == 2:
+            return total
+        count = cross_entropy_count(target, None, ignore_index) if denominator is None else denominator
+        return total / count.to(total.dtype)
+    if denominator is None:
+        return aten.cross_entropy_loss.default(logits, target, weight, reduction, ignore_index, label_smoothing)
+    total = aten.cross_entropy_loss.default(logits, target, weight, 2, ignore_index, label_smoothing)
+    return total / denominator.to(total.dtype)
+
+
+def _parallel_losses(
+    comm: Comm, logits: torch.Tensor, target: torch.Tensor, ignore_index: int, smoothing: float, axis: str
+) -> torch.Tensor:
+    if logits.ndim > 1:
+        logits = logits.movedim(1, -1)
+    classes = logits.shape[-1]
+    start = comm.index(axis) * classes
+    local = target - start
+    ignored = target == ignore_index
+    elsewhere = (local < 0) | (local >= classes) | ignored
+    local = local.masked_fill(elsewhere, 0)
+    losses = _ParallelCrossEntropy.apply(logits, local, elsewhere, comm, axis, smoothing)
+    return losses.masked_fill(ignored, 0)  # type: ignore[union-attr]
+
+
+class _ParallelCrossEntropy(Function):
+    """Shoeybi et al. 2019 (Megatron-LM), section 3: three reductions of [tokens] instead of a gather of the logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        local: torch.Tensor,
+        elsewhere: torch.Tensor,
+        comm: Comm,
+        axis: str,
+        smoothing: float,
+    ) -> torch.Tensor:
+        work = logits.double() if logits.dtype == torch.float64 else logits.float()
+        highest = comm.all_reduce(work.amax(-1), axis, "max")
+        shifted = work - highest.unsqueeze(-1)
+        chosen = shifted.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0)
+        powers = shifted.exp()
+        parts = [chosen, powers.sum(-1)]
+        if smoothing:
+            parts.append(shifted.sum(-1))
+        chosen, total, *rest = comm.all_reduce(torch.stack(parts), axis).unbind()
+        log_total = total.log()
+        losses = log_total - chosen
+        width = work.shape[-1] * comm.size(axis)
+        if smoothing:
+            losses = (1 - smoothing) * losses + smoothing * (log_total - rest[0] / width)
+        ctx.save_for_backward(powers / total.unsqueeze(-1), local, elsewhere)
+        ctx.smoothing, ctx.width = smoothing, width
+        return losses.to(logits.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        share, local, elsewhere = ctx.saved_tensors
+        result = share.clone()
+        hit = (~elsewhere).to(result.dtype).unsqueeze(-1) * (1 - ctx.smoothing)
+        result.scatter_add_(-1, local.unsqueeze(-1), -hit)
+        if ctx.smoothing:
+            result -= ctx.smoothing / ctx.width
+        result *= grad.unsqueeze(-1)
+        return result.to(grad.dtype), None, None, None, None, None
+
+
+def batch_norm(
+    comm: Comm,
+    axes: tuple[str, ...],
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn: bool = True,
+) -> torch.Tensor:
+    """Batch normalisation with the statistics of all ranks on `axes`. x: [n, c, ...] -> same shape.
+
+    Running statistics are updated in place with those of the whole batch, as one device would.
+    """
+    dims = [0, *range(2, x.ndim)]
+    view = [1, -1, *[1] * (x.ndim - 2)]
+    ranks = 1
+    for axis in axes:
+        ranks *= comm.size(axis)
+    count = x.numel() // x.shape[1] * ranks
+    centred = _mean_over(comm, axes, x, dims, count)
+    mean = centred
+    shifted = x - mean.view(view)
+    var = _mean_over(comm, axes, shifted * shifted, dims, count)
+    if running_mean is not None and running_var is not None:
+        with torch.no_grad():
+            running_mean.mul_(1 - momentum).add_(mean.detach().to(running_mean.dtype), alpha=momentum)
+            unbiased = var.detach() * (count / max(count - 1, 1))
+            running_var.mul_(1 - momentum).add_(unbiased.to(running_var.dtype), alpha=momentum)
+    result = shifted * torch.rsqrt(var + eps).view(view)
+    if weight is not None:
+        result = result * weight.view(view)
+    if bias is not None:
+        result = result + bias.view(view)
+    return result.to(x.dtype)
+
+
+def _mean_over(comm: Comm, axes: tuple[str, ...], x: torch.Tensor, dims: list[int], count: int) -> torch.Tensor:
+    return _AllReduceBoth.apply(x.sum(dims), comm, axes) / count  # type: ignore[operator]
+
+
+class _AllReduceBoth(Function):
+    """A sum over ranks that every rank goes on using for its own samples: the gradients are summed as well."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, comm: Comm, axes: tuple[str, ...]) -> torch.Tensor:
+        ctx.comm, ctx.axes = comm, axes
+        for axis in axes:
+            x = comm.all_reduce(x, axis)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        for axis in ctx.axes:
+            grad = ctx.comm.all_reduce(grad, axis)
+        return grad, None, None
+
+
+def _generator(comm: Comm, site: int, axes: tuple[str, ...], device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(comm.seed(site, axes))
+
+
+def dropout(comm: Comm, site: int, axes: tuple[str, ...], x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
+    """Dropout that draws the same numbers on replicas, others on shards (`axes`), and the same when recomputed."""
+    if not training or not comm.training or p == 0.0:
+        return x
+    if p == 1.0:
+        return x * 0
+    keep = torch.empty_like(x, dtype=x.dtype).bernoulli_(1 - p, generator=_generator(comm, site, axes, x.device))
+    return x * keep.div_(1 - p)
+
+
+def attention(
+    comm: Comm,
+    site: int,
+    axes: tuple[str, ...],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """scaled_dot_product_attention whose dropout draws like `dropout`. query: [..., heads, q, d] -> [..., heads, q, e]."""
+    if not comm.training:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    if enable_gqa:
+        repeats = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
+    scores = (query @ key.transpose(-2, -1)) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~causal, float("-inf"))
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attn_mask, float("-inf"))
+        else:
+            scores = scores + attn_mask
+    return dropout(comm, site, axes, scores.softmax(-1), dropout_p, True) @ value

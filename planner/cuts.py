@@ -3,11 +3,11 @@
 A cut before position i costs the number of floating values made before i and still needed at or after i, those left
 out that pass by: whose uses before and after i are `PASSING_HEAVY` or more heavy ops apart (a U-Net's skips). A
 position is a *valley* where that number is lower than on either side, and a candidate where it is also the least within
-`REACH_HEAVY` heavy ops on one of its sides: between the halves of a decoder layer one value crosses (the residual
-stream), in a decoder with cross attention also the encoder's output and the position bias, but never the inside of a
-layer. From the candidates, cuts are taken so that every segment has a heavy op. Inside a segment that has several, the
-search goes on for places where a single value crosses among those that are used inside. All of it is linear in the
-number of nodes, times the depth of nesting.
+`REACH_HEAVY` heavy ops on one of its sides, and at most twice the least on the other. Between the halves of a decoder
+layer one value crosses (the residual stream), in a decoder with cross attention also the encoder's output and the
+position bias, but never the inside of a layer. From the candidates, cuts are taken so that every segment has a heavy
+op. Inside a segment that has several, the search goes on for places where a single value crosses among those that are
+used inside. All of it is linear in the number of nodes, times the depth of nesting.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _accumulate(spans: list[tuple[int, int]], start: int, stop: int) -> list[int
 
 
 def _candidates(line: _Line) -> list[int]:
-    """Valleys of the whole line that are as low as anything within reach on one side."""
+    """Valleys of the whole line that are as low as anything within reach on one side, and not far above the other."""
     count = len(line.nodes)
     costs = _accumulate([span for i, uses in enumerate(line.uses) for span in line.spans([i, *uses])], 0, count)
     left = _reach_minimum(costs, _reach(line.heavy, count))
@@ -145,7 +145,7 @@ def _candidates(line: _Line) -> list[int]:
     return [
         i + 1
         for i, cost in enumerate(costs)
-        if valley[i] and cost <= max(left[i], right[i]) and i + 1 not in line.closed
+        if valley[i] and cost <= min(max(left[i], right[i]), 2 * min(left[i], right[i])) and i + 1 not in line.closed
     ]
 
 

@@ -63,6 +63,7 @@ def trace_model(
         notes.append("the model is in eval mode: dropout is off and running statistics are used, not updated")
     draft = _draft(captured, model, inputs, notes, training)
     normalize(draft)
+    _note_devices(draft)
     batch_size = _batch_size(inputs)
     trace = _finish(draft, captured, pytree.tree_structure((args, kwargs)), batch_size)
     trace.model_name = type(model).__name__
@@ -230,6 +231,18 @@ def _refuse_unknown_sizes(module: fx.GraphModule) -> None:
             sized = value.shape if isinstance(value, torch.Tensor) else (value,)
             if any(isinstance(extent, (torch.SymInt, torch.SymFloat, torch.SymBool)) for extent in sized):
                 raise not_traceable(node, "makes a size or number that depends on the numbers in a tensor")
+
+
+def _note_devices(draft: Draft) -> None:
+    """Tell of ops that name another device than the parameters are on."""
+    home = {node.meta["val"].device.type for node, source in draft.sources.items() if source.kind == "param"}
+    named: set[str] = set()
+    for node in draft.ops():
+        named |= {v.type for v in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(v, torch.device)}
+    if home and named - home:
+        draft.note(
+            f"some ops name the device {', '.join(sorted(named - home))}; the parameters are on {sorted(home)[0]}"
+        )
 
 
 # -- from a draft to a trace -------------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ def _names(parts: Sequence[Sequence[fx.Node]], trace: Trace) -> list[str]:
     """Common module of each segment's heavy ops; its children's names where that is not enough; a number at last."""
     output = next(node for node in reversed(trace.graph.nodes) if node.op == "output")
     loss = output.args[0][0]  # type: ignore[index]
-    paths = [[module_path(n) for n in part if is_heavy(n)] or [module_path(n) for n in part] for part in parts]
+    paths = [_paths([n for n in part if is_heavy(n)]) or _paths(part) for part in parts]
     names = [_common(group) for group in paths]
     for whole in (False, True):
         found = list(names)
@@ -162,6 +162,11 @@ def _names(parts: Sequence[Sequence[fx.Node]], trace: Trace) -> list[str]:
             seen[name] += 1
             names[i] = f"{name}#{seen[name]}"
     return names
+
+
+def _paths(nodes: Sequence[fx.Node]) -> list[str]:
+    """Module paths of the nodes, without the root where functional ops of its own forward are."""
+    return [path for path in map(module_path, nodes) if path]
 
 
 def _common(paths: Sequence[str]) -> str:

@@ -88,6 +88,36 @@ def test_chains_and_skips():
     assert kinds("mlp")[0] == [0, 1, 1, 1, 1, 1, 1, 2]
 
 
+class Parallel(nn.Module):
+    """Layers whose attention and mlp read the same norm and are added up once, with attention written out."""
+
+    def __init__(self, layers=3, width=8):
+        super().__init__()
+        names = ["q", "k", "v", "o", "up", "down"]
+        self.first = nn.Linear(width, width)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({n: nn.Linear(width, width) for n in names} | {"norm": nn.LayerNorm(width)})
+            for _ in range(layers)
+        )
+
+    def forward(self, x):
+        x = self.first(x)
+        for layer in self.layers:
+            h = layer["norm"](x)
+            q, k, v = layer["q"](h), layer["k"](h), layer["v"](h)
+            attended = layer["o"](torch.softmax(q @ k.transpose(1, 2), -1) @ v)
+            x = attended + layer["down"](F.gelu(layer["up"](h))) + x
+        return x
+
+
+def test_parallel_layers_are_not_cut_inside():
+    shape = (8, 4, 8)
+    case = models.Case(Parallel(), {"x": torch.randn(shape), "target": torch.randn(shape)}, F.mse_loss)
+    found = trace_case(case).segments
+    assert [s.name for s in found] == ["first", "layers.0", "layers.1", "layers.2+loss"]
+    assert found[1].kind == found[2].kind
+
+
 class Nested(nn.Module):
     """A U-Net of linears: level i keeps its value for its mirror image."""
 

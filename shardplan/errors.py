@@ -154,9 +154,10 @@ class NotRunnableHere(ShardplanError):
 
 
 class WorkerFailed(ShardplanError):
-    """A worker raised, exited or was killed; carries its rank and its traceback or exit status."""
+    """A worker raised, exited or was killed; carries its traceback or exit status, and its rank (-1: not known)."""
 
     code = "SP503"
+    rank = -1
 
 
 class WorkerTimeout(ShardplanError):

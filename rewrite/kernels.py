@@ -233,7 +233,7 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """scaled_dot_product_attention whose dropout draws like `dropout`. query: [..., heads, q, d] -> [..., heads, q, e]."""
+    """Attention whose dropout draws like `dropout`. query: [..., heads, q, d] -> [..., heads, q, e]."""
     if not comm.training:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -246,8 +246,6 @@ def attention(
         causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         scores = scores.masked_fill(~causal, float("-inf"))
     if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attn_mask, float("-inf"))
-        else:
-            scores = scores + attn_mask
+        blocked = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, float("-inf")) if blocked else scores + attn_mask
     return dropout(comm, site, axes, scores.softmax(-1), dropout_p, True) @ value

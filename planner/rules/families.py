@@ -43,8 +43,8 @@ _LIKE_POINTWISE = frozenset(
         aten.where.ScalarOther, aten.where.Scalar, aten.dropout.default, aten.lift_fresh_copy.default,
         aten.copy.default, aten.isin.Tensor_Scalar, aten.bernoulli.default, aten.bernoulli.p, aten.rand_like.default,
         aten.randn_like.default, aten.expand_as.default, aten.masked_fill_.Scalar,
-        aten.bitwise_not.default, aten.logical_not.default, getattr(aten, "__and__").Tensor,
-        getattr(aten, "__or__").Tensor, getattr(aten, "__and__").Scalar, getattr(aten, "__or__").Scalar,
+        aten.bitwise_not.default, aten.logical_not.default, aten.__and__.Tensor,
+        aten.__or__.Tensor, aten.__and__.Scalar, aten.__or__.Scalar,
     }
 )  # fmt: skip
 _SUMS = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor})
@@ -99,7 +99,7 @@ def linear(node: fx.Node) -> list[Strategy]:
 
 
 def addmm(node: fx.Node) -> list[Strategy]:
-    bias, left, right = shapes(node)
+    bias = shapes(node)[0]
     term: Term = [None if extent == 1 else x for x, extent in zip(["m", "n"][2 - len(bias) :], bias, strict=True)]
     found = split_letters(node, [term, ["m", "k"], ["k", "n"]], [["m", "n"]], partial=("k",), summand=0)
     return [*found, linear_in(node, (0, 1))]

@@ -14,21 +14,12 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from shardplan.errors import NotTraceable, UsageError
-from shardplan.planner.capture import (
-    PLAIN,
-    CannotCopy,
-    Captured,
-    Wrapper,
-    capture,
-    fake_like,
-    make_fake_mode,
-    shadow,
-    without_caches,
-)
+from shardplan.planner.capture import PLAIN, Captured, Wrapper, capture
 from shardplan.planner.passes import Draft, normalize
 from shardplan.planner.passes.draft import not_traceable, packet
 from shardplan.planner.passes.inline_regions import mark_switched
 from shardplan.planner.segments import fill_segments
+from shardplan.planner.shadow import CannotCopy, fake_like, make_fake_mode, shadow, without_caches
 from shardplan.planner.trace import Source, Trace, mutated, needs_grad, set_mutated, set_needs_grad
 
 

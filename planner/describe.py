@@ -26,6 +26,7 @@ def describe_nodes(trace: Trace, split: StageSplit) -> dict[str, NodeSummary]:
         source = trace.sources.get(node.name)
         stages = {split.stage_of[node.name]} if node.name in split.stage_of else readers[node.name]
         found[node.name] = NodeSummary(
+            order=len(found),
             op=source.kind if source else op_name(node),
             name=source.name if source else module_path(node),
             stages=tuple(sorted(stages)),

@@ -112,12 +112,13 @@ class StageLink:
 class NodeSummary:
     """A node of the traced graph as `Plan.explain` and the report need it (made by `planner.describe`).
 
-    op: "aten.linear", or "param", "buffer", "constant", "input". name: full name of a parameter, buffer or input; for
+    order: position in the graph. op: "aten.linear", or "param", "buffer", "constant", "input". name: full name of a parameter, buffer or input; for
         ops the module that they came from. stages: where it is computed or held.
     inputs: nodes that make the tensor arguments, in the order of `Strategy.inputs`; ``name#2`` is result 2 of an op.
     outputs: "float32[8,16]" per tensor result (global shapes). differentiable: whether a gradient flows.
     """
 
+    order: int
     op: str
     name: str
     stages: tuple[int, ...]

@@ -21,6 +21,7 @@ from torch._guards import TracingContext, tracing
 from torch.utils import _pytree as pytree
 
 from shardplan.errors import NotTraceable, UsageError
+from shardplan.planner.custom_backward import is_plain
 from shardplan.planner.shadow import fake_like
 
 PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
@@ -157,8 +158,8 @@ def _describe(value: Any) -> str:
 
 @contextlib.contextmanager
 def plain_python(training: bool) -> Iterator[None]:
-    """What PyTorch does in Python behind the graph's back: activation checkpoints run their function as it is, and a
-    custom autograd.Function, whose backward no graph of forward ops can hold, raises CustomBackward in training."""
+    """What PyTorch does in Python behind the graph's back: activation checkpoints run their function as it is, and in
+    training a custom autograd.Function raises CustomBackward, unless its backward is that of its forward's ops."""
     import torch.utils.checkpoint as checkpoints
 
     def run(_cls: type, function: Callable[..., Any], _preserve: bool, *args: Any) -> Any:
@@ -167,15 +168,23 @@ def plain_python(training: bool) -> Iterator[None]:
     def nothing(*_args: Any, **_kwargs: Any) -> Iterator[None]:
         yield
 
-    def refuse(cls: type, *_args: Any, **_kwargs: Any) -> Any:
-        raise CustomBackward(f"{cls.__name__}.backward cannot be part of the graph")
+    own_apply: Any = vars(torch.autograd.Function)["apply"]
+    plain: dict[type, bool] = {}
+
+    def check(cls: type, *args: Any, **kwargs: Any) -> Any:
+        apply = own_apply.__get__(None, cls)
+        if cls not in plain:
+            plain[cls] = not kwargs and is_plain(cls, apply, args)
+        if not plain[cls]:
+            raise CustomBackward(f"{cls.__name__}.backward is not what autograd derives from its forward")
+        return apply(*args)
 
     changes: list[tuple[Any, str, Any]] = [
         (checkpoints.CheckpointFunction, "apply", classmethod(run)),
         (checkpoints, "_checkpoint_without_reentrant_generator", nothing),
     ]
     if training:
-        changes.append((torch.autograd.Function, "apply", classmethod(refuse)))
+        changes.append((torch.autograd.Function, "apply", classmethod(check)))
     with contextlib.ExitStack() as undo:
         for owner, attribute, made in changes:
             before = vars(owner).get(attribute)

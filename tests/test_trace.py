@@ -306,6 +306,8 @@ class TakesMask(nn.Linear):
 
 
 class Rounding(torch.autograd.Function):
+    """Straight through: autograd would give zero."""
+
     @staticmethod
     def forward(ctx, x):
         return x.round()
@@ -318,6 +320,32 @@ class Rounding(torch.autograd.Function):
 class StraightThrough(nn.Linear):
     def forward(self, x):
         return Rounding.apply(super().forward(x))
+
+
+class Square(torch.autograd.Function):
+    """A backward that says what autograd would."""
+
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.save_for_backward(x)
+        ctx.scale = scale
+        return x * x * scale
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * ctx.saved_tensors[0] * grad * ctx.scale, None
+
+
+class Squares(nn.Linear):
+    def forward(self, x):
+        return Square.apply(super().forward(x), 3.0)
+
+
+def test_custom_functions_with_a_plain_backward_are_traced():
+    case = models.Case(Squares(8, 8), {"x": X, "target": X}, F.mse_loss)
+    before = vars(torch.autograd.Function)["apply"]
+    assert_same(case, trace_case(case))
+    assert vars(torch.autograd.Function)["apply"] is before
 
 
 class ChangesParameter(nn.Linear):

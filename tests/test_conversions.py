@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from shardplan.planner.placement import D, Layout, Mesh, P, R, S, fits
 from shardplan.planner.reshard import steps
 from shardplan.rewrite.conversions import conversion_call
-from shardplan.rewrite.reference import assemble, part_of
+from shardplan.rewrite.parts import assemble, part_of
 from shardplan.rewrite.threads import run_ranks
 
 SHAPE = (24, 24)

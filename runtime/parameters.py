@@ -1,0 +1,123 @@
+"""Local shards of parameters and buffers, and whole tensors gathered from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from shardplan.planner.placement import MICROBATCH_AXIS, Layout
+from shardplan.rewrite.parts import assemble, part_of
+from shardplan.rewrite.program import Program, StageRanks, TensorSpec
+
+
+class Shards:
+    """This rank's parameters and buffers of a program, by original name."""
+
+    def __init__(self, program: Program, rank: int, device: torch.device) -> None:
+        self.program = program
+        self.rank = rank
+        self.device = device
+        self.stage = next((i for i, p in enumerate(program.placement) if rank in p.ranks), -1)
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.buffers: dict[str, torch.Tensor] = {}
+        self.specs: dict[str, TensorSpec] = {s.name: s for s in (*program.parameters, *program.buffers)}
+
+    def mine(self) -> Iterator[TensorSpec]:
+        """Specs of the tensors that this rank holds."""
+        return (spec for spec in self.specs.values() if self.stage in spec.stages)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {**self.parameters, **self.buffers}
+
+    def part(self, spec: TensorSpec, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a whole tensor."""
+        placement = self.program.placement[self.stage]
+        return part_of(whole, spec.layout, placement.mesh, placement.coordinate(self.rank))
+
+    def load(self, whole: Callable[[str], torch.Tensor]) -> None:
+        """Take this rank's part of every tensor; the first call makes the leaves, later ones copy into them."""
+        names = {spec.name for spec in self.program.parameters}
+        with torch.no_grad():
+            for spec in self.mine():
+                part = self.part(spec, whole(spec.name).detach()).to(self.device)
+                if spec.name not in names:
+                    held = self.buffers.get(spec.name)
+                    if held is None:
+                        self.buffers[spec.name] = part.clone()
+                    else:
+                        held.copy_(part)
+                elif spec.name in self.parameters:
+                    self.parameters[spec.name].copy_(part)
+                else:
+                    self.parameters[spec.name] = nn.Parameter(part.clone(), requires_grad=spec.trainable)
+
+    def replicas(self, spec: TensorSpec) -> int:
+        """On how many ranks of the job every element of the tensor lies."""
+        count = len(spec.stages)
+        mesh = self.program.placement[spec.stages[0]].mesh
+        for axis, size, placement in zip(mesh.axes, mesh.sizes, spec.layout, strict=True):
+            if axis != MICROBATCH_AXIS and not placement.is_shard:
+                count *= size
+        return count
+
+
+def owners(placement: StageRanks, layout: Layout) -> list[int]:
+    """Ranks that together hold a tensor once, in mesh order."""
+    found = []
+    for rank in placement.ranks:
+        coordinate = placement.coordinate(rank)
+        if all(
+            p.is_shard or coordinate.get(axis, 0) == 0
+            for axis, p in zip(placement.mesh.axes, layout, strict=True)
+            if axis != MICROBATCH_AXIS
+        ):
+            found.append(rank)
+    return found
+
+
+def collect(
+    shards: Shards, held: Mapping[str, torch.Tensor | None], specs: tuple[TensorSpec, ...]
+) -> dict[str, torch.Tensor]:
+    """Whole tensors on rank 0 (an empty dict elsewhere). Collective: every rank calls it with the same specs.
+
+    held: this rank's parts (None: there is none anywhere, the tensor is left out). Sums are expected to be taken: what
+    is not a shard is whole.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for spec in specs:
+        stage = spec.stages[0]
+        placement = shards.program.placement[stage]
+        sources = owners(placement, spec.layout)
+        part = held.get(spec.name) if shards.rank in sources else None
+        present = torch.tensor([part is not None], dtype=torch.int64, device=shards.device)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(present, dist.ReduceOp.MAX)
+        if not int(present):
+            continue
+        parts: dict[tuple[tuple[str, int], ...], torch.Tensor] = {}
+        for source in sources:
+            coordinate = placement.coordinate(source)
+            if shards.rank == source:
+                value = torch.zeros(0) if part is None else part.detach().contiguous()
+                if source != 0:
+                    dist.send(value, 0)
+            if shards.rank == 0:
+                if source != 0:
+                    shape = _shape(spec, placement, coordinate)
+                    value = torch.empty(shape, dtype=spec.dtype, device=shards.device)
+                    dist.recv(value, source)
+                parts[tuple(coordinate.items())] = value.cpu()  # pyright: ignore[reportPossiblyUnboundVariable]
+        if shards.rank == 0:
+            found[spec.name] = assemble(parts, spec.layout, placement.mesh, spec.shape)
+    return found
+
+
+def _shape(spec: TensorSpec, placement: StageRanks, coordinate: dict[str, int]) -> tuple[int, ...]:
+    shape = list(spec.shape)
+    for axis, size, p in zip(placement.mesh.axes, placement.mesh.sizes, spec.layout, strict=True):
+        if p.is_shard and axis != MICROBATCH_AXIS:
+            shape[p.dim] //= size
+    return tuple(shape)

@@ -1,9 +1,10 @@
 """Measured link tables: times messages and collectives between the live ranks of a process group.
 
-What is timed is what a step does: receives are posted before sends, collectives write into one tensor, and groups of
-one size that have no rank in common run at the same time, as sibling groups of a plan do. All ranks walk through the
-same list of rounds in lockstep; after every size they agree on what the slowest saw, so that all stop or go on
-together. Works on gloo and NCCL.
+What is timed is what a step does: receives are posted before sends, collectives are those of `runtime.comm.DistComm`,
+and groups of one size that have no rank in common run at the same time, as sibling groups of a plan do. All ranks walk
+through the same list of rounds in lockstep; after every size they agree on what the slowest saw, so that all stop or go
+on together. The list is walked twice and the better median counts: other load on a machine comes and goes. Works on
+gloo and NCCL.
 """
 
 from __future__ import annotations
@@ -21,15 +22,21 @@ import torch.distributed as dist
 
 from shardplan.planner.cluster import Cluster
 from shardplan.planner.costs.tables import LinkTables, Points
+from shardplan.planner.placement import Mesh
+from shardplan.rewrite.program import StageRanks
+from shardplan.runtime.comm import DistComm, Groups
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 SIZES = (1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20, 1 << 23)
 _LEAST_REPEATS, _MOST_REPEATS = 3, 15
 _ENOUGH = 1 << 20
 _STRAIGHT = 0.7
+_PASSES = 2
+_AXIS = "tp"
 _ACK = 1
 
 Group = tuple[int, ...]
+_Measured = dict[tuple[str, Group], list[tuple[int, float]]]
 
 
 def plan_groups(count: int) -> list[Group]:
@@ -78,45 +85,45 @@ def measure_links(
     sizes: Sequence[int] = SIZES,
     budget_seconds: float = 2.5,
     device: torch.device | None = None,
-    process_groups: dict[Group, dist.ProcessGroup] | None = None,
+    process_groups: Groups | None = None,
 ) -> LinkTables:
     """Time `kinds` in every group and messages both ways between `pairs`. Every rank of the default process group
     calls it with the same arguments, and every rank returns the same tables.
 
     groups: tuples of global ranks. pairs: default `plan_pairs`. sizes: bytes of the whole tensor, as `Costs.collective`
     counts them, rising. budget_seconds: about what the whole takes; on slow links the larger sizes are left out (at
-    least two are timed). process_groups: groups that exist already; others are made, and destroyed afterwards.
+    least two are timed). process_groups: where process groups are taken from and kept; default: made here and
+    destroyed afterwards.
     """
     world, rank = dist.get_world_size(), dist.get_rank()
     groups = [tuple(group) for group in dict.fromkeys(map(tuple, groups)) if len(group) > 1]
     pairs = plan_pairs(world) if pairs is None else [tuple(pair) for pair in pairs]
     device = device or _usual_device()
-    made: dict[Group, dist.ProcessGroup] = {}
-    known = dict(process_groups or {})
-    whole = tuple(range(world))
+    handles = process_groups or Groups()
+    comms: dict[Group, DistComm] = {}
     for group in groups:
-        if group not in known and group != whole:
-            handle = dist.new_group(list(group))
-            known[group] = made[group] = handle  # type: ignore[assignment]
+        handles.get(group)
+        if rank in group:
+            comms[group] = DistComm(StageRanks(Mesh((_AXIS,), (len(group),)), group), rank, handles)
     rounds: list[tuple[str, list[Group]]] = [("p2p", together) for together in pack(pairs)]
     rounds += [(kind, together) for kind in kinds for together in pack(groups)]
-    session = _Session(device, sorted(sizes), budget_seconds, sum(2 if kind == "p2p" else 1 for kind, _ in rounds))
-    mine: dict[tuple[str, Group], list[tuple[int, float]]] = {}
+    walks = _PASSES * sum(2 if kind == "p2p" else 1 for kind, _ in rounds)
+    session = _Session(device, sorted(sizes), budget_seconds, walks)
+    mine: list[_Measured] = [{} for _ in range(_PASSES)]
     try:
-        for kind, together in rounds:
-            group = next((group for group in together if rank in group), None)
-            if kind == "p2p":
-                for key, points in session.messages(group).items():
-                    mine["p2p", key] = points
-            else:
-                handle = known.get(group) if group is not None else None
-                points = session.collective(kind, group, handle)
-                if group is not None:
-                    mine[kind, group] = points
+        for found in mine:
+            for kind, together in rounds:
+                group = next((group for group in together if rank in group), None)
+                if kind == "p2p":
+                    for key, points in session.messages(group).items():
+                        found["p2p", key] = points
+                else:
+                    points = session.collective(kind, comms[group] if group is not None else None)
+                    if group is not None:
+                        found[kind, group] = points
     finally:
-        for handle in made.values():
-            if handle != dist.GroupMember.NON_GROUP_MEMBER:
-                dist.destroy_process_group(handle)
+        if process_groups is None:
+            handles.close()
     return _merge(mine, world)
 
 
@@ -140,17 +147,23 @@ def _usual_device() -> torch.device:
     return torch.device("cpu")
 
 
-def _merge(mine: dict[tuple[str, Group], list[tuple[int, float]]], world: int) -> LinkTables:
-    """All ranks' points, the slowest rank's time for each size."""
-    everyone: list[dict[tuple[str, Group], list[tuple[int, float]]] | None] = [None] * world
+def _merge(mine: list[_Measured], world: int) -> LinkTables:
+    """The best pass of the slowest rank, for every size."""
+    everyone: list[list[_Measured]] = [[] for _ in range(world)]
     dist.all_gather_object(everyone, mine)
-    slowest: dict[tuple[str, Group], dict[int, float]] = {}
-    for part in everyone:
-        for key, points in (part or {}).items():
-            times = slowest.setdefault(key, {})
-            for nbytes, seconds in points:
-                times[nbytes] = max(times.get(nbytes, 0.0), seconds)
-    entries: dict[tuple[str, Group], Points] = {key: tuple(sorted(times.items())) for key, times in slowest.items()}
+    best: dict[tuple[str, Group], dict[int, float]] = {}
+    for ranks in zip(*everyone, strict=True):
+        slowest: dict[tuple[str, Group], dict[int, float]] = {}
+        for part in ranks:
+            for key, points in part.items():
+                times = slowest.setdefault(key, {})
+                for nbytes, seconds in points:
+                    times[nbytes] = max(times.get(nbytes, 0.0), seconds)
+        for key, times in slowest.items():
+            least = best.setdefault(key, {})
+            for nbytes, seconds in times.items():
+                least[nbytes] = min(least.get(nbytes, seconds), seconds)
+    entries: dict[tuple[str, Group], Points] = {key: tuple(sorted(times.items())) for key, times in best.items()}
     return LinkTables(entries, dist.get_backend())
 
 
@@ -161,18 +174,18 @@ class _Session:
         self.device, self.sizes, self.budget_seconds, self.walks = device, sizes, budget_seconds, walks
         self.begin = time.perf_counter()
 
-    def collective(self, kind: str, group: Group | None, handle: dist.ProcessGroup | None) -> list[tuple[int, float]]:
+    def collective(self, kind: str, comm: DistComm | None) -> list[tuple[int, float]]:
         """(nbytes, median seconds) of one collective, in lockstep with the ranks that are in no group this round."""
+        if comm is None:
+            self._walk(lambda nbytes: None)
+            return []
+        size = comm.size(_AXIS)
 
-        def prepare(nbytes: int) -> Callable[[], float] | None:
-            if group is None:
-                return None
-            action = _collective(kind, nbytes, len(group), handle, self.device)
+        def prepare(nbytes: int) -> Callable[[], float]:
+            action = _collective(kind, _whole(nbytes, size), comm, self.device)
             return lambda: self._timed(action)
 
-        found = self._walk(prepare)
-        size = len(group or ())
-        return [(_whole(nbytes, size), seconds) for nbytes, seconds in found] if group is not None else []
+        return [(_whole(nbytes, size), seconds) for nbytes, seconds in self._walk(prepare)]
 
     def messages(self, pair: Group | None) -> dict[Group, list[tuple[int, float]]]:
         """(nbytes, median seconds of one way) for both directions of this rank's pair; filled in on the sender.
@@ -238,7 +251,7 @@ class _Session:
         dist.all_reduce(agreed, dist.ReduceOp.MAX)
         return agreed.tolist()
 
-    def _timed(self, action: Callable[[], None]) -> float:
+    def _timed(self, action: Callable[[], object]) -> float:
         begin = time.perf_counter()
         action()
         _finish(self.device)
@@ -289,24 +302,20 @@ def _whole(nbytes: int, size: int) -> int:
     return max(nbytes // 4 // size, 1) * 4 * size
 
 
-def _collective(
-    kind: str, nbytes: int, size: int, handle: dist.ProcessGroup | None, device: torch.device
-) -> Callable[[], None]:
-    """One functional collective on a tensor of `nbytes` in all, as `Costs.collective` counts them."""
-    name = (handle or dist.group.WORLD).group_name  # type: ignore[union-attr]
-    ops = torch.ops._c10d_functional
-    whole = torch.zeros(_whole(nbytes, size) // 4, device=device)
-    part = torch.zeros(whole.numel() // size, device=device)
-    even = [whole.numel() // size] * size
-    launch: dict[str, Callable[[], torch.Tensor]] = {
-        "all_reduce": lambda: ops.all_reduce(whole, "sum", name),
-        "all_gather": lambda: ops.all_gather_into_tensor(part, size, name),
-        "reduce_scatter": lambda: ops.reduce_scatter_tensor(whole, "sum", size, name),
-        "all_to_all": lambda: ops.all_to_all_single(whole, even, even, name),
+def _collective(kind: str, nbytes: int, comm: DistComm, device: torch.device) -> Callable[[], object]:
+    """One collective on a tensor of `nbytes` in all, as `Costs.collective` counts them."""
+    size = comm.size(_AXIS)
+    whole = torch.zeros(size, nbytes // 4 // size, device=device)
+    part = whole[:1].clone()
+    launch: dict[str, Callable[[], object]] = {
+        "all_reduce": lambda: comm.all_reduce(whole, _AXIS),
+        "all_gather": lambda: comm.all_gather(part, 0, _AXIS),
+        "reduce_scatter": lambda: comm.reduce_scatter(whole, 0, _AXIS),
+        "all_to_all": lambda: comm.all_to_all(whole, 0, 1, _AXIS),
     }
     if kind not in launch:
         raise ValueError(f"unknown collective {kind!r}")
-    return lambda: ops.wait_tensor(launch[kind]())
+    return launch[kind]
 
 
 __all__ = ["COLLECTIVES", "SIZES", "cache_key", "measure_links", "pack", "plan_groups", "plan_pairs"]

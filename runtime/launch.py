@@ -99,9 +99,7 @@ class Workers:
             if id(values) not in frames:
                 frames[id(values)] = encode((function, values))
         try:
-            if not self._ready:
-                self._exchange([[]] * len(self.devices), START_SECONDS)
-                self._ready = True
+            self._wait_ready()
             seconds = self.timeout_seconds if timeout_seconds is None else timeout_seconds
             answers = self._exchange([frames[id(values)] for values in arguments], seconds)
         except BaseException:
@@ -111,6 +109,20 @@ class Workers:
         if errors:
             raise errors[0]
         return [value for _, value in answers]
+
+    def wait_ready(self) -> None:
+        """Wait until all workers have started and met. Raises as `call`."""
+        self._check_open()
+        try:
+            self._wait_ready()
+        except BaseException:
+            self.close(grace_seconds=0.0)
+            raise
+
+    def _wait_ready(self) -> None:
+        if not self._ready:
+            self._exchange([[]] * len(self.devices), START_SECONDS)
+            self._ready = True
 
     def close(self, grace_seconds: float = _GRACE_SECONDS) -> None:
         """End all workers: politely, after `grace_seconds` by force. Does nothing the second time."""

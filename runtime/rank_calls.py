@@ -1,0 +1,154 @@
+"""What the ranks of a job are asked to do: functions of a `Session`, called in workers (`runtime.launch`) or in place
+(under torchrun). Every function is collective: all ranks are asked at once, in the same order."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from shardplan.errors import UsageError, WorldSizeMismatch
+from shardplan.planner.costs.tables import LinkTables
+from shardplan.rewrite.program import Program
+from shardplan.runtime.engine import Engine
+from shardplan.runtime.measure_links import measure_links, plan_groups
+from shardplan.runtime.worker import Session
+
+_ENGINE = "engine"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a rank loads. See `Engine`."""
+
+    programs: dict[str, Program]
+    optimizer_factory: Callable[..., torch.optim.Optimizer] | None
+    clip: float | None
+    seed: int
+
+
+def join(device: str, timeout_seconds: float) -> Session:
+    """The session of this process under torchrun; starts the process group unless the script has. device: "" picks
+    this process's GPU where there is one."""
+    if not device:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    return Session(dist.get_rank(), dist.get_world_size(), device)
+
+
+def check_world(session: Session, needed: int, shape: str, script: str) -> None:
+    """Raises WorldSizeMismatch where the job was started with another number of processes."""
+    if session.world_size != needed:
+        raise WorldSizeMismatch(
+            f"the plan needs {needed} ranks ({shape}), {session.world_size} were started",
+            hints=[f"torchrun --nproc-per-node {needed} {script}"],
+        )
+
+
+def share(session: Session, value: Any) -> Any:
+    """Rank 0's value on every rank."""
+    held = [value]
+    device = torch.device(session.device)
+    dist.broadcast_object_list(held, 0, device=device if device.type == "cuda" else None)
+    return held[0]
+
+
+def tables(session: Session) -> LinkTables:
+    """Measured link tables of all ranks."""
+    return measure_links(plan_groups(session.world_size), device=torch.device(session.device))
+
+
+def same_weights(session: Session, whole: Mapping[str, torch.Tensor]) -> None:
+    """Overwrite tensors with rank 0's, in order of the mapping."""
+    with torch.no_grad():
+        for tensor in whole.values():
+            moved = tensor.detach().to(session.device).contiguous()
+            dist.broadcast(moved, 0)
+            if session.rank:
+                tensor.copy_(moved)
+
+
+def load(session: Session, job: Job, whole: Mapping[str, torch.Tensor]) -> None:
+    """Make this rank's engine of whole parameters and buffers (those of its stage are enough)."""
+    unload(session)
+    engine = Engine(
+        job.programs,
+        session.rank,
+        session.world_size,
+        session.device,
+        optimizer_factory=job.optimizer_factory,
+        clip=job.clip,
+        seed=job.seed,
+    )
+    session.values[_ENGINE] = engine
+    engine.load_full(whole)
+
+
+def load_weights(session: Session, whole: Mapping[str, torch.Tensor]) -> None:
+    """Replace parameters and buffers by parts of whole ones."""
+    engine_of(session).load_full(whole)
+
+
+def unload(session: Session) -> None:
+    """Drop the engine, if there is one."""
+    engine = session.values.pop(_ENGINE, None)
+    if engine is not None:
+        engine.close()
+
+
+def engine_of(session: Session) -> Engine:
+    """The loaded engine. Raises UsageError where there is none."""
+    if _ENGINE not in session.values:
+        raise UsageError("nothing is loaded on this rank")
+    return session.values[_ENGINE]
+
+
+def use(session: Session, kind: str, program: Program) -> None:
+    engine_of(session).use(kind, program)
+
+
+def train_step(session: Session, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return engine_of(session).train_step(batch)
+
+
+def step(session: Session, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return engine_of(session).step(batch)
+
+
+def zero_grad(session: Session) -> None:
+    engine_of(session).zero_grad()
+
+
+def forward(session: Session, batch: dict[str, torch.Tensor], training: bool, everywhere: bool) -> Any:
+    """everywhere: give the outputs on all ranks, else on rank 0 only (None elsewhere)."""
+    found = engine_of(session).forward(batch, training=training)
+    return found if everywhere or session.rank == 0 else None
+
+
+def full_state_dict(session: Session) -> dict[str, torch.Tensor]:
+    return engine_of(session).full_state_dict()
+
+
+def full_gradients(session: Session) -> dict[str, torch.Tensor]:
+    return engine_of(session).full_gradients()
+
+
+def save(session: Session, path: str, facts: dict[str, Any]) -> None:
+    engine_of(session).save(path, facts)
+
+
+def restore(session: Session, path: str) -> dict[str, Any]:
+    return engine_of(session).load(path)
+
+
+def measure(session: Session, batch: dict[str, torch.Tensor], steps: int) -> dict[str, Any]:
+    return engine_of(session).measure(batch, steps)

@@ -1,0 +1,261 @@
+"""`auto_parallel` and `plan`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from shardplan.batch import Batch, example_batch
+from shardplan.errors import ShardplanError, UsageError
+from shardplan.parallel_model import InPlace, ParallelModel, Planned, Settings, Spawned
+from shardplan.planner.cluster import Cluster
+from shardplan.planner.plan import Plan
+from shardplan.planning import (
+    LinkCache,
+    Request,
+    Say,
+    check_plan,
+    find_plan,
+    load_plan,
+    make_trace,
+    resolve_cluster,
+    resolve_model,
+    say_nothing,
+    say_on_stderr,
+)
+from shardplan.runtime import rank_calls
+from shardplan.runtime.launch import TIMEOUT_SECONDS, Workers
+
+Optimizer = Callable[..., torch.optim.Optimizer]
+
+
+def auto_parallel(
+    model: Any,
+    devices: Any,
+    example_inputs: Any = None,
+    loss_fn: Callable[..., Any] | None = None,
+    optimizer: Optimizer | None = None,
+    plan: Plan | str | os.PathLike[str] | None = None,
+    constraints: Sequence[Any] = (),
+    precision: str | None = None,
+    microbatches: int | str = "auto",
+    schedule: str = "auto",
+    rematerialize: bool | str = "auto",
+    objective: str = "train",
+    memory_limit: int | str | Sequence[int | str | None] | None = None,
+    solver: str = "highs",
+    time_limit: float = 60.0,
+    gap: float = 0.01,
+    cache: bool = True,
+    verbose: bool | None = None,
+    *,
+    clip_norm: float | None = None,
+    seed: int = 0,
+    timeout_seconds: float = TIMEOUT_SECONDS,
+) -> ParallelModel:
+    """Plan a model for devices and load it there.
+
+    model: an nn.Module, or a function without arguments that makes one. devices: 2, ["cuda:0", "cuda:1"],
+        ["cpu"] * 2, "8xh100", "cluster.toml", a Cluster, "auto".
+    example_inputs: a global batch: a tensor, a tuple of positional inputs, or a dict by name; with a loss_fn the target
+        is the tuple's last item or the dict's "target". None: plan at the first call.
+    loss_fn: ``loss_fn(output, target)`` -> scalar; None: the model returns the loss, or an object with ``.loss``.
+    optimizer: params -> torch.optim.Optimizer; called on every rank with its local parameters.
+    plan: a Plan or the path of one: skips planning; refused (PlanMismatch) where it does not fit.
+    constraints: `pin`, `split`, `replicate`, `together`, `leaf`, `degrees`, `within_node`, `memory`.
+    memory_limit: bytes or text ("20 GiB") per device, or a list with one per device.
+    time_limit: seconds for the solver; gap: relative, where it may stop. cache: keep measurements on disk.
+    verbose: progress on stderr. clip_norm: largest global gradient norm. seed: of random ops.
+    timeout_seconds: the longest that any one call may take.
+
+    Under torchrun every process calls this with the same arguments and is one rank; parameters are those of rank 0.
+    From a plain script it starts a worker per device. Where the devices are only described, it plans, and running
+    raises NotRunnableHere. Raises the errors of `shardplan.errors`.
+    """
+    request = Request(
+        loss_fn,
+        optimizer,
+        tuple(constraints),
+        precision,
+        microbatches,
+        schedule,
+        rematerialize,
+        objective,
+        memory_limit,
+        solver,
+        time_limit,
+        gap,
+        cache,
+        verbose,
+    )
+    module = resolve_model(model)
+    given = load_plan(plan) if plan is not None else None
+    say = say_on_stderr if verbose else say_nothing
+
+    def prepare(batch: Batch) -> Planned:
+        if under_torchrun():
+            return _plan_in_place(module, devices, batch, request, given, timeout_seconds, say)
+        cluster = resolve_cluster(devices, request)
+        if not cluster.is_local:
+            trace, inputs = make_trace(module, batch, request)
+            found = (
+                check_plan(given, trace, inputs, cluster) if given else find_plan(trace, cluster, request, None, say)
+            )
+            return Planned(found, trace, inputs, None)
+        return _plan_and_spawn(module, cluster, batch, request, given, timeout_seconds, say)
+
+    made = ParallelModel(module, Settings(loss_fn, optimizer, clip_norm, seed), prepare)
+    if example_inputs is not None:
+        made.prepare(example_inputs)
+    else:
+        resolve_cluster(devices, request)
+    return made
+
+
+def plan(
+    model: Any,
+    devices: Any,
+    example_inputs: Any = None,
+    loss_fn: Callable[..., Any] | None = None,
+    optimizer: Optimizer | None = None,
+    constraints: Sequence[Any] = (),
+    precision: str | None = None,
+    microbatches: int | str = "auto",
+    schedule: str = "auto",
+    rematerialize: bool | str = "auto",
+    objective: str = "train",
+    memory_limit: int | str | Sequence[int | str | None] | None = None,
+    solver: str = "highs",
+    time_limit: float = 60.0,
+    gap: float = 0.01,
+    cache: bool = True,
+    verbose: bool | None = None,
+) -> Plan:
+    """Only plan; the arguments are those of `auto_parallel`. Devices of this machine are measured, others modelled; no
+    device and no process group has to be there."""
+    request = Request(
+        loss_fn,
+        optimizer,
+        tuple(constraints),
+        precision,
+        microbatches,
+        schedule,
+        rematerialize,
+        objective,
+        memory_limit,
+        solver,
+        time_limit,
+        gap,
+        cache,
+        verbose,
+    )
+    if example_inputs is None:
+        raise UsageError("plan needs example_inputs", hints=["a global batch; tensors on the meta device will do"])
+    module = resolve_model(model)
+    say = say_on_stderr if verbose else say_nothing
+    return plan_with_trace(module, devices, example_batch(module, example_inputs, loss_fn is not None), request, say)
+
+
+def plan_with_trace(model: torch.nn.Module, devices: Any, batch: Batch, request: Request, say: Say) -> Plan:
+    """As `plan`, of a resolved request."""
+    cluster = resolve_cluster(devices, request)
+    trace, _ = make_trace(model, batch, request)
+    tables = None
+    if cluster.is_local and len(cluster) > 1:
+        links = LinkCache(cluster, _backend(cluster), request.cache)
+        tables = links.find()
+        if tables is None:
+            say("measuring links")
+            with Workers(_names(cluster)) as workers:
+                tables = workers.call(rank_calls.tables)[0]
+            links.keep(tables)
+    return find_plan(trace, cluster, request, tables, say)
+
+
+def under_torchrun() -> bool:
+    """Whether this process was started as one rank of several."""
+    return all(os.environ.get(name, "").isdecimal() for name in ("RANK", "WORLD_SIZE"))
+
+
+def _plan_and_spawn(
+    model: torch.nn.Module,
+    cluster: Cluster,
+    batch: Batch,
+    request: Request,
+    given: Plan | None,
+    timeout_seconds: float,
+    say: Say,
+) -> Planned:
+    """Workers import while this process traces."""
+    workers = Workers(_names(cluster), timeout_seconds=timeout_seconds)
+    try:
+        trace, inputs = make_trace(model, batch, request)
+        if given is not None:
+            found = check_plan(given, trace, inputs, cluster)
+        else:
+            workers.wait_ready()  # they would disturb measurements while they start
+            tables = None
+            if len(cluster) > 1:
+                links = LinkCache(cluster, _backend(cluster), request.cache)
+                tables = links.find()
+                if tables is None:
+                    say("measuring links")
+                    tables = workers.call(rank_calls.tables)[0]
+                    links.keep(tables)
+            found = find_plan(trace, cluster, request, tables, say)
+        return Planned(found, trace, inputs, Spawned(workers))
+    except BaseException:
+        workers.close(grace_seconds=0.0)
+        raise
+
+
+def _plan_in_place(
+    model: torch.nn.Module,
+    devices: Any,
+    batch: Batch,
+    request: Request,
+    given: Plan | None,
+    timeout_seconds: float,
+    say: Say,
+) -> Planned:
+    """Rank 0 plans; the others trace, take its plan and check that it is for the same graph."""
+    cluster = resolve_cluster(devices, request)
+    rank = int(os.environ["RANK"])
+    session = rank_calls.join(cluster.devices[rank].local if rank < len(cluster) else "", timeout_seconds)
+    needed = len(given.devices) if given is not None else len(cluster)
+    script = os.path.basename(sys.argv[0]) if sys.argv else "train.py"
+    rank_calls.check_world(session, needed, given.degrees() if given is not None else str(cluster), script)
+    trace, inputs = make_trace(model, batch, request)
+    tables = None
+    if given is None and session.world_size > 1 and cluster.is_local:
+        links = LinkCache(cluster, _backend(cluster), request.cache)
+        tables = rank_calls.share(session, links.find() if session.rank == 0 else None)
+        if tables is None:
+            tables = rank_calls.tables(session)
+            if session.rank == 0:
+                links.keep(tables)
+    text: str | ShardplanError = ""
+    if session.rank == 0:
+        try:
+            found = (
+                check_plan(given, trace, inputs, cluster) if given else find_plan(trace, cluster, request, tables, say)
+            )
+            text = found.to_json()
+        except ShardplanError as error:
+            text = error
+    text = rank_calls.share(session, text)
+    if isinstance(text, ShardplanError):
+        raise text
+    return Planned(check_plan(Plan.from_json(text), trace, inputs, cluster), trace, inputs, InPlace(session))
+
+
+def _names(cluster: Cluster) -> list[str]:
+    return [device.local for device in cluster.devices]
+
+
+def _backend(cluster: Cluster) -> str:
+    return "nccl" if any(device.local.startswith("cuda") for device in cluster.devices) else "gloo"

@@ -1,0 +1,195 @@
+"""Batches as users pass them, and as the runtime takes them: input name -> tensor.
+
+A call is put into one form first: whatever ``forward`` names is passed by name, in the order of its signature, so that
+``pm(ids)`` and ``pm(input_ids=ids)`` are the same call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from shardplan.errors import InputMismatch, UsageError
+from shardplan.planner.plan import input_texts
+from shardplan.planner.trace import Trace, info
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One call of the model: ``loss_fn(model(*args, **kwargs), target)``."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    target: Any = None
+
+    def on_meta(self) -> Batch:
+        """The same shapes and dtypes without data."""
+        values = pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), (self.args, self.kwargs, self.target))
+        return Batch(*values)
+
+
+def example_batch(model: torch.nn.Module, example: Any, has_loss_fn: bool) -> Batch:
+    """The batch that ``example_inputs=`` means.
+
+    example: a tensor, a tuple of positional inputs, or a dict of inputs by name. With a loss_fn the target is the
+    dict's "target" or the tuple's last item. Raises UsageError.
+    """
+    if isinstance(example, Batch):
+        return canonical(model, example.args, example.kwargs, example.target)
+    if isinstance(example, Mapping):
+        named = dict(example)
+        target = named.pop("target", None) if has_loss_fn else None
+        return canonical(model, (), named, target)
+    items = tuple(example) if isinstance(example, (tuple, list)) else (example,)
+    if not has_loss_fn:
+        return canonical(model, items, {}, None)
+    if len(items) < 2:
+        raise UsageError(
+            "loss_fn is given, but the example has no target",
+            hints=["example_inputs=(x, y)", 'example_inputs={"x": x, "target": y}'],
+        )
+    return canonical(model, items[:-1], {}, items[-1])
+
+
+def canonical(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any) -> Batch:
+    """The call with everything that ``model.forward`` names passed by name. Raises InputMismatch for arguments that it
+    does not take."""
+    try:
+        signature = inspect.signature(model.forward)
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputMismatch(f"{type(model).__name__}.forward does not take these inputs", [str(error)]) from error
+    except ValueError:
+        return Batch(args, dict(kwargs), target)
+    positional: list[Any] = []
+    named: dict[str, Any] = {}
+    kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
+    spread = inspect.Parameter.VAR_POSITIONAL in kinds.values() and any(
+        kinds[name] is inspect.Parameter.VAR_POSITIONAL and value for name, value in bound.arguments.items()
+    )
+    for name, value in bound.arguments.items():
+        kind = kinds[name]
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            positional += value
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            named |= value
+        elif kind is inspect.Parameter.POSITIONAL_ONLY or (spread and kind is inspect.Parameter.POSITIONAL_OR_KEYWORD):
+            positional.append(value)
+        else:
+            named[name] = value
+    return Batch(tuple(positional), named, target)
+
+
+class Inputs:
+    """The inputs that a trace was made for; checks batches and takes them apart."""
+
+    def __init__(self, trace: Trace, example: Batch, traced_target: Any) -> None:
+        self._expected = {s.name: info(trace.node(n)) for n, s in trace.sources.items() if s.kind == "input"}
+        self._by_leaf = {s.leaf: s.name for s in trace.sources.values() if s.kind == "input" and s.leaf >= 0}
+        self._example = _leaves(example.args, example.kwargs)
+        self._positions = {path: index for index, path in enumerate(self._example)}
+        self._has_target = traced_target is not None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensor inputs, the target's included."""
+        return tuple(self._expected)
+
+    def texts(self) -> dict[str, str]:
+        """As `Plan.inputs` writes them."""
+        return input_texts(
+            (name, held.shape, str(held.dtype).removeprefix("torch.")) for name, held in self._expected.items()
+        )
+
+    def bind(self, batch: Batch, partial: bool = False) -> dict[str, torch.Tensor]:
+        """Input name -> tensor of a batch.
+
+        partial: inputs of the example (labels, a target) may be missing. Raises InputMismatch, which names the input
+        and both shapes; devices may differ.
+        """
+        found: dict[str, torch.Tensor] = {}
+        given = _leaves(batch.args, batch.kwargs)
+        for path, value in given.items():
+            if path not in self._positions:
+                if value is None:
+                    continue
+                raise InputMismatch(
+                    f"input {path} was not in the example that was planned for", [f"planned for: {self._names()}"]
+                )
+            expected = self._example[path]
+            if not isinstance(expected, torch.Tensor):
+                if isinstance(value, torch.Tensor) or value != expected:
+                    raise InputMismatch(f"input {path} is {_text(value)}, planned for the constant {expected!r}")
+                continue
+            if value is None and partial:
+                continue
+            name = self._by_leaf.get(self._positions[path])
+            self._check(name or path, value, expected)
+            if name is not None:
+                found[name] = value
+        for path, expected in self._example.items():
+            if isinstance(expected, torch.Tensor) and given.get(path) is None and not partial:
+                raise InputMismatch(f"input {path} is missing", [f"planned for {_text(expected)}"])
+        if batch.target is not None or not partial:
+            self._bind_target(batch.target, found)
+        return found
+
+    def _bind_target(self, target: Any, found: dict[str, torch.Tensor]) -> None:
+        if (target is not None) != self._has_target:
+            raise InputMismatch(
+                "target is missing" if self._has_target else "target is given, but the plan has no loss_fn",
+                hints=["train_step(*inputs, target=y)"] if self._has_target else ["pass loss_fn= to auto_parallel"],
+            )
+        for path, value in _leaves_of(target).items():
+            name = f"target.{path}" if path else "target"
+            if name in self._expected:
+                expected = self._expected[name]
+                self._check(name, value, torch.empty(expected.shape, dtype=expected.dtype, device="meta"))
+                found[name] = value
+
+    def _check(self, name: str, value: Any, expected: torch.Tensor) -> None:
+        if not isinstance(value, torch.Tensor) or (value.shape, value.dtype) != (expected.shape, expected.dtype):
+            raise InputMismatch(
+                f"input {name} is {_text(value)}, planned for {_text(expected)}",
+                hints=["a plan holds for one global batch shape; call auto_parallel with an example of the new one"],
+            )
+
+    def _names(self) -> str:
+        return ", ".join(self._example) or "none"
+
+
+def rebuild_output(trace: Trace, outputs: Mapping[int, torch.Tensor]) -> Any:
+    """The model's output from its tensors by position in the trace's output; tensors that were not computed (a loss
+    without labels) are None."""
+    leaves = [outputs.get(leaf) if isinstance(leaf, int) else leaf[0] for leaf in trace.output_leaves]
+    return pytree.tree_unflatten(leaves, trace.out_spec)
+
+
+def move(value: Any, to: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Apply `to` to every tensor in a structure."""
+    return pytree.tree_map_only(torch.Tensor, to, value)
+
+
+def _leaves(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Readable path -> leaf of (args, kwargs), in pytree order."""
+    paths, _ = pytree.tree_flatten_with_path((args, dict(kwargs)))
+    return {".".join(map(_key, path[0 if path[0].idx == 0 else 1 :])): leaf for path, leaf in paths}  # type: ignore[attr-defined]
+
+
+def _leaves_of(value: Any) -> dict[str, Any]:
+    return {".".join(map(_key, path)): leaf for path, leaf in pytree.tree_flatten_with_path(value)[0]}
+
+
+def _key(key: Any) -> str:
+    return str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))))
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}[{','.join(map(str, value.shape))}]"
+    return f"{type(value).__name__} {value!r}" if value is not None else "None"

@@ -1,0 +1,344 @@
+"""`ParallelModel`: a model that runs as its plan says, with one face wherever the ranks are."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from shardplan.batch import Batch, Inputs, canonical, example_batch, move, rebuild_output
+from shardplan.errors import NotRunnableHere, NotSupported, UsageError
+from shardplan.planner.plan import Plan
+from shardplan.planner.trace import Trace
+from shardplan.rewrite import compile as compile_program
+from shardplan.rewrite.program import Program
+from shardplan.runtime import rank_calls
+from shardplan.runtime.launch import Workers
+from shardplan.runtime.rank_calls import Job
+from shardplan.runtime.worker import Session
+
+
+class Ranks(Protocol):
+    """The ranks of a job. A call runs on all of them; `call` gives this process's result (rank 0's in a driver)."""
+
+    in_place: bool
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any: ...
+
+    def load(self, job: Job, whole: Mapping[str, torch.Tensor]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class InPlace:
+    """This process is a rank (torchrun)."""
+
+    in_place = True
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(self.session, *arguments)
+
+    def load(self, job: Job, whole: Mapping[str, torch.Tensor]) -> None:
+        rank_calls.same_weights(self.session, whole)
+        rank_calls.load(self.session, job, whole)
+
+    def close(self) -> None:
+        rank_calls.unload(self.session)
+
+
+class Spawned:
+    """The ranks are workers that this process drives."""
+
+    in_place = False
+
+    def __init__(self, workers: Workers) -> None:
+        self.workers = workers
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return self.workers.call(function, *arguments)[0]
+
+    def load(self, job: Job, whole: Mapping[str, torch.Tensor]) -> None:
+        needed = _names_by_rank(job.programs, len(self.workers))
+        self.workers.call_each(
+            rank_calls.load,
+            [(job, {name: whole[name] for name in whole if name in names}) for names in needed],
+        )
+
+    def close(self) -> None:
+        self.workers.close()
+
+
+@dataclass(slots=True)
+class Planned:
+    """What planning gave, and the ranks that wait for it (None: they are not here). inputs: of the planned batch."""
+
+    plan: Plan
+    trace: Trace
+    inputs: Inputs
+    ranks: Ranks | None
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to run, as given to `auto_parallel`."""
+
+    loss_fn: Callable[..., Any] | None = None
+    optimizer: Callable[..., torch.optim.Optimizer] | None = None
+    clip_norm: float | None = None
+    seed: int = 0
+
+
+class ParallelModel:
+    """Made by `shardplan.auto_parallel`. Calls take the *global* batch, positional or by name, and the target by name.
+
+    In a driver (plain script) the ranks are worker processes and this process holds no parameters; under torchrun every
+    process calls the same methods at the same time. Raises InputMismatch where a batch is not shaped as planned,
+    NotRunnableHere where the devices are only described, WorkerFailed and WorkerTimeout as `runtime.launch` says.
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings, planner: Callable[[Batch], Planned]) -> None:
+        self._model = model
+        self._settings = settings
+        self._planner = planner
+        self._planned: Planned | None = None
+        self._forward_inputs: frozenset[str] | None = None
+        self._mode = model.training
+        self._closed = False
+
+    # -- planning and loading ------------------------------------------------------------------------------------------
+
+    def prepare(self, example: Any) -> None:
+        """Plan for this global batch and load the ranks; done by `auto_parallel`, or by the first call."""
+        self._prepare(example_batch(self._model, example, self._settings.loss_fn is not None))
+
+    def _prepare(self, batch: Batch) -> None:
+        planned = self._planner(batch)
+        try:
+            if planned.ranks is not None:
+                self._load(planned.ranks, planned)
+        except BaseException:
+            if planned.ranks is not None:
+                planned.ranks.close()
+            raise
+        self._planned = planned
+
+    def _load(self, ranks: Ranks, planned: Planned) -> None:
+        missing = [name for name, t in _whole(self._model).items() if t.is_meta]
+        if missing:
+            raise NotSupported(
+                f"{len(missing)} parameters of the model are on the meta device ({missing[0]}, ...) and have no values",
+                hints=["build the model with values to run it; a meta model can be planned: shardplan.plan(...)"],
+            )
+        kind = "train" if planned.trace.training else "forward"
+        programs = {kind: compile_program(planned.trace, planned.plan, kind)}
+        job = Job(programs, self._settings.optimizer, self._settings.clip_norm, self._settings.seed)
+        ranks.load(job, _whole(self._model))
+        self._forward_inputs = None if kind == "train" else frozenset(planned.inputs.names)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan in use. Raises UsageError before the first call where auto_parallel had no example."""
+        return self._ready().plan
+
+    def _ready(self) -> Planned:
+        if self._closed:
+            raise UsageError("this model was closed", hints=["call auto_parallel again"])
+        if self._planned is None:
+            raise UsageError("there is no plan yet", hints=["pass example_inputs=, or make the first call"])
+        return self._planned
+
+    def _ranks(self) -> Ranks:
+        planned = self._ready()
+        if planned.ranks is None:
+            raise _not_here(planned.plan)
+        return planned.ranks
+
+    # -- running -------------------------------------------------------------------------------------------------------
+
+    def train_step(self, *inputs: Any, target: Any = None, **kwargs: Any) -> torch.Tensor:
+        """Gradients of the global batch from zero, clipping, optimizer step. -> loss [] of the global batch."""
+        if self._settings.optimizer is None:
+            raise UsageError(
+                "train_step needs an optimizer",
+                hints=["auto_parallel(..., optimizer=lambda params: torch.optim.AdamW(params, lr=3e-4))"],
+            )
+        return self._run(rank_calls.train_step, inputs, kwargs, target)
+
+    def step(self, *inputs: Any, target: Any = None, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward only; gradients are added to what is there. -> loss [] of the global batch."""
+        return self._run(rank_calls.step, inputs, kwargs, target)
+
+    def zero_grad(self) -> None:
+        """Drop the gradients on all ranks."""
+        self._ranks().call(rank_calls.zero_grad)
+
+    def _run(self, function: Callable[..., Any], inputs: Any, kwargs: Any, target: Any) -> torch.Tensor:
+        batch = self._batch(inputs, kwargs, target)
+        planned = self._ready()
+        if not planned.trace.training:
+            raise UsageError('this model was planned for objective="infer"', hints=['objective="train"'])
+        bound = planned.inputs.bind(batch)
+        return self._ranks().call(function, bound)
+
+    def _batch(self, inputs: Any, kwargs: Any, target: Any) -> Batch:
+        batch = canonical(self._model, tuple(inputs), kwargs, target)
+        if self._planned is None and not self._closed:
+            self._prepare(batch)
+        return batch
+
+    def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Forward without gradients, in the mode that the model was in. -> whole output, built as the model builds it;
+        what needs inputs that are not given (a loss without labels) is None."""
+        batch = self._batch(inputs, kwargs, None)
+        planned, ranks = self._ready(), self._ranks()
+        bound = planned.inputs.bind(batch, partial=True)
+        if self._forward_inputs != frozenset(bound):
+            program = compile_program(planned.trace, planned.plan, "forward", frozenset(bound))
+            ranks.call(rank_calls.use, "forward", program)
+            self._forward_inputs = frozenset(bound)
+        outputs = ranks.call(rank_calls.forward, bound, self._mode, ranks.in_place)
+        return rebuild_output(planned.trace, outputs)
+
+    def measure(self, *inputs: Any, steps: int = 5, target: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """Time steps on this batch without changing anything. -> "predicted_step_seconds", "step_seconds",
+        per-stage seconds, "peak_nbytes" per rank."""
+        bound = self._ready().inputs.bind(self._batch(inputs, kwargs, target))
+        found = self._ranks().call(rank_calls.measure, bound, steps)
+        return {"predicted_step_seconds": self.plan.step_seconds, **found}
+
+    # -- parameters and state ------------------------------------------------------------------------------------------
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """This rank's optimizer (under torchrun)."""
+        return rank_calls.engine_of(self._session("optimizer")).optimizer
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """This rank's local parameters by original name (under torchrun)."""
+        return rank_calls.engine_of(self._session("parameters")).named_parameters()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """This rank's local parameters (under torchrun)."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def _session(self, what: str) -> Session:
+        ranks = self._ranks()
+        if not isinstance(ranks, InPlace):
+            raise NotSupported(
+                f"{what} of this model are held by its workers, not by this process",
+                hints=["full_state_dict() and full_gradients() bring whole tensors here"],
+            )
+        return ranks.session
+
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        """What ``state_dict()`` of the unsplit model would hold now, on the CPU (rank 0 under torchrun, {} on the
+        others). Parameters that the loss does not use have the values they came with."""
+        found = self._ranks().call(rank_calls.full_state_dict)
+        if not found:
+            return {}
+        own = {name: v for name, v in self._model.state_dict().items() if isinstance(v, torch.Tensor)}
+        return {name: found.get(name, value).detach().cpu() for name, value in own.items()}
+
+    def full_gradients(self) -> dict[str, torch.Tensor]:
+        """Whole gradients by parameter name, on the CPU (rank 0 under torchrun, {} on the others)."""
+        return move(self._ranks().call(rank_calls.full_gradients), lambda t: t.detach().cpu())
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Whole tensors in the process that drives workers. Raises NotSupported under torchrun, where they would be
+        distributed tensors."""
+        if self._ranks().in_place:
+            raise NotSupported(
+                "state_dict() as distributed tensors",
+                hints=["full_state_dict() gives whole tensors on rank 0", "save(path) keeps the whole training state"],
+            )
+        return self.full_state_dict()
+
+    def load_state_dict(self, whole: Mapping[str, torch.Tensor]) -> None:
+        """Replace parameters and buffers by those of a state dict of the unsplit model. Raises UsageError naming
+        missing and unexpected entries and wrong shapes."""
+        ranks = self._ranks()
+        wrong = []
+        own = _whole(self._model)
+        known = {**own, **dict(self._model.named_parameters(remove_duplicate=False))}
+        known |= dict(self._model.named_buffers(remove_duplicate=False))
+        persistent = self._model.state_dict(keep_vars=True)
+        wrong += [f"missing: {name}" for name in own if name in persistent and name not in whole]
+        wrong += [f"unexpected: {name}" for name in whole if name not in known]
+        wrong += [
+            f"{name}: {list(value.shape)}, the model has {list(known[name].shape)}"
+            for name, value in whole.items()
+            if name in known and value.shape != known[name].shape
+        ]
+        if wrong:
+            raise UsageError("this state dict is not of this model", wrong[:20])
+        given = {**{name: tensor.detach() for name, tensor in own.items()}, **whole}
+        ranks.call(rank_calls.load_weights, {name: given[name] for name in own})
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the whole training state into a directory; it loads under any plan."""
+        self._ranks().call(rank_calls.save, os.path.abspath(path), {"model": self.plan.model})
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Read what `save` wrote, under this or any other plan. Raises CheckpointError."""
+        self._ranks().call(rank_calls.restore, os.path.abspath(path))
+
+    # -- of later versions ---------------------------------------------------------------------------------------------
+
+    def sampler(self, dataset: Any) -> Any:
+        raise NotSupported("sampler()", hints=["pass the global batch to train_step; every rank takes its part"])
+
+    def engine(self, **settings: Any) -> Any:
+        raise NotSupported("engine()", hints=["call the model with whole batches"])
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End the workers, or drop this rank's shards. Does nothing the second time."""
+        self._closed = True
+        if self._planned is not None and self._planned.ranks is not None:
+            self._planned.ranks.close()
+
+    def __enter__(self) -> ParallelModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _whole(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by first name (tied ones once), in a fixed order."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _names_by_rank(programs: Mapping[str, Program], world_size: int) -> list[set[str]]:
+    """Names of the parameters and buffers that every rank has to be given."""
+    needed: list[set[str]] = [set() for _ in range(world_size)]
+    for program in programs.values():
+        for spec in (*program.parameters, *program.buffers):
+            for stage in spec.stages:
+                for rank in program.placement[stage].ranks:
+                    needed[rank].add(spec.name)
+    return needed
+
+
+def _not_here(plan: Plan) -> NotRunnableHere:
+    kinds: dict[str, int] = {}
+    per_node: dict[int, int] = {}
+    for device in plan.devices:
+        kinds[device.kind] = kinds.get(device.kind, 0) + 1
+        per_node[device.node] = per_node.get(device.node, 0) + 1
+    script = sys.argv[0] if sys.argv and sys.argv[0].endswith(".py") else "train.py"
+    nodes = f"--nnodes {len(per_node)} " if len(per_node) > 1 else ""
+    where = "--rdzv-backend c10d --rdzv-endpoint HOST:29500 " if len(per_node) > 1 else ""
+    return NotRunnableHere(
+        f"the plan is for {' + '.join(f'{n} x {kind}' for kind, n in kinds.items())}, which are not on this machine",
+        hints=[f"there: torchrun {nodes}--nproc-per-node {max(per_node.values())} {where}{script}"],
+    )

@@ -1,0 +1,201 @@
+"""From a model and a batch to a Trace and a Plan: what `plan`, `auto_parallel` and the command line share."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardplan.batch import Batch, Inputs
+from shardplan.errors import NotSupported, UsageError
+from shardplan.planner.cluster import Cluster
+from shardplan.planner.costs.tables import LinkTables
+from shardplan.planner.plan import Plan
+from shardplan.planner.trace import Trace
+
+SCHEDULES = ("auto", "1f1b", "gpipe")
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to plan for; the fields are the parameters of `auto_parallel`. Checked here, before anything is traced."""
+
+    loss_fn: Callable[..., Any] | None = None
+    optimizer: Callable[..., torch.optim.Optimizer] | None = None
+    constraints: tuple[Any, ...] = ()
+    precision: str | None = None
+    microbatches: int | str = "auto"
+    schedule: str = "auto"
+    rematerialize: bool | str = "auto"
+    objective: str = "train"
+    memory_limit: int | str | Sequence[int | str | None] | None = None
+    solver: str = "highs"
+    time_limit: float = 60.0
+    gap: float = 0.01
+    cache: bool = True
+    verbose: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision is not None:
+            raise NotSupported(
+                f"precision={self.precision!r}", hints=["precision=None runs the model in its own dtypes"]
+            )
+        if self.objective not in ("train", "infer"):
+            raise UsageError(f"objective={self.objective!r}", hints=['"train" or "infer"'])
+        if self.objective == "infer":
+            raise NotSupported('objective="infer"', hints=['plan with objective="train"; pm(...) runs forward only'])
+        if self.schedule not in SCHEDULES:
+            raise NotSupported(f"schedule={self.schedule!r}", hints=[f"one of {', '.join(SCHEDULES)}"])
+        count = self.microbatches
+        if count != "auto" and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            raise UsageError(f"microbatches={count!r}", hints=['"auto" or a number of at least 1'])
+        if self.rematerialize not in ("auto", True, False):
+            raise UsageError(f"rematerialize={self.rematerialize!r}", hints=['"auto", True or False'])
+        if not self.time_limit > 0 or not 0 <= self.gap < 1:
+            raise UsageError(f"time_limit={self.time_limit}, gap={self.gap}", hints=["time_limit > 0, 0 <= gap < 1"])
+        if self.optimizer is not None and not callable(self.optimizer):
+            raise UsageError(
+                f"optimizer is {type(self.optimizer).__name__}, not a function that makes one",
+                hints=["optimizer=lambda params: torch.optim.AdamW(params, lr=3e-4)"],
+            )
+
+
+def say_nothing(text: str) -> None:
+    pass
+
+
+def say_on_stderr(text: str) -> None:
+    print(f"shardplan: {text}", file=sys.stderr, flush=True)
+
+
+def resolve_model(model: Any) -> nn.Module:
+    """The model, made if it is given as a factory. Raises UsageError."""
+    if not isinstance(model, nn.Module) and callable(model):
+        model = model()
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model is {type(model).__name__}, not an nn.Module or a function that makes one")
+    return model
+
+
+def resolve_cluster(devices: Any, request: Request) -> Cluster:
+    """The cluster that ``devices=`` means, with the memory limits of the request."""
+    cluster = Cluster.parse(devices)
+    return cluster.with_memory(request.memory_limit) if request.memory_limit is not None else cluster
+
+
+def make_trace(model: nn.Module, batch: Batch, request: Request) -> tuple[Trace, Inputs]:
+    """Raises NotTraceable."""
+    from shardplan.planner.export import trace_model
+
+    trace = trace_model(
+        model,
+        batch.args,
+        batch.kwargs,
+        loss_fn=request.loss_fn,
+        target=batch.target,
+        training=request.objective == "train",
+    )
+    return trace, Inputs(trace, batch.on_meta(), batch.target)
+
+
+def check_plan(plan: Plan, trace: Trace, inputs: Inputs, cluster: Cluster) -> Plan:
+    """Raises PlanMismatch where a plan was made for something else."""
+    plan.check(trace.fingerprint, inputs.texts(), len(cluster))
+    return plan
+
+
+def load_plan(plan: Plan | str | os.PathLike[str]) -> Plan:
+    """A plan, read if it is given as a path. Raises PlanFileError."""
+    return plan if isinstance(plan, Plan) else Plan.load(plan)
+
+
+def optimizer_factor(factory: Callable[..., torch.optim.Optimizer] | None) -> float:
+    """Bytes of optimizer state per byte of parameters (AdamW 2, SGD 0, with momentum 1), by a step on a small
+    parameter. Raises UsageError where the factory fails."""
+    if factory is None:
+        return 0.0
+    parameter = nn.Parameter(torch.zeros(8, 16))
+    parameter.grad = torch.ones_like(parameter)
+    try:
+        optimizer = factory([parameter])
+        optimizer.step()
+    except Exception as error:
+        raise UsageError(
+            f"the optimizer factory failed on a parameter: {type(error).__name__}: {error}",
+            hints=["optimizer=lambda params: torch.optim.AdamW(params, lr=3e-4)"],
+        ) from error
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UsageError(f"the optimizer factory returned {type(optimizer).__name__}, not a torch.optim.Optimizer")
+    state = [v for held in optimizer.state.values() for v in held.values() if isinstance(v, torch.Tensor)]
+    whole = sum(v.numel() * v.element_size() for v in state if v.numel() > 1)
+    return whole / (parameter.numel() * parameter.element_size())
+
+
+class LinkCache:
+    """Measured link tables of a cluster, kept in the store."""
+
+    def __init__(self, cluster: Cluster, backend: str, cache: bool) -> None:
+        from shardplan.runtime.measure_links import cache_key, plan_groups
+
+        self._key = cache_key(cluster, plan_groups(len(cluster)), backend)
+        self._cache = cache
+
+    def find(self) -> LinkTables | None:
+        from shardplan.planner.costs.store import Store
+
+        text = Store.open().get_text(self._key) if self._cache else None
+        return LinkTables.from_json(text) if text is not None else None
+
+    def keep(self, tables: LinkTables) -> None:
+        from shardplan.planner.costs.store import Store
+
+        if self._cache:
+            Store.open().put_text(self._key, tables.to_json())
+
+
+def find_plan(trace: Trace, cluster: Cluster, request: Request, tables: LinkTables | None, say: Say) -> Plan:
+    """Price and solve. Raises NoFeasiblePlan, ConflictingConstraints, SolverTimeout and what else planning raises."""
+    from shardplan.planner.costs.links import LinkModel
+    from shardplan.planner.costs.model import CostModel
+    from shardplan.planner.costs.store import Store
+    from shardplan.planner.search import SolveOptions, solve
+
+    started = time.perf_counter()
+    options = SolveOptions(
+        constraints=request.constraints,
+        microbatches=request.microbatches,
+        schedule=request.schedule,
+        rematerialize=request.rematerialize,
+        solver=request.solver,
+        time_limit=request.time_limit,
+        gap=request.gap,
+        optimizer_factor=optimizer_factor(request.optimizer),
+    )
+    store = Store.open() if request.cache else None
+    costs = CostModel(cluster, LinkModel(cluster, tables), store, measure=cluster.is_local)
+    say(f"planning {trace.model_name} on {cluster}")
+    with one_thread(cluster):
+        plan = solve(trace, cluster, costs, options)
+    say(f"plan: {plan.degrees()}, found in {time.perf_counter() - started:.1f} s")
+    return replace(plan, trace_seconds=trace.seconds)
+
+
+@contextmanager
+def one_thread(cluster: Cluster) -> Iterator[None]:
+    """CPU ops are measured as a rank will run them."""
+    before = torch.get_num_threads()
+    if any(device.local == "cpu" for device in cluster.devices):
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

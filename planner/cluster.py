@@ -29,6 +29,9 @@ FABRICS = ("plain", "nvls", "nvswitch", "nvlink", "pcie", "rdma", "tcp")
 description are taken as what collectives reach. "nvls": NVSwitch that reduces in the switch; "nvswitch": every pair at
 full speed; "nvlink": direct links between some pairs (DGX-1)."""
 
+ASSUMED = "assumed"
+"""What the source of a link begins with where nobody described or measured it."""
+
 FLOP_TYPES = ("fp32", "tf32", "bf16", "fp16", "fp8")
 _NAME = re.compile(r"^[A-Za-z0-9](?:[\w.\- ]*[\w.\-])?$")
 _TORCH_TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float8": "fp8", "float64": "fp32"}
@@ -118,7 +121,12 @@ class Link:
 
     def slower(self, factor: float) -> Link:
         """The same link with every message taking `factor` times as long."""
-        return replace(self, bytes_per_s=self.bytes_per_s / factor, latency_seconds=self.latency_seconds * factor)
+        return replace(
+            self,
+            bytes_per_s=self.bytes_per_s / factor,
+            latency_seconds=self.latency_seconds * factor,
+            source=f"{factor:g} times slower than {self.source or 'described'}",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +278,14 @@ class Cluster:
     def is_local(self) -> bool:
         """Whether every device is on this machine."""
         return all(device.local for device in self.devices)
+
+    @property
+    def links_assumed(self) -> bool:
+        """Whether the links are what detection assumes, so that measured times should replace them; false where they
+        were described (a file, `with_links`, `slower_links`): a description is meant."""
+        used = [wires.link for wires, node in zip(self.wiring, self.nodes, strict=True) if len(node) > 1]
+        used += [wires.uplink for wires in self.wiring if len(self.nodes) > 1]
+        return not self.overrides and all(link.source.startswith(ASSUMED) for link in used)
 
     # -- variations -----------------------------------------------------------------------------------------------
 

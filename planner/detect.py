@@ -6,12 +6,13 @@ import os
 import platform
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 from shardplan.errors import UsageError
 from shardplan.planner import presets
-from shardplan.planner.cluster import Cluster, Device, DeviceKind, Link, Wiring
+from shardplan.planner.cluster import ASSUMED, Cluster, Device, DeviceKind, Link, Wiring
 
 _LOOPBACK = Link(2e9, 60e-6, "plain", source="assumed for gloo on one machine; measured before planning where it runs")
 _BETWEEN = Link(1.25e9, 60e-6, "plain", "node", source="assumed: 10 Gbit/s Ethernet")
@@ -171,9 +172,14 @@ def _preset_of(name: str, memory_nbytes: int) -> DeviceKind | None:
     return presets.preset_kinds()[best[1]] if best else None
 
 
+def _assumed(link: Link, machine: str) -> Link:
+    return replace(link, source=f"{ASSUMED} as in {machine}: {link.source}")
+
+
 def _gpu_wiring(kind: DeviceKind) -> Wiring:
     """Links of the machine that such GPUs usually stand in; PCI Express where the kind is not shipped."""
     if usual := presets.preset_node_of(kind.name):
-        return presets.node_preset(usual, 1).wiring[0]
+        wires = presets.node_preset(usual, 1).wiring[0]
+        return Wiring(_assumed(wires.link, usual), _assumed(wires.uplink, usual))
     pcie = Link(16e9, 15e-6, "pcie", source="assumed: PCI Express 3.0 x16")
     return Wiring(pcie, Link(1.25e9, 50e-6, "tcp", "node", source="assumed: 10 Gbit/s Ethernet"))

@@ -414,6 +414,19 @@ def test_slower_links_and_other_links() -> None:
         cluster.slower_links(0)
 
 
+def test_described_links_are_told_from_assumed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Cluster.cpu(2, "1 GiB")
+    assert found.links_assumed and Cluster.from_toml(found.to_toml()).links_assumed
+    assert found.with_memory("1 MiB").links_assumed
+    assert not found.slower_links(100).links_assumed
+    assert not found.with_links(node=Link(1e9, 1e-3)).links_assumed
+    assert found.with_links(cluster=Link(1e9, 1e-3)).links_assumed  # there is one node
+    assert not Cluster.from_toml(FILE).links_assumed and not Cluster.parse("8xh100").links_assumed
+    monkeypatch.setattr(detect, "_gpu_count", lambda: 2)
+    monkeypatch.setattr(detect, "_gpu_kind", lambda index: device_kind("h100"))
+    assert Cluster.parse(2).links_assumed
+
+
 def test_first_devices() -> None:
     cluster = Cluster.parse("16xh100").with_memory("20 GiB").first(9)
     assert [len(node) for node in cluster.nodes] == [8, 1] and len(cluster.limits) == 9

@@ -1,0 +1,88 @@
+"""PuLP and its solvers: one way to call them, and what their answers mean."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import pulp
+
+from shardplan.errors import SolverTimeout, SolverUnavailable
+
+SOLVERS = ("highs", "cbc")
+
+
+@dataclass(slots=True)
+class Budget:
+    """Which solver, how exact, and until when. gap: relative. seconds: of the whole search. solves: calls so far."""
+
+    solver: str = "highs"
+    gap: float = 0.0
+    seconds: float = 60.0
+    started: float = field(default_factory=time.monotonic)
+    solves: int = 0
+    solver_seconds: float = 0.0
+
+    def left(self) -> float:
+        return self.seconds - (time.monotonic() - self.started)
+
+
+@dataclass(frozen=True, slots=True)
+class Solved:
+    """values: of the variables that were asked for; objective: of the incumbent; bound: proven lower bound."""
+
+    values: Mapping[str, float]
+    objective: float
+    bound: float
+    optimal: bool
+
+
+def solve(problem: pulp.LpProblem, budget: Budget, gap: float | None = None) -> Solved | None:
+    """Minimise. None: infeasible. Raises SolverTimeout without an incumbent, SolverUnavailable for a missing solver."""
+    limit = max(budget.left(), 0.5)
+    gap = budget.gap if gap is None else gap
+    started = time.perf_counter()
+    solver = _solver(budget.solver, limit, gap)
+    try:
+        problem.solve(solver)
+    except pulp.PulpSolverError as error:
+        raise SolverUnavailable(f"the solver {budget.solver} failed", [str(error)], ["try another solver"]) from error
+    budget.solves += 1
+    budget.solver_seconds += time.perf_counter() - started
+    # PuLP says "Optimal" also after a time limit; only sol_status tells an incumbent from nothing.
+    status = problem.sol_status
+    if status in (pulp.LpSolutionInfeasible, pulp.LpSolutionUnbounded):
+        return None
+    if status == pulp.LpSolutionNoSolutionFound:
+        if problem.status == pulp.LpStatusInfeasible:
+            return None
+        raise SolverTimeout(f"{budget.solver} found no plan within {limit:.0f} s", [], ["raise time_limit"])
+    objective = float(pulp.value(problem.objective) or 0.0)
+    optimal = status == pulp.LpSolutionOptimal
+    bound = _bound(problem, budget.solver)
+    if bound is None:
+        bound = objective * (1 - gap) if optimal else -math.inf
+    values = {variable.name: float(variable.varValue or 0.0) for variable in problem.variables()}
+    return Solved(values, objective, min(bound, objective), optimal)
+
+
+def _solver(name: str, limit: float, gap: float) -> pulp.LpSolver:
+    if name == "highs":
+        solver = pulp.HiGHS(msg=False, timeLimit=limit, gapRel=gap, threads=1, random_seed=0)
+    elif name == "cbc":
+        solver = pulp.PULP_CBC_CMD(msg=False, timeLimit=limit, gapRel=gap, threads=1)
+    else:
+        raise SolverUnavailable(f"unknown solver {name!r}", [], [f"one of {', '.join(SOLVERS)}"])
+    if not solver.available():
+        raise SolverUnavailable(f"the solver {name} is not installed", [], ["pip install highspy", "solver='highs'"])
+    return solver
+
+
+def _bound(problem: pulp.LpProblem, name: str) -> float | None:
+    if name != "highs":
+        return None
+    information = problem.solverModel.getInfo()  # type: ignore[union-attr]
+    bound = float(information.mip_dual_bound)
+    return bound if math.isfinite(bound) else None

@@ -1,0 +1,308 @@
+"""The report as a document of paragraphs, tables, bars and timelines, which the renderers turn into text and HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from shardplan.planner.plan import Alternative, Memory, Plan
+from shardplan.planner.report.facts import Facts, SplitFacts
+from shardplan.planner.report.words import (
+    change_text,
+    names_text,
+    nbytes_text,
+    numbers,
+    plural,
+    ranges,
+    ratio_text,
+    seconds_text,
+    share_text,
+)
+from shardplan.planner.timeline import Timeline
+
+PARTS: tuple[str, ...] = ("parameters", "gradients", "optimizer", "activations", "buffers", "reserve")
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """Sentences, each on its own line."""
+
+    items: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """columns: (heading, whether its cells are numbers)."""
+
+    columns: tuple[tuple[str, bool], ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """Memory of one device (group). parts: (name, bytes); limit_nbytes 0: none known."""
+
+    name: str
+    parts: tuple[tuple[str, int], ...]
+    limit_nbytes: int
+    measured_nbytes: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(nbytes for _, nbytes in self.parts)
+
+    @property
+    def text(self) -> str:
+        limit = f" of {nbytes_text(self.limit_nbytes)}" if self.limit_nbytes else ""
+        over = f", {nbytes_text(self.nbytes - self.limit_nbytes)} OVER" if 0 < self.limit_nbytes < self.nbytes else ""
+        seen = f", measured {nbytes_text(self.measured_nbytes)}" if self.measured_nbytes is not None else ""
+        return f"{nbytes_text(self.nbytes)}{limit}{over}{seen}"
+
+    @property
+    def parts_text(self) -> str:
+        return ", ".join(f"{name} {nbytes_text(nbytes)}" for name, nbytes in self.parts if nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Bars:
+    """Bars on one scale."""
+
+    bars: tuple[Bar, ...]
+
+    @property
+    def scale_nbytes(self) -> int:
+        return max((max(bar.limit_nbytes, bar.nbytes, bar.measured_nbytes or 0) for bar in self.bars), default=1) or 1
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A timeline to be drawn."""
+
+    timeline: Timeline
+
+
+Block = Lines | Table | Bars | Chart
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A heading with blocks; sections without blocks are left out."""
+
+    title: str
+    blocks: tuple[Block, ...]
+
+
+def document(facts: Facts) -> tuple[Section, ...]:
+    """All sections, in the order in which they are shown."""
+    sections = (
+        Section("Stages", _stages(facts)),
+        Section("Memory", (Bars(tuple(_bars(facts))),) if facts.devices else ()),
+        Section("Pipeline", _pipeline(facts)),
+        Section("Splits", _splits(facts)),
+        Section("What binds", _lines(facts.binds)),
+        Section("Alternatives", _alternatives(facts)),
+        Section("Certificate", _lines(_certificate(facts))),
+        Section("Predicted and measured", _comparison(facts)),
+        Section("Links", _links(facts.plan)),
+        Section("Assumptions and coverage", _lines(facts.assumptions)),
+        Section("Replicated ops", _replicated(facts.plan)),
+        Section("Constraints", _lines(facts.plan.constraints)),
+        Section("Notes", _lines(facts.plan.notes)),
+    )
+    return tuple(section for section in sections if section.blocks)
+
+
+def _lines(items: Iterable[str]) -> tuple[Block, ...]:
+    found = tuple(items)
+    return (Lines(found),) if found else ()
+
+
+def _stages(facts: Facts) -> tuple[Block, ...]:
+    columns = (
+        ("stage", True),
+        ("devices", False),
+        ("mesh", False),
+        ("forward", True),
+        ("backward", True),
+        ("once", True),
+        ("busy", True),
+        ("peak", True),
+    )
+    rows = []
+    lines = []
+    for stage in facts.stages:
+        plan = stage.plan
+        mesh = " x ".join(f"{a}{n}" for a, n in zip(plan.mesh.axes, plan.mesh.sizes, strict=True) if a != "mb")
+        rows.append(
+            (
+                str(stage.stage),
+                stage.devices,
+                mesh,
+                seconds_text(plan.forward_seconds),
+                seconds_text(plan.backward_seconds),
+                seconds_text(plan.once_seconds),
+                seconds_text(stage.busy_seconds),
+                nbytes_text(plan.memory.peak_nbytes),
+            )
+        )
+        recomputed = f" (recomputed in backward: {names_text(plan.rematerialized)})" if plan.rematerialized else ""
+        lines.append(f"stage {stage.stage}: {names_text(plan.blocks)}{recomputed}")
+    return (Table(columns, tuple(rows)), Lines(tuple(lines)))
+
+
+def parts_of(memory: Memory) -> tuple[tuple[str, int], ...]:
+    """(name, bytes) in the order in which bars show them."""
+    return (
+        ("parameters", memory.parameters),
+        ("gradients", memory.gradients),
+        ("optimizer", memory.optimizer),
+        ("activations", memory.activations),
+        ("buffers", memory.buffers),
+        ("reserve", memory.reserve),
+    )
+
+
+def _bars(facts: Facts) -> Iterable[Bar]:
+    for device in facts.devices:
+        yield Bar(device.name, parts_of(device.memory), device.limit_nbytes, device.measured_nbytes)
+
+
+def _pipeline(facts: Facts) -> tuple[Block, ...]:
+    plan, simulation = facts.plan, facts.simulation
+    text = (
+        f"{plan.schedule}, {plural(plan.microbatches, 'microbatch')}"
+        if plan.microbatches == 1
+        else f"{plan.schedule}, {plan.microbatches} microbatches"
+    )
+    if simulation.step_seconds <= 0:
+        return (Lines((f"{text}; the plan holds no times to draw.",)),)
+    text += f"; predicted {seconds_text(simulation.step_seconds)} a step, bubble {share_text(simulation.bubble_share)}"
+    return (Lines((text + ".",)), *(Chart(timeline) for timeline in facts.timelines))
+
+
+def _splits(facts: Facts) -> tuple[Block, ...]:
+    if not facts.splits:
+        return ()
+    columns = [("parameter", False), ("count", True), ("tensor", False)]
+    columns += [(f"{axis} ({'/'.join(map(str, sorted(set(sizes))))})", False) for axis, sizes in facts.axes.items()]
+    columns.append(("bytes each", True))
+    partial = {
+        text
+        for text in {split.pattern for split in facts.splits}
+        if sum(split.pattern == text for split in facts.splits) > 1
+    }
+    rows = tuple(
+        (
+            _split_name(split, split.pattern in partial),
+            str(len(split.names)),
+            split.tensor,
+            *(split.axes[axis] for axis in facts.axes),
+            nbytes_text(split.local_nbytes),
+        )
+        for split in facts.splits
+    )
+    return (Table(tuple(columns), rows),)
+
+
+def _split_name(split: SplitFacts, partial: bool) -> str:
+    """The pattern; with the numbers it holds for, where the same pattern is split in more than one way."""
+    found = [numbers(name)[0] for name in split.names if numbers(name)]
+    return split.pattern.replace("*", f"[{ranges(found)}]", 1) if partial and found else split.pattern
+
+
+def _alternatives(facts: Facts) -> tuple[Block, ...]:
+    if not facts.baselines and not facts.runners_up:
+        return ()
+    rows: list[tuple[str, ...]] = [
+        ("this plan", seconds_text(facts.step_seconds), "", nbytes_text(_peak(facts.plan)), "")
+    ]
+    rows += (_alternative(facts, "baseline", found) for found in facts.baselines)
+    rows += (_alternative(facts, "runner-up", found) for found in facts.runners_up)
+    columns = (("plan", False), ("step", True), ("slower by", True), ("peak", True), ("why not", False))
+    return (Table(columns, tuple(rows)),)
+
+
+def _alternative(facts: Facts, kind: str, found: Alternative) -> tuple[str, ...]:
+    change = change_text(found.seconds, facts.step_seconds) if found.seconds is not None else ""
+    name = found.name if kind == "baseline" else f"{kind}: {found.name}"
+    peak = nbytes_text(found.peak_nbytes) if found.peak_nbytes else "-"
+    return name, seconds_text(found.seconds), change, peak, found.reason
+
+
+def _peak(plan: Plan) -> int:
+    return max((stage.memory.peak_nbytes for stage in plan.stages), default=0)
+
+
+def _certificate(facts: Facts) -> Iterable[str]:
+    status, plan = facts.status, facts.plan
+    if status.outcome == "given":
+        yield "Degrees and splits were given; nothing was searched."
+    else:
+        yield (
+            f"{status.outcome}: no plan in the cost model is faster than {seconds_text(status.lower_bound)}, "
+            f"this one is within {share_text(max(status.gap, 0.0))} of that."
+        )
+    cases = ", ".join(f"{count:,} {name}" for name, count in status.searched.items())
+    yield f"{status.solver}, {seconds_text(status.seconds)}" + (f"; cases: {cases}." if cases else ".")
+    if plan.trace_seconds or plan.profile_seconds:
+        yield f"Tracing took {seconds_text(plan.trace_seconds)}, costs {seconds_text(plan.profile_seconds)}."
+
+
+def _comparison(facts: Facts) -> tuple[Block, ...]:
+    if not facts.measured:
+        return ()
+    show = {"seconds": seconds_text, "bytes": nbytes_text}
+    rows = tuple(
+        (
+            row.name,
+            show[row.unit](row.predicted),
+            show[row.unit](row.measured),
+            change_text(row.measured, row.predicted),
+        )
+        for row in facts.comparisons
+    )
+    table = Table((("what", False), ("predicted", True), ("measured", True), ("off by", True)), rows)
+    lines = [f"Medians of {plural(facts.measured.steps, 'step')}."]
+    if single := facts.measured.single_device_seconds:
+        lines.append(
+            f"One device takes {seconds_text(single)} a step: "
+            f"{ratio_text(single / facts.measured.step_seconds)} the speed of one device."
+        )
+    return (table, Lines(tuple(lines)))
+
+
+def _links(plan: Plan) -> tuple[Block, ...]:
+    if not plan.links:
+        return ()
+    rows: list[tuple[str, ...]] = []
+    for link in plan.links:
+        step = plan.microbatches * link.nbytes
+        rows.append(
+            (
+                f"{link.source} > {link.target}",
+                "activations",
+                nbytes_text(link.nbytes),
+                seconds_text(link.seconds),
+                nbytes_text(step),
+            )
+        )
+        if link.grad_nbytes:
+            rows.append(
+                (
+                    f"{link.target} > {link.source}",
+                    "gradients",
+                    nbytes_text(link.grad_nbytes),
+                    seconds_text(link.grad_seconds),
+                    nbytes_text(plan.microbatches * link.grad_nbytes),
+                )
+            )
+    columns = (("stages", False), ("what", False), ("a message", True), ("takes", True), ("a step", True))
+    return (Table(columns, tuple(rows)),)
+
+
+def _replicated(plan: Plan) -> tuple[Block, ...]:
+    if not plan.replicated_ops:
+        return ()
+    rows = tuple((op, str(count), share_text(share)) for op, count, share in plan.replicated_ops)
+    lines = Lines(("These ops have no rule: every device runs them whole.",))
+    return (lines, Table((("op", False), ("nodes", True), ("of the step", True)), rows))

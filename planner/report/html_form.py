@@ -1,0 +1,118 @@
+"""The report as one HTML file that needs neither network nor scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from html import escape
+
+from shardplan.planner.plan import Plan
+from shardplan.planner.report.document import PARTS, Bars, Block, Chart, Lines, Section, Table, document
+from shardplan.planner.report.facts import Facts, facts
+from shardplan.planner.report.measured import Measured
+from shardplan.planner.report.style import STYLE
+from shardplan.planner.report.svg import bar_svg, timeline_svg
+from shardplan.planner.report.words import nbytes_text, plural, ratio_text, seconds_text, share_text
+
+_MOST_BARS = 64
+_MOST_ROWS = 400
+_NAMES = ("parameter", "op")
+_WORDS = ("why not",)
+
+
+def render_html(plan: Plan, measured: Measured | None = None) -> str:
+    """A whole HTML document."""
+    found = facts(plan, measured)
+    body = [
+        f"<h1>{escape(plan.model or 'model')}: plan for {plural(len(plan.devices), 'device')}</h1>",
+        f'<p class="verdict">{escape(found.verdict)}</p>',
+        _figures(found),
+        *(part for section in document(found) for part in _section(section)),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(plan.model or 'model')} - shardplan</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(body)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def _figures(found: Facts) -> str:
+    items = [("predicted step", seconds_text(found.step_seconds))]
+    if found.measured:
+        items.append(("measured step", seconds_text(found.measured.step_seconds)))
+        if found.measured.single_device_seconds:
+            ratio = found.measured.single_device_seconds / found.measured.step_seconds
+            items.append(("speed of one device", ratio_text(ratio)))
+    rate = found.tokens_per_second or found.samples_per_second
+    if rate:
+        items.append((f"{'tokens' if found.tokens_per_second else 'samples'} per second", f"{rate:,.0f}"))
+    items.append(("bubble", share_text(found.simulation.bubble_share)))
+    peak = max((device.memory.peak_nbytes for device in found.devices), default=0)
+    items.append(("fullest device", nbytes_text(peak)))
+    if found.status.outcome != "given":
+        items.append(("proven gap", share_text(max(found.status.gap, 0.0))))
+    cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in items)
+    return f'<dl class="figures">{cells}</dl>'
+
+
+def _section(section: Section) -> Iterable[str]:
+    yield f"<section><h2>{escape(section.title)}</h2>"
+    if any(isinstance(block, Chart) for block in section.blocks):
+        yield _key(("forward", "backward", "reduce", "transfer"), {"reduce": "once a step", "transfer": "message"})
+    for block in section.blocks:
+        yield from _block(block)
+    yield "</section>"
+
+
+def _block(block: Block) -> Iterable[str]:
+    if isinstance(block, Lines):
+        yield from (f"<p>{escape(item)}</p>" for item in block.items)
+    elif isinstance(block, Table):
+        yield _table(block)
+    elif isinstance(block, Bars):
+        yield _bars(block)
+    elif drawing := timeline_svg(block.timeline):
+        yield f'<p class="dim">{escape(block.timeline.name)}</p><div class="scroll" tabindex="0">{drawing}</div>'
+
+
+def _key(classes: Iterable[str], names: dict[str, str]) -> str:
+    items = "".join(f'<li><i class="{c}"></i>{escape(names.get(c, c))}</li>' for c in classes)
+    return f'<ul class="key">{items}</ul>'
+
+
+def _table(table: Table) -> str:
+    head = "".join(f"<th{_class('', number)}>{escape(name)}</th>" for name, number in table.columns)
+    rows = []
+    for row in table.rows[:_MOST_ROWS]:
+        cells = (f"<td{_class(name, number)}>{escape(cell)}</td>" for cell, (name, number) in zip(row, table.columns))
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    left = len(table.rows) - _MOST_ROWS
+    more = f'<p class="dim">and {plural(left, "row")} more, in the JSON report</p>' if left > 0 else ""
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>{more}'
+    )
+
+
+def _class(name: str, number: bool) -> str:
+    if number:
+        return ' class="n"'
+    return ' class="name"' if name in _NAMES else ' class="wide"' if name in _WORDS else ""
+
+
+def _bars(bars: Bars) -> str:
+    rows = []
+    for bar in bars.bars[:_MOST_BARS]:
+        over = ' class="over"' if 0 < bar.limit_nbytes < bar.nbytes else ""
+        rows.append(
+            f'<div><div class="head"><span>{escape(bar.name)}</span><span{over}>{escape(bar.text)}</span></div>'
+            f'{bar_svg(bar, bars)}<div class="dim">{escape(bar.parts_text)}</div></div>'
+        )
+    left = len(bars.bars) - _MOST_BARS
+    more = f'<p class="dim">and {left} more, in the JSON report</p>' if left > 0 else ""
+    classes = ["optimizer-part" if part == "optimizer" else part for part in PARTS]
+    key = _key(classes, {"optimizer-part": "optimizer"})
+    marks = '<li><i class="mark limit"></i>limit</li>'
+    if any(bar.measured_nbytes is not None for bar in bars.bars):
+        marks += '<li><i class="mark seen"></i>measured peak</li>'
+    return key.replace("</ul>", f"{marks}</ul>") + f'<div class="memory">{"".join(rows)}</div>{more}'

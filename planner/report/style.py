@@ -1,0 +1,56 @@
+"""The style sheet of the HTML report: light and dark, wide and narrow, no scripts, nothing from the network."""
+
+STYLE = """
+:root { color-scheme: light dark; --bg: #fff; --ink: #1b1f24; --dim: #59636e; --line: #d5dae0; --soft: #f1f3f6;
+  --blue: #2f6fd6; --green: #2d8a4e; --cyan: #1a8a96; --amber: #b67a00; --purple: #8a4fbf; --gray: #8b949e;
+  --red: #c62f3b; --on: #fff; }
+@media (prefers-color-scheme: dark) { :root { --bg: #14171b; --ink: #e4e8ec; --dim: #9aa4af; --line: #343b43;
+  --soft: #1f242a; --blue: #5c93ea; --green: #4caf70; --cyan: #41b4c0; --amber: #d9a132; --purple: #b080dc;
+  --gray: #77818c; --red: #f0707a; --on: #0d1013; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1120px; padding: 24px 20px 60px; background: var(--bg); color: var(--ink);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
+h1 { font-size: 20px; margin: 0 0 8px; overflow-wrap: anywhere; }
+h2 { font-size: 16px; margin: 32px 0 8px; padding-bottom: 4px; border-bottom: 1px solid var(--line); }
+p { margin: 4px 0; overflow-wrap: anywhere; }
+.verdict { font-size: 17px; }
+.figures { display: flex; flex-wrap: wrap; gap: 8px 28px; margin: 16px 0 0; padding: 0; }
+.figures div { display: flex; flex-direction: column-reverse; }
+.figures dt { color: var(--dim); font-size: 13px; }
+.figures dd { margin: 0; font-size: 20px; font-variant-numeric: tabular-nums; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: 14px; }
+th, td { text-align: left; vertical-align: top; padding: 4px 14px 4px 0; border-bottom: 1px solid var(--line); }
+th { color: var(--dim); font-weight: 600; white-space: nowrap; }
+td { overflow-wrap: break-word; min-width: 3em; }
+td.name { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: 13px; min-width: 16em;
+  overflow-wrap: anywhere; }
+td.wide { min-width: 14em; }
+.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+.memory { display: grid; gap: 12px; }
+.memory .head { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 16px; }
+.memory .dim, .dim { color: var(--dim); font-size: 13px; }
+.over { color: var(--red); font-weight: 600; }
+svg { display: block; fill: var(--ink); }
+svg.bar { width: 100%; height: 16px; }
+svg.timeline { width: 100%; min-width: 760px; font-size: 12px; margin: 8px 0; }
+svg .small { font-size: 10px; fill: var(--dim); }
+svg .end { text-anchor: end; }
+svg .on { fill: var(--on); text-anchor: middle; font-size: 11px; pointer-events: none; }
+svg line { stroke: var(--line); }
+svg .idle { fill: var(--soft); } svg .cut { fill: var(--bg); } svg .cut-text { fill: var(--dim); }
+svg .limit { fill: var(--red); } svg .seen { fill: var(--ink); }
+.forward, .parameters { fill: var(--blue); background: var(--blue); }
+.backward, .activations { fill: var(--green); background: var(--green); }
+.weight, .optimizer-part { fill: var(--cyan); background: var(--cyan); }
+.reduce, .buffers { fill: var(--amber); background: var(--amber); }
+.optimizer, .gradients { fill: var(--purple); background: var(--purple); }
+.bar .optimizer, .key .optimizer-part { fill: var(--cyan); background: var(--cyan); }
+.transfer { fill: var(--gray); background: var(--gray); }
+.reserve { fill: var(--gray); background: var(--gray); }
+.wait { fill: var(--soft); background: var(--soft); }
+.key { display: flex; flex-wrap: wrap; gap: 4px 16px; margin: 8px 0; padding: 0; list-style: none; font-size: 13px; }
+.key i { display: inline-block; width: 11px; height: 11px; margin-right: 6px; border-radius: 2px; }
+.key .mark { width: 3px; }
+.key .limit { background: var(--red); } .key .seen { background: var(--ink); }
+"""

@@ -1,0 +1,140 @@
+"""The report as text: rich on a terminal, plain elsewhere. ASCII only, so that any terminal and log can show it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+
+from rich.console import Console, Group
+from rich.padding import Padding
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from shardplan.planner.plan import Plan
+from shardplan.planner.report.document import PARTS, Bars, Block, Chart, Lines, Section, Table, document
+from shardplan.planner.report.facts import facts
+from shardplan.planner.report.measured import Measured
+from shardplan.planner.report.words import seconds_text
+from shardplan.planner.timeline import Timeline, Track
+
+_PART_STYLES: dict[str, str] = dict(
+    zip(PARTS, ("blue", "magenta", "cyan", "green", "yellow", "bright_black"), strict=True)
+)
+_LETTERS = {"forward": "F", "backward": "B", "weight": "W", "reduce": "R", "optimizer": "O"}
+_STYLES = {"F": "blue", "B": "green", "W": "cyan", "R": "yellow", "O": "magenta", ".": "bright_black"}
+_MOST_ROWS = 16
+
+
+def render_terminal(plan: Plan, console: Console, measured: Measured | None = None) -> None:
+    """Print the report to a rich console; its width and colours are the console's."""
+    found = facts(plan, measured)
+    console.print(Text(found.verdict, style="bold"))
+    for section in document(found):
+        console.print(_section(section, console.width))
+
+
+def render_text(plan: Plan, measured: Measured | None = None, width: int = 100) -> str:
+    """The report as plain text without colours or trailing blanks."""
+    buffer = io.StringIO()
+    render_terminal(plan, Console(file=buffer, width=width, color_system=None, force_terminal=False), measured)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+
+
+def _section(section: Section, width: int) -> Group:
+    blocks: list[object] = [Text(f"\n{section.title}", style="bold")]
+    for block in section.blocks:
+        blocks += (Padding(part, (0, 0, 0, 2)) for part in _block(block, width - 2))  # type: ignore[arg-type]
+    return Group(*blocks)  # type: ignore[arg-type]
+
+
+def _block(block: Block, width: int) -> Iterable[object]:
+    if isinstance(block, Lines):
+        yield from (Text(item) for item in block.items)
+    elif isinstance(block, Table):
+        yield _table(block)
+    elif isinstance(block, Bars):
+        yield from _bars(block, width)
+    else:
+        yield from _chart(block, width)
+
+
+def _table(table: Table) -> RichTable:
+    made = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for heading, number in table.columns:
+        made.add_column(Text(heading), justify="right" if number else "left", no_wrap=number, overflow="fold")
+    for row in table.rows:
+        made.add_row(*map(Text, row))
+    return made
+
+
+def _bars(bars: Bars, width: int) -> Iterable[Text | Padding]:
+    names = max(len(bar.name) for bar in bars.bars)
+    texts = max(len(bar.text) for bar in bars.bars)
+    room = max(width - names - texts - 4, 10)
+    scale = room / bars.scale_nbytes
+    for bar in bars.bars[:_MOST_ROWS]:
+        line = Text(f"{bar.name:<{names}} [")
+        at, done = 0, 0
+        for name, nbytes in bar.parts:
+            done += nbytes
+            stop = round(done * scale)
+            # A part that rounds to nothing is still named in the line below.
+            line.append(name[0] * (stop - at), style=_PART_STYLES[name])
+            at = stop
+        end = max(round(bar.limit_nbytes * scale) if bar.limit_nbytes else room, at)
+        line.append("." * (end - at), style="bright_black")
+        line.append("]" + " " * (room - end))
+        line.append(f" {bar.text}", style="red" if 0 < bar.limit_nbytes < bar.nbytes else "")
+        line.no_wrap = True
+        yield line
+        yield Padding(Text(bar.parts_text, style="bright_black"), (0, 0, 0, names + 2))
+    if len(bars.bars) > _MOST_ROWS:
+        yield Text(f"... and {len(bars.bars) - _MOST_ROWS} more")
+
+
+def _chart(chart: Chart, width: int) -> Iterable[Text]:
+    timeline = chart.timeline
+    tracks = [track for track in timeline.tracks if any(event.category in _LETTERS for event in track.events)]
+    if not tracks or timeline.end_seconds <= 0:
+        return
+    yield Text(f"{timeline.name}, {seconds_text(timeline.end_seconds)} (F forward, B backward, R once a step, . idle)")
+    names = max(len(track.name) for track in tracks)
+    for track in tracks[:_MOST_ROWS]:
+        line = Text(f"{track.name:<{names}} |")
+        for letter in _buckets(track, timeline, max(width - names - 3, 10)):
+            line.append(letter, style=_STYLES[letter])
+        line.append("|")
+        line.no_wrap = True
+        yield line
+    if len(tracks) > _MOST_ROWS:
+        yield Text(f"... and {len(tracks) - _MOST_ROWS} more")
+
+
+def _buckets(track: Track, timeline: Timeline, count: int) -> str:
+    """For each of `count` equal slices of time the letter of what takes most of it."""
+    end = timeline.end_seconds
+    shares: list[dict[str, float]] = [{} for _ in range(count)]
+    for event in track.events:
+        letter = _LETTERS.get(event.category)
+        if letter is None:
+            continue
+        low, high = event.start_seconds / end * count, event.end_seconds / end * count
+        for index in range(max(int(low), 0), min(int(high) + 1, count)):
+            part = min(high, index + 1) - max(low, index)
+            if part > 0:
+                shares[index][letter] = shares[index].get(letter, 0.0) + part
+    letters = []
+    for found in shares:
+        # Rounding must not let idle win over what fills the slice.
+        idle = 1.0 - sum(found.values())
+        best = max(found.items(), key=lambda item: item[1], default=(".", 0.0))
+        letters.append("." if idle > best[1] + 1e-9 else best[0])
+    return "".join(letters)
+
+
+def print_report(plan: Plan, measured: Measured | None = None) -> None:
+    """Print to standard output."""
+    render_terminal(plan, Console(), measured)
+
+
+__all__ = ["print_report", "render_terminal", "render_text"]

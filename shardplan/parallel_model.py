@@ -14,6 +14,7 @@ from torch import nn
 from shardplan.batch import Batch, Inputs, canonical, example_batch, move, rebuild_output
 from shardplan.errors import NotRunnableHere, NotSupported, UsageError
 from shardplan.planner.plan import Plan
+from shardplan.planner.report.measured import Measured
 from shardplan.planner.trace import Trace
 from shardplan.rewrite import compile as compile_program
 from shardplan.rewrite.program import Program
@@ -207,12 +208,21 @@ class ParallelModel:
         outputs = ranks.call(rank_calls.forward, bound, self._mode, ranks.in_place)
         return rebuild_output(planned.trace, outputs)
 
-    def measure(self, *inputs: Any, steps: int = 5, target: Any = None, **kwargs: Any) -> dict[str, Any]:
-        """Time steps on this batch without changing anything. -> "predicted_step_seconds", "step_seconds",
-        per-stage seconds, "peak_nbytes" per rank."""
+    def measure(self, *inputs: Any, steps: int = 5, target: Any = None, **kwargs: Any) -> Measured:
+        """Time forward, backward and gradient reduction on this batch without changing anything.
+
+        The optimizer step is not run. ``plan.report(path, measured)`` sets the result beside the prediction.
+        """
         bound = self._ready().inputs.bind(self._batch(inputs, kwargs, target))
         found = self._ranks().call(rank_calls.measure, bound, steps)
-        return {"predicted_step_seconds": self.plan.step_seconds, **found}
+        each = [m.get("forward", 0.0) + m.get("backward", 0.0) for m in found["stages"]]
+        once = [m.get("reduce", 0.0) for m in found["stages"]]
+        return Measured(
+            step_seconds=found["step_seconds"],
+            stage_seconds=tuple(self.plan.microbatches * a + b for a, b in zip(each, once, strict=True)),
+            peak_nbytes=tuple(found["peak_nbytes"]) if any(found["peak_nbytes"]) else (),
+            steps=steps,
+        )
 
     # -- parameters and state ------------------------------------------------------------------------------------------
 

@@ -1,0 +1,42 @@
+# make demo: set up and run the main job.  make test: set up and run the tests.  Needs Python 3.11+ and make.
+
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+RUN = $(VENV)/bin/python
+INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test test-packaging lint setup setup-test clean
+
+demo: setup
+	$(RUN) examples/train_byte_gpt.py
+
+test: setup-test
+	$(RUN) -m pytest
+
+# Builds a wheel and an sdist and installs the wheel elsewhere: slower, and needs a package index.
+test-packaging: setup-test
+	$(RUN) -m pytest tests/packaging
+
+lint: setup-test
+	$(INSTALL) -e ".[lint]"
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
+
+setup: $(VENV)/.base
+setup-test: $(VENV)/.test
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "shardplan needs Python 3.11 or newer; set PYTHON=/path/to/python" >&2; exit 1; }
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV)"
+	@$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	@$(INSTALL) -e ".[test]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info

@@ -1,0 +1,296 @@
+"""The command line: ``shardplan plan | report | run | diff | cluster``.
+
+torch is imported by the commands, not here, so that ``--help`` is fast. Facts go to stdout (with ``--json`` one object
+and nothing else), everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from shardplan.errors import ShardplanError
+
+app = typer.Typer(
+    name="shardplan",
+    help="Plan and run PyTorch models on many devices.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+cluster_app = typer.Typer(help="What there is to run on.", no_args_is_help=True)
+app.add_typer(cluster_app, name="cluster")
+
+Target = Annotated[
+    str, typer.Argument(metavar="TARGET", help="file.py:factory, package.module:factory or hf:CONFIG.json")
+]
+Devices = Annotated[str, typer.Option(help='2, "cpu:2", "8xh100", "dgx-h100:4", a .toml file or auto')]
+ClusterFile = Annotated[Path | None, typer.Option(help="a cluster file, instead of --devices")]
+Input = Annotated[list[str] | None, typer.Option(help="an input of the batch, such as ids=int64[8,2048]; repeatable")]
+Batch = Annotated[int | None, typer.Option(help="global batch size (hf: targets)")]
+Seq = Annotated[int | None, typer.Option(help="sequence length (hf: targets)")]
+MemoryLimit = Annotated[str | None, typer.Option(help='limit per device, such as "20 GiB"; or a comma-separated list')]
+Pin = Annotated[list[str] | None, typer.Option(help='GLOB=STAGE, such as "*.layers.0.*=0"; repeatable')]
+Degree = Annotated[int | None, typer.Option(help="force this degree")]
+Microbatches = Annotated[int | None, typer.Option(help="force this number of microbatches")]
+Solver = Annotated[str, typer.Option(help="highs or cbc")]
+TimeLimit = Annotated[float, typer.Option(help="seconds for the solver")]
+Gap = Annotated[float, typer.Option(help="relative gap at which the solver may stop")]
+Output = Annotated[Path | None, typer.Option("-o", "--output", help="write the plan to this file")]
+Html = Annotated[Path | None, typer.Option(help="write the report as one HTML file")]
+TraceFile = Annotated[Path | None, typer.Option(help="write the timeline as a Chrome trace")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="print nothing but errors and --json")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="progress on stderr")]
+Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="keep measurements on disk")]
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit status (see SURFACE: 0 ok, 1 our bug, 2 usage, 3 no plan fits, ...)."""
+    try:
+        app(args=list(arguments) if arguments is not None else None)
+    except SystemExit as error:  # how the parser ends: 0, or 2 for a command line that it cannot read
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except ShardplanError as error:
+        print(error, file=sys.stderr)
+        return error.exit_status
+    except Exception:
+        traceback.print_exc()
+        print("This is a bug in shardplan; please report it with the lines above.", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from shardplan import __version__
+
+        print(f"shardplan {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="version")] = False,
+) -> None:
+    pass
+
+
+@app.command("plan")
+def plan_command(
+    target: Target,
+    devices: Devices = "auto",
+    cluster: ClusterFile = None,
+    input: Input = None,
+    batch: Batch = None,
+    seq: Seq = None,
+    memory: MemoryLimit = None,
+    pin: Pin = None,
+    dp: Degree = None,
+    tp: Degree = None,
+    pp: Degree = None,
+    microbatches: Microbatches = None,
+    solver: Solver = "highs",
+    time_limit: TimeLimit = 60.0,
+    gap: Gap = 0.01,
+    cache: Cache = True,
+    output: Output = None,
+    html: Html = None,
+    trace: TraceFile = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Find the fastest plan that fits, and say why it is."""
+    from shardplan import cli_work
+
+    job = cli_work.Job(
+        target=target,
+        devices=str(cluster) if cluster else devices,
+        inputs=tuple(input or ()),
+        batch=batch,
+        seq=seq,
+        memory=memory,
+        pins=tuple(pin or ()),
+        degrees=_degrees(dp, tp, pp),
+        microbatches=microbatches,
+        solver=solver,
+        time_limit=time_limit,
+        gap=gap,
+        cache=cache,
+        verbose=verbose or (sys.stderr.isatty() and not quiet),
+    )
+    found = cli_work.make_plan(job)
+    _show(found, output, html, trace, json, quiet)
+
+
+@app.command("report")
+def report_command(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="a plan file")],
+    html: Html = None,
+    trace: TraceFile = None,
+    explain: Annotated[str | None, typer.Option(help="explain what happens to this module or tensor (a glob)")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show the report of a plan file."""
+    from shardplan.planner.plan import Plan
+
+    found = Plan.load(plan)
+    if explain is not None:
+        from shardplan.planner import report
+
+        print(report.explain(found, explain).rstrip())
+        return
+    _show(found, None, html, trace, json, quiet)
+
+
+@app.command("diff")
+def diff_command(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="a plan file")],
+    other: Annotated[Path, typer.Argument(metavar="OTHER", help="another one")],
+) -> None:
+    """Show what differs between two plan files."""
+    from shardplan.planner import report
+    from shardplan.planner.plan import Plan
+
+    print(report.diff(Plan.load(plan), Plan.load(other)).rstrip())
+
+
+@app.command("run")
+def run_command(
+    target: Target,
+    devices: Devices = "auto",
+    input: Input = None,
+    batch: Batch = None,
+    seq: Seq = None,
+    memory: MemoryLimit = None,
+    pin: Pin = None,
+    dp: Degree = None,
+    tp: Degree = None,
+    pp: Degree = None,
+    microbatches: Microbatches = None,
+    plan: Annotated[Path | None, typer.Option(help="use this plan file instead of planning")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="training steps")] = 10,
+    lr: Annotated[float, typer.Option(help="learning rate (AdamW)")] = 3e-4,
+    seed: Annotated[int, typer.Option(help="of weights, random inputs and dropout")] = 0,
+    solver: Solver = "highs",
+    time_limit: TimeLimit = 60.0,
+    gap: Gap = 0.01,
+    cache: Cache = True,
+    html: Html = None,
+    trace: TraceFile = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train for a few steps on the factory's batch, or on random inputs; print losses, predicted and measured time."""
+    from shardplan import cli_work
+
+    job = cli_work.Job(
+        target=target,
+        devices=devices,
+        inputs=tuple(input or ()),
+        batch=batch,
+        seq=seq,
+        memory=memory,
+        pins=tuple(pin or ()),
+        degrees=_degrees(dp, tp, pp),
+        microbatches=microbatches,
+        solver=solver,
+        time_limit=time_limit,
+        gap=gap,
+        cache=cache,
+        verbose=verbose,
+    )
+    found = cli_work.train(job, plan, steps, lr, seed, quiet or json)
+    if found is None:  # a rank other than the first
+        return
+    from shardplan.planner import report
+
+    for path in filter(None, (html, trace)):
+        _write(report.render_html if path is html else report.render_trace, found.plan, path, found.measured)
+    if json:
+        print(found.to_json())
+
+
+@cluster_app.command("detect")
+def cluster_detect(
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="write a cluster file")] = None,
+) -> None:
+    """Describe this machine."""
+    from shardplan.planner.cluster import Cluster
+
+    found = Cluster.detect()
+    print(found.summary())
+    if output:
+        found.save(output)
+    else:
+        print(found.to_toml().rstrip())
+
+
+@cluster_app.command("show")
+def cluster_show(devices: Annotated[str, typer.Argument(help="a cluster file, a preset, or devices")]) -> None:
+    """Show a cluster as a cluster file."""
+    from shardplan.planner.cluster import Cluster
+
+    found = Cluster.parse(devices)
+    print(f"# {found.summary()}")
+    print(found.to_toml().rstrip())
+
+
+@cluster_app.command("list")
+def cluster_list() -> None:
+    """List the shipped presets."""
+    from shardplan.planner.presets import preset_kinds, preset_nodes
+    from shardplan.planner.units import format_nbytes
+
+    print("devices:")
+    for name, kind in sorted(preset_kinds().items()):
+        print(f"  {name:16} {format_nbytes(kind.memory_nbytes)}")
+    print("nodes:")
+    for name, node in sorted(preset_nodes().items()):
+        print(f"  {name:16} {node.summary()}")
+
+
+def _degrees(dp: int | None, tp: int | None, pp: int | None) -> dict[str, int]:
+    return {name: value for name, value in (("dp", dp), ("tp", tp), ("pp", pp)) if value is not None}
+
+
+def _show(plan: Any, output: Path | None, html: Path | None, trace: Path | None, json: bool, quiet: bool) -> None:
+    from shardplan.planner import report
+
+    if output:
+        _save(plan, output)
+    if html:
+        _write(report.render_html, plan, html)
+    if trace:
+        _write(report.render_trace, plan, trace)
+    if json:
+        print(report.render_json(plan).rstrip())
+    elif not quiet:
+        report.print_report(plan)
+
+
+def _save(plan: Any, path: Path) -> None:
+    _write(lambda plan, _: plan.to_json(), plan, path)
+
+
+def _write(render: Any, plan: Any, path: Path, measured: Any = None) -> None:
+    from shardplan.errors import UsageError
+    from shardplan.planner.plan import write_atomically
+
+    text = render(plan, measured)
+    try:
+        write_atomically(path, text.encode())
+    except OSError as error:
+        raise UsageError(f"cannot write {path}", [str(error)]) from error

@@ -1,0 +1,146 @@
+"""What the commands do once their flags are read."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shardplan.api import auto_parallel, plan_with_trace, under_torchrun
+from shardplan.batch import example_batch
+from shardplan.errors import UsageError
+from shardplan.planner import constraints
+from shardplan.planner.plan import Plan
+from shardplan.planner.report.measured import Measured
+from shardplan.planning import Request, say_nothing, say_on_stderr
+from shardplan.targets import load_target
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """The flags that planning needs; see `shardplan.cli`."""
+
+    target: str
+    devices: str
+    inputs: tuple[str, ...]
+    batch: int | None
+    seq: int | None
+    memory: str | None
+    pins: tuple[str, ...]
+    degrees: dict[str, int]
+    microbatches: int | None
+    solver: str
+    time_limit: float
+    gap: float
+    cache: bool
+    verbose: bool
+
+    def constraints(self) -> tuple[Any, ...]:
+        """Raises UsageError for a pin that cannot be read."""
+        found: list[Any] = []
+        for text in self.pins:
+            glob, equals, stage = text.rpartition("=")
+            if not equals or not glob or not stage.removeprefix("stage").isdecimal():
+                raise UsageError(f"cannot read --pin {text!r}", hints=["write GLOB=STAGE, such as '*.layers.0.*=0'"])
+            found.append(constraints.pin(glob, stage=int(stage.removeprefix("stage"))))
+        if self.degrees:
+            found.append(constraints.degrees(**self.degrees))
+        return tuple(found)
+
+    def limit(self) -> Any:
+        """Memory limit: one text, or one per device."""
+        return self.memory.split(",") if self.memory and "," in self.memory else self.memory
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What `train` saw. losses: one per step; step_seconds: median of the steps after the first."""
+
+    plan: Plan
+    losses: tuple[float, ...]
+    step_seconds: float
+    measured: Measured
+
+    def to_json(self) -> str:
+        data = {
+            "schema": 1,
+            "model": self.plan.model,
+            "degrees": self.plan.degrees(),
+            "losses": list(self.losses),
+            "predicted_step_seconds": self.plan.step_seconds,
+            "measured_step_seconds": self.step_seconds,
+        }
+        return json.dumps(data, indent=1)
+
+
+def make_plan(job: Job) -> Plan:
+    """`shardplan plan`. Raises what `shardplan.plan` raises."""
+    target = load_target(job.target, job.inputs, job.batch, job.seq)
+    request = Request(
+        loss_fn=target.loss_fn,
+        optimizer=torch.optim.AdamW,
+        constraints=job.constraints(),
+        microbatches=job.microbatches or "auto",
+        memory_limit=job.limit(),
+        solver=job.solver,
+        time_limit=job.time_limit,
+        gap=job.gap,
+        cache=job.cache,
+    )
+    batch = example_batch(target.model, target.example(), target.loss_fn is not None)
+    say = say_on_stderr if job.verbose else say_nothing
+    return plan_with_trace(target.model, job.devices, batch, request, say)
+
+
+def train(job: Job, plan: Path | None, steps: int, lr: float, seed: int, quiet: bool) -> Trained | None:
+    """`shardplan run`: None on ranks other than the first."""
+    torch.manual_seed(seed)
+    target = load_target(job.target, job.inputs, job.batch, job.seq, on_meta=False)
+    batch = example_batch(target.model, target.random_batch(seed), target.loss_fn is not None)
+    leader = not under_torchrun() or _rank() == 0
+    with auto_parallel(
+        target.model,
+        job.devices,
+        batch,
+        loss_fn=target.loss_fn,
+        optimizer=lambda params: torch.optim.AdamW(params, lr=lr),
+        plan=plan,
+        constraints=job.constraints(),
+        microbatches=job.microbatches or "auto",
+        memory_limit=job.limit(),
+        solver=job.solver,
+        time_limit=job.time_limit,
+        gap=job.gap,
+        cache=job.cache,
+        verbose=job.verbose,
+        seed=seed,
+    ) as pm:
+        losses: list[float] = []
+        seconds: list[float] = []
+        talk = leader and not quiet
+        if talk:
+            print(f"plan: {pm.plan.degrees()}, predicted {pm.plan.step_seconds * 1e3:.1f} ms a step")
+        for step in range(steps):
+            started = time.perf_counter()
+            losses.append(float(pm.train_step(*batch.args, target=batch.target, **batch.kwargs)))
+            seconds.append(time.perf_counter() - started)
+            if talk:
+                print(f"step {step:4}  loss {losses[-1]:.5f}  {seconds[-1] * 1e3:.1f} ms", flush=True)
+        found = pm.measure(*batch.args, target=batch.target, **batch.kwargs)
+        usual = statistics.median(seconds[1:] or seconds)
+        if talk:
+            print(f"step time: predicted {pm.plan.step_seconds * 1e3:.1f} ms, measured {usual * 1e3:.1f} ms")
+        sys.stdout.flush()
+        return Trained(pm.plan, tuple(losses), usual, replace(found, step_seconds=usual)) if leader else None
+
+
+def _rank() -> int:
+    import os
+
+    return int(os.environ["RANK"])

@@ -6,17 +6,13 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 RUN = $(VENV)/bin/python
 INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-packaging lint setup setup-test clean
+.PHONY: demo test lint setup setup-test clean
 
 demo: setup
 	$(RUN) examples/train_byte_gpt.py
 
 test: setup-test
 	$(RUN) -m pytest
-
-# Builds a wheel and an sdist and installs the wheel elsewhere: slower, and needs a package index.
-test-packaging: setup-test
-	$(RUN) -m pytest tests/packaging
 
 lint: setup-test
 	$(INSTALL) -e ".[lint]"

@@ -22,6 +22,7 @@ from shardplan.planning import (
     find_plan,
     load_plan,
     make_trace,
+    measures_links,
     resolve_cluster,
     resolve_model,
     say_nothing,
@@ -165,7 +166,7 @@ def plan_with_trace(model: torch.nn.Module, devices: Any, batch: Batch, request:
     cluster = resolve_cluster(devices, request)
     trace, _ = make_trace(model, batch, request)
     tables = None
-    if cluster.is_local and len(cluster) > 1:
+    if measures_links(cluster):
         links = LinkCache(cluster, _backend(cluster), request.cache)
         tables = links.find()
         if tables is None:
@@ -199,7 +200,7 @@ def _plan_and_spawn(
         else:
             workers.wait_ready()  # they would disturb measurements while they start
             tables = None
-            if len(cluster) > 1:
+            if measures_links(cluster):
                 links = LinkCache(cluster, _backend(cluster), request.cache)
                 tables = links.find()
                 if tables is None:
@@ -231,7 +232,7 @@ def _plan_in_place(
     rank_calls.check_world(session, needed, given.degrees() if given is not None else str(cluster), script)
     trace, inputs = make_trace(model, batch, request)
     tables = None
-    if given is None and session.world_size > 1 and cluster.is_local:
+    if given is None and measures_links(cluster):
         links = LinkCache(cluster, _backend(cluster), request.cache)
         tables = rank_calls.share(session, links.find() if session.rank == 0 else None)
         if tables is None:

@@ -140,6 +140,11 @@ def optimizer_factor(factory: Callable[..., torch.optim.Optimizer] | None) -> fl
     return whole / (parameter.numel() * parameter.element_size())
 
 
+def measures_links(cluster: Cluster) -> bool:
+    """Whether links are to be measured: they are here, and nobody described them."""
+    return cluster.is_local and len(cluster) > 1 and cluster.links_assumed
+
+
 class LinkCache:
     """Measured link tables of a cluster, kept in the store."""
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from shardplan.planner import schedules
 from shardplan.planner.placement import Mesh
 from shardplan.planner.plan import Alternative, DeviceSummary, Memory, NodeSummary, Plan, StageLink, StagePlan, Status
 from shardplan.planner.report import Measured
 from shardplan.planner.report.facts import simulate_plan
+from shardplan.planner.timeline import Event, Timeline
 
 GIB = 1 << 30
 
@@ -67,8 +70,6 @@ def pipeline_plan(stages: int = 2, tp: int = 2, microbatches: int = 4, layers: i
 
 
 def _with_step(plan: Plan) -> Plan:
-    import dataclasses
-
     return dataclasses.replace(plan, step_seconds=simulate_plan(plan).step_seconds)
 
 
@@ -115,5 +116,13 @@ def measured(plan: Plan) -> Measured:
         peak_nbytes=tuple(14 * GIB + rank * GIB // 4 for rank in range(len(plan.devices))),
         single_device_seconds=0.4,
         steps=5,
-        timeline=simulate_plan(plan).timeline("measured"),
+        timeline=_slower(simulate_plan(plan).timeline("measured"), 1.1),
     )
+
+
+def _slower(timeline: Timeline, factor: float) -> Timeline:
+    def stretch(event: Event) -> Event:
+        return event._replace(start_seconds=event.start_seconds * factor, end_seconds=event.end_seconds * factor)
+
+    tracks = (track._replace(events=tuple(map(stretch, track.events)), counters=()) for track in timeline.tracks)
+    return Timeline(timeline.name, tuple(tracks))

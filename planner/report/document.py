@@ -76,9 +76,10 @@ class Bars:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """A timeline to be drawn."""
+    """A timeline to be drawn on a scale of `end_seconds`, the same for all timelines of a report."""
 
     timeline: Timeline
+    end_seconds: float
 
 
 Block = Lines | Table | Bars | Chart
@@ -177,7 +178,8 @@ def _pipeline(facts: Facts) -> tuple[Block, ...]:
     if simulation.step_seconds <= 0:
         return (Lines((f"{text}; the plan holds no times to draw.",)),)
     text += f"; predicted {seconds_text(simulation.step_seconds)} a step, bubble {share_text(simulation.bubble_share)}"
-    return (Lines((text + ".",)), *(Chart(timeline) for timeline in facts.timelines))
+    end = max(timeline.end_seconds for timeline in facts.timelines)
+    return (Lines((text + ".",)), *(Chart(timeline, end) for timeline in facts.timelines))
 
 
 def _splits(facts: Facts) -> tuple[Block, ...]:
@@ -242,7 +244,7 @@ def _certificate(facts: Facts) -> Iterable[str]:
             f"{status.outcome}: no plan in the cost model is faster than {seconds_text(status.lower_bound)}, "
             f"this one is within {share_text(max(status.gap, 0.0))} of that."
         )
-    cases = ", ".join(f"{count:,} {name}" for name, count in status.searched.items())
+    cases = ", ".join(f"{count:,} {name}" for name, count in sorted(status.searched.items()))
     yield f"{status.solver}, {seconds_text(status.seconds)}" + (f"; cases: {cases}." if cases else ".")
     if plan.trace_seconds or plan.profile_seconds:
         yield f"Tracing took {seconds_text(plan.trace_seconds)}, costs {seconds_text(plan.profile_seconds)}."

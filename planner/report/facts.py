@@ -257,8 +257,12 @@ def _verdict(plan: Plan, devices: tuple[DeviceFacts, ...]) -> str:
     if runnable and plan.step_seconds > 0:
         best = min(runnable, key=lambda b: b.seconds or 0.0)
         ratio = (best.seconds or 0.0) / plan.step_seconds
-        same = f"as fast as the best baseline ({best.name})"
-        parts.append(f"{ratio_text(ratio)} as fast as the best baseline ({best.name})" if ratio > 1.005 else same)
+        if ratio > 1.005:
+            parts.append(f"{ratio_text(ratio)} as fast as the best baseline ({best.name})")
+        elif ratio >= 0.995:
+            parts.append(f"as fast as the best baseline ({best.name})")
+        else:
+            parts.append(f"SLOWER than {best.name}, which takes {seconds_text(best.seconds)}")
     if fullest and fullest.limit_nbytes:
         peak, limit = fullest.memory.peak_nbytes, fullest.limit_nbytes
         fits = "fits" if peak <= limit else "DOES NOT FIT"
@@ -291,8 +295,8 @@ def _binds(simulation: Simulation, devices: tuple[DeviceFacts, ...]) -> tuple[st
 
 
 def _tokens(plan: Plan) -> int:
-    """Tokens of a batch: elements of the first two-dimensional integer input, 0 if there is none."""
-    for text in plan.inputs.values():
+    """Tokens of a batch: elements of the first two-dimensional integer input by name, 0 if there is none."""
+    for _, text in sorted(plan.inputs.items()):
         found = _TENSOR.match(text)
         if found and found[1].startswith("int"):
             shape = parse_tensor(text)[1]

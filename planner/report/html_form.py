@@ -72,7 +72,7 @@ def _block(block: Block) -> Iterable[str]:
         yield _table(block)
     elif isinstance(block, Bars):
         yield _bars(block)
-    elif drawing := timeline_svg(block.timeline):
+    elif drawing := timeline_svg(block.timeline, block.end_seconds):
         yield f'<p class="dim">{escape(block.timeline.name)}</p><div class="scroll" tabindex="0">{drawing}</div>'
 
 

@@ -43,14 +43,15 @@ class _Scale:
             left += (high - low) * self.factor + _BREAK
 
 
-def timeline_svg(timeline: Timeline) -> str:
-    """One row per track; long timelines show their beginning and end."""
-    end = timeline.end_seconds
-    if end <= 0:
+def timeline_svg(timeline: Timeline, end: float) -> str:
+    """One row per track, from 0 to `end` seconds; long timelines show their beginning and end."""
+    if timeline.end_seconds <= 0:
         return ""
     compute = [track for track in timeline.tracks if not _is_link(track)]
     links = [track for track in timeline.tracks if _is_link(track)]
-    scale = _Scale(_windows(timeline, end))
+    # A timeline that is cut has a scale of its own.
+    windows = _windows(timeline)
+    scale = _Scale(windows if len(windows) > 1 else [(0.0, max(end, timeline.end_seconds))])
     parts: list[str] = []
     top = 4.0
     for track in compute:
@@ -60,7 +61,7 @@ def timeline_svg(timeline: Timeline) -> str:
         parts += _row(track, scale, top, _THIN, False)
         top += _THIN + _GAP
     parts += _axis(scale, top)
-    label = f"{timeline.name} timeline of one step, {seconds_text(end)}"
+    label = f"{timeline.name} timeline of one step, {seconds_text(timeline.end_seconds)}"
     return (
         f'<svg class="timeline" role="img" aria-label="{escape(label)}" viewBox="0 0 {_WIDTH:.0f} {top + 22:.0f}">'
         + "".join(parts)
@@ -72,7 +73,8 @@ def _is_link(track: Track) -> bool:
     return all(event.category == "transfer" for event in track.events)
 
 
-def _windows(timeline: Timeline, end: float) -> list[tuple[float, float]]:
+def _windows(timeline: Timeline) -> list[tuple[float, float]]:
+    end = timeline.end_seconds
     events = [event for track in timeline.tracks for event in track.events]
     if len(events) <= _MOST_BARS:
         return [(0.0, end)]

@@ -15,7 +15,7 @@ from shardplan.planner.report.document import PARTS, Bars, Block, Chart, Lines, 
 from shardplan.planner.report.facts import facts
 from shardplan.planner.report.measured import Measured
 from shardplan.planner.report.words import seconds_text
-from shardplan.planner.timeline import Timeline, Track
+from shardplan.planner.timeline import Track
 
 _PART_STYLES: dict[str, str] = dict(
     zip(PARTS, ("blue", "magenta", "cyan", "green", "yellow", "bright_black"), strict=True)
@@ -101,7 +101,7 @@ def _chart(chart: Chart, width: int) -> Iterable[Text]:
     names = max(len(track.name) for track in tracks)
     for track in tracks[:_MOST_ROWS]:
         line = Text(f"{track.name:<{names}} |")
-        for letter in _buckets(track, timeline, max(width - names - 3, 10)):
+        for letter in _buckets(track, chart.end_seconds, max(width - names - 3, 10)):
             line.append(letter, style=_STYLES[letter])
         line.append("|")
         line.no_wrap = True
@@ -110,9 +110,8 @@ def _chart(chart: Chart, width: int) -> Iterable[Text]:
         yield Text(f"... and {len(tracks) - _MOST_ROWS} more")
 
 
-def _buckets(track: Track, timeline: Timeline, count: int) -> str:
+def _buckets(track: Track, end: float, count: int) -> str:
     """For each of `count` equal slices of time the letter of what takes most of it."""
-    end = timeline.end_seconds
     shares: list[dict[str, float]] = [{} for _ in range(count)]
     for event in track.events:
         letter = _LETTERS.get(event.category)

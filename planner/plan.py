@@ -79,7 +79,7 @@ class Status:
     lower_bound: float
     gap: float
     solver: str
-    seconds: float
+    seconds: float = field(default=0.0, compare=False)
     binds: tuple[str, ...] = ()
     searched: dict[str, int] = field(default_factory=dict)
 
@@ -112,8 +112,8 @@ class StageLink:
 class NodeSummary:
     """A node of the traced graph as `Plan.explain` and the report need it (made by `planner.describe`).
 
-    order: position in the graph. op: "aten.linear", or "param", "buffer", "constant", "input". name: full name of a parameter, buffer or input; for
-        ops the module that they came from. stages: where it is computed or held.
+    order: position in the graph. op: "aten.linear", or "param", "buffer", "constant", "input". name: full name of a
+        parameter, buffer or input; for ops the module that they came from. stages: where it is computed or held.
     inputs: nodes that make the tensor arguments, in the order of `Strategy.inputs`; ``name#2`` is result 2 of an op.
     outputs: "float32[8,16]" per tensor result (global shapes). differentiable: whether a gradient flows.
     """
@@ -167,8 +167,8 @@ class Plan:
     replicated_ops: tuple[tuple[str, int, float], ...] = ()
     constraints: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    trace_seconds: float = 0.0
-    profile_seconds: float = 0.0
+    trace_seconds: float = field(default=0.0, compare=False)
+    profile_seconds: float = field(default=0.0, compare=False)
     links: tuple[StageLink, ...] = ()
     nodes: dict[str, NodeSummary] = field(default_factory=dict)
     schema: int = SCHEMA
@@ -280,16 +280,21 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def _encode(value: Any) -> Any:
     if isinstance(value, Plan):
-        data = {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        data = _fields(value)
         data["instructions"] = schedule_text(value.instructions).splitlines()
         return data
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return _fields(value)
     if isinstance(value, dict):
         return {str(key): _encode(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
         return [_encode(item) for item in value]
     return value
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """What identifies the plan: how long it took to find is left out, so equal plans are equal bytes."""
+    return {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value) if f.compare}
 
 
 @cache

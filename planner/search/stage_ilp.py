@@ -46,7 +46,7 @@ class Column:
 class StageProblem:
     """columns: per segment. cut_seconds, cut_nbytes: per boundary (i, i+1) and layout: of one message, and of what the
     receiver keeps. fixed: of every stage. limits: bytes per stage. in_flight: microbatches held per stage. pinned:
-    segment -> stage."""
+    segment -> stage; together: groups of segments on one stage."""
 
     columns: tuple[tuple[Column, ...], ...]
     stages: int
@@ -57,6 +57,7 @@ class StageProblem:
     in_flight: tuple[int, ...]
     fixed: Price = field(default_factory=Price)
     pinned: tuple[tuple[int, int], ...] = ()
+    together: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +144,11 @@ class _Stages:
             self.model += pulp.lpSum(self.on(i, s) for i in range(self.count)) >= 1
         for i, s in self.problem.pinned:
             self.model += self.on(i, s) == 1
+
+        for group in self.problem.together:
+            for i in group[1:]:
+                for s in stages:
+                    self.model += self.on(i, s) == self.on(group[0], s)
 
     def _layouts(self) -> None:
         for i in range(self.count - 1):

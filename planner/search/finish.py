@@ -1,0 +1,285 @@
+"""From a solved case to a Plan: strategies by node, stages, messages, simulated time, memory, certificate."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from shardplan.planner import schedules
+from shardplan.planner.describe import describe_nodes, op_name
+from shardplan.planner.instructions import Schedule
+from shardplan.planner.placement import Mesh, Placement, R
+from shardplan.planner.plan import (
+    Alternative,
+    DeviceSummary,
+    Memory,
+    Plan,
+    StageLink,
+    StagePlan,
+    Status,
+    input_texts,
+)
+from shardplan.planner.propagate import placed
+from shardplan.planner.rules import Strategy, has_rule
+from shardplan.planner.search.columns import held_by, ops_of
+from shardplan.planner.simulate import Simulation, StageTimes, simulate
+from shardplan.planner.stages import StageSplit, split_stages
+from shardplan.planner.trace import info, resolve
+
+if TYPE_CHECKING:
+    from shardplan.planner.search.search import Candidate, Search
+
+_TIGHT = 0.9
+
+
+@dataclass(slots=True)
+class Finished:
+    """A candidate with its tp strategies by node, and what the simulator says of its instruction list."""
+
+    candidate: Candidate
+    chosen: dict[str, Strategy]
+    split: StageSplit
+    stages: tuple[StagePlan, ...]
+    links: tuple[StageLink, ...]
+    instructions: Schedule
+    simulation: Simulation
+
+    @property
+    def seconds(self) -> float:
+        return self.simulation.step_seconds
+
+    @property
+    def peak_nbytes(self) -> int:
+        return max(stage.memory.peak_nbytes for stage in self.stages)
+
+    def compared(self, best: Finished) -> str:
+        """Why it lost, in words with a number."""
+        if self.candidate.case == best.candidate.case and self.seconds <= best.seconds:
+            return "this is the plan"
+        slower = self.seconds / best.seconds - 1
+        case, other = self.candidate.case, best.candidate.case
+        causes = []
+        if case.stages > 1 and self.simulation.bubble_share > best.simulation.bubble_share + 0.02:
+            causes.append(f"{self.simulation.bubble_share:.0%} of the time idle in the pipeline")
+        mine, theirs = self._communication(), best._communication()
+        if mine > theirs + 0.02 * best.seconds:
+            causes.append(f"{(mine - theirs) * 1e3:.2f} ms more once-a-step work and messages")
+        if case.devices < other.devices:
+            causes.append(f"uses {case.devices} of {other.devices} devices")
+        return f"{slower:.1%} slower" + (f": {', '.join(causes)}" if causes else "")
+
+    def _communication(self) -> float:
+        return max(s.once_seconds for s in self.stages) + sum(link.seconds + link.grad_seconds for link in self.links)
+
+    def plan(self, search: Search, baselines: tuple[Alternative, ...], runners_up: tuple[Alternative, ...]) -> Plan:
+        """The Plan of this candidate."""
+        trace, candidate = search.trace, self.candidate
+        bound = min(search.tally.bound, self.seconds)
+        gap = (self.seconds - bound) / self.seconds if self.seconds else 0.0
+        outcome = "feasible" if search.tally.timed_out else "optimal"
+        coverage = getattr(search.costs, "coverage", None)
+        inputs = input_texts(
+            (source.name, info(trace.node(n)).shape, str(info(trace.node(n)).dtype).removeprefix("torch."))
+            for n, source in trace.sources.items()
+            if source.kind == "input"
+        )
+        return Plan(
+            model=trace.model_name,
+            fingerprint=trace.fingerprint,
+            batch_size=trace.batch_size,
+            inputs=inputs,
+            devices=tuple(
+                DeviceSummary(d.kind.name, d.node, search.cluster.memory_limit(i))
+                for i, d in enumerate(search.cluster.devices)
+            ),
+            stages=self.stages,
+            microbatches=candidate.case.microbatches,
+            schedule=candidate.schedule,
+            instructions=self.instructions,
+            splits=self._splits(),
+            step_seconds=self.seconds,
+            status=Status(
+                outcome,
+                bound,
+                gap,
+                search.options.solver,
+                time.monotonic() - search.budget.started,
+                self._binds(),
+                {
+                    "solved": search.tally.solved,
+                    "pruned by the bound": search.tally.pruned,
+                    "do not fit": search.tally.infeasible,
+                },
+            ),
+            baselines=baselines,
+            runners_up=runners_up,
+            coverage=coverage() if coverage is not None else {},
+            replicated_ops=self._without_rule(search),
+            links=self.links,
+            nodes=describe_nodes(trace, self.split),
+            constraints=tuple(map(str, search.options.constraints)),
+            notes=(*trace.notes, *search.tally.notes),
+        )
+
+    def _splits(self) -> dict[str, dict[str, str]]:
+        found = {
+            axis: {name: str(s) for name, s in follow.strategies.items() if _says_something(s)}
+            for axis, follow in self.candidate.columns.follows.items()
+        }
+        if self.candidate.case.tp > 1:
+            found["tp"] = {name: str(s) for name, s in self.chosen.items() if _says_something(s)}
+        return {axis: dict(sorted(by_node.items())) for axis, by_node in sorted(found.items())}
+
+    def _binds(self) -> tuple[str, ...]:
+        slowest = max(
+            range(len(self.stages)), key=lambda s: self.stages[s].forward_seconds + self.stages[s].backward_seconds
+        )
+        found = []
+        if len(self.stages) > 1:
+            found.append(f"stage {slowest} sets the pace of the pipeline")
+        for index, stage in enumerate(self.stages):
+            if stage.memory.limit and stage.memory.peak_nbytes > _TIGHT * stage.memory.limit:
+                share = stage.memory.peak_nbytes / stage.memory.limit
+                found.append(f"memory of stage {index} is {share:.0%} of its limit")
+        return tuple(found) or ("compute on every device",)
+
+    def _without_rule(self, search: Search) -> tuple[tuple[str, int, float], ...]:
+        columns = self.candidate.columns
+        seconds: dict[str, list[float]] = {}
+        total = sum(s.forward_seconds + s.backward_seconds for s in self.stages) or 1.0
+        for segment in search.trace.segments:
+            for node in ops_of(search.trace, segment):
+                if not has_rule(node):
+                    seconds.setdefault(op_name(node), []).append(columns.op_price(node, None).seconds)
+        return tuple((name, len(values), sum(values) / total) for name, values in sorted(seconds.items()))
+
+
+def _says_something(strategy: Strategy) -> bool:
+    return any(p != R for p in (*strategy.inputs, *strategy.outputs))
+
+
+def finish(search: Search, candidate: Candidate) -> Finished:
+    """Work out what a candidate means for every node, and simulate it."""
+    chosen = _chosen(search, candidate)
+    split = split_stages(search.trace, candidate.choice.bounds)
+    links = _links(search, candidate, chosen, split)
+    stages = _stages(search, candidate, chosen, links)
+    case = candidate.case
+    instructions = schedules.build(
+        candidate.schedule,
+        case.stages,
+        case.microbatches,
+        split.edges(),
+        training=search.options.training,
+        grad_edges=split.grad_edges(),
+    )
+    times = [StageTimes(s.forward_seconds, s.backward_seconds, reduce_seconds=s.once_seconds) for s in stages]
+    seconds = {(link.source, link.target): link.seconds for link in links}
+    seconds |= {(link.target, link.source): link.grad_seconds for link in links}
+    return Finished(candidate, chosen, split, stages, links, instructions, simulate(instructions, times, seconds))
+
+
+def _chosen(search: Search, candidate: Candidate) -> dict[str, Strategy]:
+    found: dict[str, Strategy] = {}
+    for index, segment in enumerate(search.trace.segments):
+        column = candidate.segments[index].columns[candidate.choice.columns[index]]
+        run = candidate.segments[index].runs[column.index]
+        ops = ops_of(search.trace, segment)
+        for node, strategy in zip(ops, run.choices, strict=True):
+            if strategy is not None:
+                found[node.name] = strategy
+        for node, strategy in zip(held_by(search.trace, ops), run.parameters, strict=True):
+            if strategy is not None:
+                found.setdefault(node.name, strategy)
+    return found
+
+
+def _tp(chosen: dict[str, Strategy], value: fx.Node) -> Placement:
+    maker, index = resolve(value)
+    return placed(chosen.get(maker.name), index)
+
+
+def _links(
+    search: Search, candidate: Candidate, chosen: dict[str, Strategy], split: StageSplit
+) -> tuple[StageLink, ...]:
+    nbytes: dict[tuple[int, int], list[float]] = {}
+    for crossing in split.crossings:
+        node = search.trace.node(crossing.name)
+        size = candidate.columns.local_nbytes(node, _tp(chosen, node))
+        for target in crossing.targets:
+            held = nbytes.setdefault((crossing.source, target), [0.0, 0.0])
+            held[0] += size
+            held[1] += size if crossing.info.needs_grad and search.options.training else 0.0
+    width = candidate.case.width
+    return tuple(
+        StageLink(
+            source,
+            target,
+            round(there),
+            search.costs.p2p(round(there), source * width, target * width),
+            round(back),
+            search.costs.p2p(round(back), target * width, source * width),
+        )
+        for (source, target), (there, back) in sorted(nbytes.items())
+    )
+
+
+def _stages(
+    search: Search, candidate: Candidate, chosen: dict[str, Strategy], links: tuple[StageLink, ...]
+) -> tuple[StagePlan, ...]:
+    problem, choice, case = candidate.problem, candidate.choice, candidate.case
+    ends = [*choice.bounds[1:], len(candidate.segments)]
+    found = []
+    for stage, (first, last) in enumerate(zip(choice.bounds, ends, strict=True)):
+        columns = [candidate.segments[i].columns[choice.columns[i]] for i in range(first, last)]
+        prices = [column.price for column in columns]
+        segments = search.trace.segments[first:last]
+        recomputed = tuple(
+            segment.name
+            for segment, column, i in zip(segments, columns, range(first, last), strict=True)
+            if candidate.segments[i].runs[column.index].rematerialized
+        )
+        received = sum(link.nbytes for link in links if link.target == stage)
+        flight = problem.in_flight[stage]
+        activations = flight * (sum(p.activation_nbytes for p in prices) + received)
+        parameters, gradients, optimizer = _parameter_memory(search, candidate, chosen, first, last)
+        found.append(
+            StagePlan(
+                first=first,
+                last=last,
+                blocks=tuple(segment.name for segment in segments),
+                ranks=tuple(range(stage * case.width, (stage + 1) * case.width)),
+                mesh=Mesh(("dp", "tp"), (case.dp, case.tp)),
+                forward_seconds=sum(p.forward_seconds for p in prices) + problem.fixed.forward_seconds,
+                backward_seconds=sum(p.backward_seconds for p in prices),
+                once_seconds=sum(p.once_seconds for p in prices),
+                memory=Memory(
+                    parameters=round(parameters),
+                    gradients=round(gradients),
+                    optimizer=round(optimizer),
+                    activations=round(activations + problem.fixed.activation_nbytes),
+                    buffers=round(max(p.transient_nbytes for p in prices)),
+                    limit=round(problem.limits[stage]),
+                ),
+                rematerialized=recomputed,
+            )
+        )
+    return tuple(found)
+
+
+def _parameter_memory(
+    search: Search, candidate: Candidate, chosen: dict[str, Strategy], first: int, last: int
+) -> tuple[float, float, float]:
+    held: dict[fx.Node, None] = {}
+    for segment in search.trace.segments[first:last]:
+        held |= dict.fromkeys(held_by(search.trace, ops_of(search.trace, segment)))
+    parameters = gradients = 0.0
+    for node in held:
+        nbytes = candidate.columns.local_nbytes(node, _tp(chosen, node))
+        parameters += nbytes
+        if search.trace.sources[node.name].trainable and search.options.training:
+            gradients += nbytes
+    return parameters, gradients, gradients * search.options.optimizer_factor

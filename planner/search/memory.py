@@ -1,0 +1,86 @@
+"""Which tensors stay in memory between forward and backward.
+
+`Costs.saves` says what autograd keeps of every op; here these are joined over the graph, so that a tensor that several
+ops keep counts once, and a view counts as the tensor that it looks at.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from shardplan.planner.costs.base import Costs, OpSaves
+from shardplan.planner.rules import views
+from shardplan.planner.trace import Trace, infos, is_tensor, resolve, tensor_args
+
+aten = torch.ops.aten
+_VIEWS = (
+    views.RESHAPES
+    | views.PERMUTES
+    | {aten.expand.default, aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default}
+    | {aten.chunk.default, aten.unbind.int, aten.alias.default, aten.detach.default}
+)
+
+
+class Keeps:
+    """What backward keeps alive, by op and result."""
+
+    def __init__(self, trace: Trace, costs: Costs) -> None:
+        self._saves: dict[fx.Node, OpSaves] = {}
+        self._kept: set[tuple[fx.Node, int]] = set()
+        self._read_again: set[tuple[fx.Node, int]] = set()
+        for node in trace.nodes():
+            if node.op != "call_function" or resolve(node)[0] is not node or not infos(node):
+                continue
+            saves = self._saves[node] = costs.saves(node)
+            for argument, kept in zip(tensor_args(node), saves.inputs, strict=True):
+                if kept:
+                    self._read_again.add(resolve(argument))
+                    self._kept.add(root(argument))
+            for position, kept in enumerate(saves.outputs):
+                if kept:
+                    self._kept.add(root_of(node, position))
+
+    def is_kept(self, node: fx.Node, position: int) -> bool:
+        """Whether result `position` of the op stays until backward (views never: what they look at does)."""
+        return (node, position) in self._kept
+
+    def is_read_again(self, value: fx.Node) -> bool:
+        """Whether some reader keeps this very value for its backward."""
+        return resolve(value) in self._read_again
+
+    def extra_nbytes(self, node: fx.Node, output_nbytes: int) -> float:
+        """Bytes that the op keeps besides its arguments and results."""
+        saves = self._saves.get(node)
+        return saves.extra_nbytes_per_output_byte * output_nbytes if saves is not None else 0.0
+
+
+def root(value: fx.Node) -> tuple[fx.Node, int]:
+    """The op and result whose memory the value looks at."""
+    return root_of(*resolve(value))
+
+
+def root_of(node: fx.Node, position: int) -> tuple[fx.Node, int]:
+    while node.op == "call_function" and node.target in _VIEWS and not copies(node):
+        node, position = resolve(tensor_args(node)[0])
+    return node, position
+
+
+def copies(node: fx.Node) -> bool:
+    """Whether a reshape has to copy because of its input's strides."""
+    if node.target not in views.RESHAPES:
+        return False
+    found = node.meta.get("reshape_copies")
+    if found is None:
+        source = tensor_args(node)[0].meta["val"]
+        if not is_tensor(node):
+            return False
+        try:
+            strides = [int(s) for s in source.stride()]
+            probe = torch.empty_strided([int(s) for s in source.shape], strides, device="meta")
+            probe.view([int(s) for s in node.meta["val"].shape])
+            found = False
+        except RuntimeError:
+            found = True
+        node.meta["reshape_copies"] = found
+    return found

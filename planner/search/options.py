@@ -1,0 +1,44 @@
+"""What the search may decide and for how long."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from shardplan.errors import UsageError
+from shardplan.planner.constraints import Constraint
+from shardplan.planner.search.solver import SOLVERS
+
+
+@dataclass(frozen=True, slots=True)
+class SolveOptions:
+    """constraints: see `planner.constraints`. microbatches: a number, or "auto". schedule: "1f1b", "gpipe" or "auto".
+
+    rematerialize: True (every segment), False (none) or "auto". optimizer_factor: bytes of optimizer state per byte of
+    trainable parameters. time_limit: seconds of the whole search; gap: relative. progress: gets lines of text.
+    hints: where nothing fits, solve variants of the job for hints.
+    """
+
+    constraints: tuple[Constraint, ...] = ()
+    microbatches: int | str = "auto"
+    schedule: str = "auto"
+    rematerialize: bool | str = "auto"
+    solver: str = "highs"
+    time_limit: float = 60.0
+    gap: float = 0.01
+    objective: str = "train"
+    optimizer_factor: float = 2.0
+    progress: Callable[[str], None] | None = None
+    hints: bool = True
+
+    def __post_init__(self) -> None:
+        if self.solver not in SOLVERS:
+            raise UsageError(f"solver={self.solver!r}", [], [f"one of {', '.join(SOLVERS)}"])
+        if self.time_limit <= 0 or not 0 <= self.gap < 1:
+            raise UsageError(f"time_limit={self.time_limit}, gap={self.gap}: seconds > 0 and a gap in [0, 1)")
+        if self.rematerialize not in (True, False, "auto"):
+            raise UsageError(f"rematerialize={self.rematerialize!r}", [], ['True, False or "auto"'])
+
+    @property
+    def training(self) -> bool:
+        return self.objective == "train"

@@ -1,0 +1,452 @@
+"""The outer search: over stages, mesh shapes and microbatches, cheapest bound first.
+
+For every case (S, dp, tp, m) the segments' columns are made (`columns`), a bound on the step time follows from the
+cheapest of them, and where that bound can still win, the stage program (`stage_ilp`) is solved. The best choices are
+then scored by the simulator on the very instruction list that will run. Baselines are cases of the same kind, scored
+the same way, so the plan is never worse than one of them.
+
+Bound of a case: every segment costs at least its cheapest column, the slowest stage at least the mean,
+
+    sum_i t_i + (m - 1) * max(sum_i t_i / S, max_i t_i)        with t_i = min over columns of the seconds of segment i.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from torch import fx
+
+from shardplan.errors import BatchNotDivisible, ConflictingConstraints, SolverTimeout
+from shardplan.planner.cluster import Cluster
+from shardplan.planner.costs.base import Costs
+from shardplan.planner.placement import Placement, R, fits
+from shardplan.planner.plan import Alternative, Plan
+from shardplan.planner.propagate import Follow, follow
+from shardplan.planner.rules import strategies
+from shardplan.planner.schedules import in_flight
+from shardplan.planner.search.columns import Case, Columns, SegmentColumns
+from shardplan.planner.search.decided import decide
+from shardplan.planner.search.finish import Finished, finish
+from shardplan.planner.search.infeasible import explain_infeasible
+from shardplan.planner.search.memory import Keeps
+from shardplan.planner.search.options import SolveOptions
+from shardplan.planner.search.problem import Price, Weights
+from shardplan.planner.search.solver import Budget
+from shardplan.planner.search.stage_ilp import StageChoice, StageProblem, memory, objective, solve_stages
+from shardplan.planner.trace import Trace, info, infos, is_tensor, needs_grad, resolve
+
+_RUNNERS_UP = 4
+
+
+@dataclass(slots=True)
+class Candidate:
+    """A case with its problem and the choice that was made in it."""
+
+    case: Case
+    columns: Columns
+    segments: list[SegmentColumns]
+    problem: StageProblem
+    choice: StageChoice
+    schedule: str
+    forced: dict[str, Placement]
+    label: str = ""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What was searched, for the certificate."""
+
+    solved: int = 0
+    pruned: int = 0
+    infeasible: int = 0
+    bound: float = math.inf
+    open_bound: float = math.inf
+    timed_out: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def solve(trace: Trace, cluster: Cluster, costs: Costs, options: SolveOptions | None = None) -> Plan:
+    """The best plan found, with its certificate.
+
+    Raises NoFeasiblePlan, ConflictingConstraints, BatchNotDivisible, SolverTimeout, SolverUnavailable, NoMatch.
+    """
+    return Search(trace, cluster, costs, options or SolveOptions()).solve()
+
+
+class Search:
+    def __init__(self, trace: Trace, cluster: Cluster, costs: Costs, options: SolveOptions) -> None:
+        self.trace = trace
+        self.options = options
+        self.decided = decide(trace, cluster, options.constraints)
+        assert self.decided.cluster is not None
+        self.cluster = self.decided.cluster
+        self.costs = costs
+        self.budget = Budget(options.solver, options.gap / 2, options.time_limit)
+        self.keeps = Keeps(trace, costs)
+        self.tally = Tally()
+        self.follows: dict[tuple[str, int], Follow] = {}
+        self.tied = self._tied()
+        self.crossings: list[list[fx.Node]] | None = None
+
+    # -- cases ---------------------------------------------------------------------------------------------------------
+
+    def _tied(self) -> list[str]:
+        """Parameters that more than one segment reads: they get one placement, tried in turn."""
+        readers: dict[str, set[int]] = {}
+        for index, segment in enumerate(self.trace.segments):
+            for name in segment.nodes:
+                for argument in self.trace.node(name).all_input_nodes:
+                    source = self.trace.sources.get(argument.name)
+                    if source is not None and source.kind == "param":
+                        readers.setdefault(argument.name, set()).add(index)
+        return [name for name, indices in readers.items() if len(indices) > 1]
+
+    def follow(self, axis: str, case: Case) -> Follow:
+        size = case.mesh.size(axis)
+        if (axis, size) not in self.follows:
+            self.follows[axis, size] = follow(self.trace, axis, case.mesh)
+        return self.follows[axis, size]
+
+    def cases(self) -> list[Case]:
+        """Every case that the constraints and the batch allow."""
+        found = [
+            case
+            for case in self._all_cases()
+            if self.decided.allows(case, self.cluster) and case.stages <= len(self.trace.segments)
+        ]
+        if not found:
+            self._no_case()
+        return found
+
+    def _all_cases(self) -> Iterator[Case]:
+        total = len(self.cluster)
+        used_counts = sorted({n for n in range(1, total + 1) if total % n == 0} | {total}, reverse=True)
+        product = math.prod(self.decided.degrees.values()) if len(self.decided.degrees) == 3 else 0
+        if product and product <= total:
+            used_counts = [product]
+        for used in used_counts:
+            for stages in _divisors(used):
+                for tp in _divisors(used // stages):
+                    dp = used // stages // tp
+                    for microbatches in self._microbatches(stages, dp):
+                        yield Case(stages, dp, tp, microbatches)
+
+    def _microbatches(self, stages: int, dp: int) -> list[int]:
+        batch = self.trace.batch_size
+        if batch % dp:
+            return []
+        divisors = _divisors(batch // dp)
+        if isinstance(self.options.microbatches, int):
+            return [m for m in divisors if m == self.options.microbatches]
+        if stages == 1:
+            return [m for m in divisors if m & (m - 1) == 0 or m == divisors[-1]]
+        return [m for m in divisors if m <= 8 * stages]
+
+    def _no_case(self) -> None:
+        batch = self.trace.batch_size
+        m = self.options.microbatches
+        degrees = self.decided.degrees
+        if isinstance(m, int) and batch % (m * degrees.get("dp", 1)):
+            raise BatchNotDivisible(
+                f"a batch of {batch} does not divide into {degrees.get('dp', 1)} replicas x {m} microbatches",
+                [],
+                [f"microbatches={d}" for d in _divisors(batch // degrees.get("dp", 1) or 1)[:4]],
+            )
+        if batch % degrees.get("dp", 1):
+            raise BatchNotDivisible(f"a batch of {batch} does not divide over dp={degrees['dp']}")
+        given = ", ".join(map(str, self.options.constraints)) or "the settings"
+        raise ConflictingConstraints(
+            f"no arrangement of {len(self.cluster)} devices satisfies {given}",
+            [f"{len(self.trace.segments)} segments can form at most as many stages"],
+        )
+
+    def exact(self, case: Case) -> str | None:
+        """Why a case would not compute what one device computes, or None."""
+        for axis in ("dp", "mb"):
+            if case.mesh.size(axis) > 1:
+                reason = self.follow(axis, case).reason
+                if reason is not None:
+                    return f"{'microbatches' if axis == 'mb' else 'replicas'}: {reason}"
+        return None
+
+    # -- one case ------------------------------------------------------------------------------------------------------
+
+    def prepare(
+        self, case: Case, weights: list[Weights] | None = None
+    ) -> list[tuple[Columns, list[SegmentColumns], dict[str, Placement]]]:
+        """Columns of all segments, once per placement of the tied parameters."""
+        follows = {axis: self.follow(axis, case) for axis in ("dp", "mb") if case.mesh.size(axis) > 1}
+        columns = Columns(
+            self.trace,
+            case,
+            self.costs,
+            follows,
+            self.keeps,
+            self.budget,
+            self.options.optimizer_factor,
+            self.options.training,
+            self.options.rematerialize,
+        )
+        weights = weights or [Weights(once=1.0 / (case.stages + case.microbatches - 1))]
+        found = []
+        for forced in self._forced(columns):
+            segments = [columns.of(i, forced, weights) for i in range(len(self.trace.segments))]
+            if all(s.columns for s in segments):
+                found.append((columns, segments, forced))
+        return found
+
+    def _forced(self, columns: Columns) -> list[dict[str, Placement]]:
+        base = dict(self.decided.placements)
+        if columns.case.tp == 1:
+            base = {}
+        options: list[dict[str, Placement]] = [base]
+        for name in self.tied:
+            if name in base:
+                continue
+            node = self.trace.node(name)
+            mesh = columns.mesh
+            placements = [s.outputs[0] for s in strategies(node) if not s.outputs[0].sections]
+            if columns.case.tp == 1:
+                placements = [R]
+            legal = [p for p in placements if fits(info(node).shape, columns.layout(node, p), mesh)]
+            if needs_grad(node) and len(legal) > 1:
+                legal = [p for p in legal if p != R]
+            options = [{**option, name: p} for option in options for p in legal]
+        return options[:8]
+
+    def problem(self, columns: Columns, segments: list[SegmentColumns], schedule: str) -> StageProblem:
+        case = columns.case
+        cut_seconds: list[dict[int, float]] = []
+        cut_nbytes: list[dict[int, float]] = []
+        for index in range(len(segments) - 1):
+            seconds: dict[int, float] = {}
+            nbytes: dict[int, float] = {}
+            for number, placement in enumerate(columns.boundary_layouts(index)):
+                nbytes[number] = self._crossing_nbytes(columns, index, placement)
+                ranks = (0, case.width % len(self.cluster))
+                once = self.costs.p2p(round(nbytes[number]), *ranks) if case.stages > 1 else 0.0
+                seconds[number] = 2 * once if self.options.training else once
+            cut_seconds.append(seconds)
+            cut_nbytes.append(nbytes)
+        flights = tuple(
+            in_flight(schedule, s, case.stages, case.microbatches) if self.options.training else 1
+            for s in range(case.stages)
+        )
+        limits = tuple(
+            float(min(self.cluster.memory_limit(r) for r in range(s * case.width, (s + 1) * case.width)))
+            for s in range(case.stages)
+        )
+        shared = sum((columns.op_price(n, None) for n in self._shared_ops()), Price())
+        fixed = Price(shared.forward_seconds, 0.0, 0.0, 0.0, shared.activation_nbytes * max(flights))
+        return StageProblem(
+            tuple(tuple(s.columns) for s in segments),
+            case.stages,
+            case.microbatches,
+            tuple(cut_seconds),
+            tuple(cut_nbytes),
+            limits,
+            flights,
+            fixed,
+            tuple(sorted(self.decided.pinned.items())),
+            tuple(self.decided.together),
+        )
+
+    def _shared_ops(self) -> list[fx.Node]:
+        """Ops that every stage computes for itself (positions, masks); priced as if a stage needed all of them."""
+        nodes = (self.trace.node(name) for name in sorted(self.trace.shared))
+        return [n for n in nodes if n.op == "call_function" and resolve(n)[0] is n and infos(n)]
+
+    def _crossing_nbytes(self, columns: Columns, index: int, placement: Placement) -> float:
+        """Bytes of all tensors that cross behind segment `index`, on one rank."""
+        free = columns.boundary(index)
+        return sum(columns.local_nbytes(node, placement if node is free else R) for node in self._crossing(index))
+
+    def _crossing(self, index: int) -> list[fx.Node]:
+        """Tensors made up to segment `index` and read behind it."""
+        if self.crossings is None:
+            home = {name: i for i, segment in enumerate(self.trace.segments) for name in segment.nodes}
+            self.crossings = [[] for _ in self.trace.segments]
+            for name, made in home.items():
+                node = self.trace.node(name)
+                last = max((home[u.name] for u in node.users if u.name in home), default=made)
+                if is_tensor(node):
+                    for i in range(made, last):
+                        self.crossings[i].append(node)
+        return self.crossings[index]
+
+    def bound(self, case: Case, segments: list[SegmentColumns], fixed: float) -> float:
+        """No plan of the case is faster; see the module docstring."""
+        cheapest = [min(c.price.seconds for c in s.columns) for s in segments]
+        total = sum(cheapest) + fixed * case.stages
+        return total + (case.microbatches - 1) * max(total / case.stages, max(cheapest) + fixed)
+
+    # -- the search ----------------------------------------------------------------------------------------------------
+
+    def solve(self) -> Plan:
+        schedules = ["1f1b"] if self.options.schedule == "auto" else [self.options.schedule]
+        found: list[Candidate] = []
+        waiting: list[tuple[float, int, Columns, list[SegmentColumns], dict[str, Placement]]] = []
+        unfit: list[Case] = []
+        excluded: dict[str, int] = {}
+        for case in self.cases():
+            reason = self.exact(case)
+            if reason is not None:
+                excluded[reason] = excluded.get(reason, 0) + 1
+                continue
+            if self.budget.left() < 0.1 * self.options.time_limit and waiting:
+                self.tally.timed_out = True
+                break
+            for columns, segments, forced in self.prepare(case):
+                fixed = sum(columns.op_price(n, None).forward_seconds for n in self._shared_ops())
+                waiting.append((self.bound(case, segments, fixed), len(waiting), columns, segments, forced))
+        self.tally.notes += [f"not exact with {reason}" for reason in sorted(excluded)]
+        if not waiting and excluded:
+            raise ConflictingConstraints(
+                "the settings ask for a split that is not exact for this model", sorted(excluded), ["microbatches=1"]
+            )
+        best = math.inf
+        for bound, _, columns, segments, forced in sorted(waiting, key=lambda item: item[:2]):
+            if bound >= best * (1 - self.options.gap / 2):
+                self.tally.pruned += 1
+                self.tally.bound = min(self.tally.bound, bound)
+                continue
+            for schedule in schedules:
+                problem = self.problem(columns, segments, schedule)
+                try:
+                    choice = solve_stages(problem, self.budget)
+                except SolverTimeout:
+                    self.tally.timed_out = True
+                    self.tally.bound = min(self.tally.bound, bound)
+                    continue
+                if choice is None:
+                    candidate = self._squeezed(columns.case, schedule)
+                    if candidate is None:
+                        self.tally.infeasible += 1
+                        unfit.append(columns.case)
+                        continue
+                else:
+                    candidate = Candidate(columns.case, columns, segments, problem, choice, schedule, forced)
+                self.tally.solved += 1
+                self.tally.bound = min(self.tally.bound, candidate.choice.bound)
+                self.tally.timed_out |= not candidate.choice.optimal
+                best = min(best, candidate.choice.objective)
+                found.append(candidate)
+                self._say(f"{columns.case}: {candidate.choice.objective * 1e3:.2f} ms, best {best * 1e3:.2f} ms")
+        if not found:
+            if self.tally.timed_out and not unfit:
+                raise SolverTimeout(f"no plan within {self.options.time_limit:g} s", [], ["raise time_limit"])
+            raise explain_infeasible(self, unfit)
+        return self._finish(found)
+
+    def _squeezed(self, case: Case, schedule: str) -> Candidate | None:
+        """A case that does not fit with its fastest columns: again with columns that weigh memory."""
+        limit = min(self.cluster.memory_limit(r) for r in range(case.devices))
+        flights = min(case.microbatches, case.stages)
+        best = None
+        for columns, segments, forced in self.prepare(case, self.memory_weights(case, limit, flights)):
+            problem = self.problem(columns, segments, schedule)
+            try:
+                choice = solve_stages(problem, self.budget)
+            except SolverTimeout:
+                self.tally.timed_out = True
+                continue
+            if choice is not None and (best is None or choice.objective < best.choice.objective):
+                best = Candidate(case, columns, segments, problem, choice, schedule, forced)
+        return best
+
+    def memory_weights(self, case: Case, limit: float, flights: int) -> list[Weights]:
+        """Objectives that give up speed for memory, mildly and altogether."""
+        once = 1.0 / (case.stages + case.microbatches - 1)
+        return [
+            Weights(once=once, in_flight=flights),
+            Weights(once=once, nbytes=0.1 / max(limit, 1.0), in_flight=flights),
+            Weights(once=once, nbytes=1e3 / max(limit, 1.0), in_flight=flights),
+        ]
+
+    def _say(self, text: str) -> None:
+        if self.options.progress is not None:
+            self.options.progress(text)
+
+    def _finish(self, found: list[Candidate]) -> Plan:
+        found.sort(key=lambda c: (c.choice.objective, str(c.case)))
+        baselines = self._baselines(found)
+        finished: list[Finished] = [finish(self, c) for c in (*found[: 2 + _RUNNERS_UP], *baselines.values())]
+        finished.sort(key=lambda f: (f.seconds, str(f.candidate.case)))
+        best = finished[0]
+        names = {id(c): name for name, c in baselines.items()}
+        shown = {
+            names[id(f.candidate)]: Alternative(names[id(f.candidate)], f.seconds, f.peak_nbytes, f.compared(best))
+            for f in finished
+            if id(f.candidate) in names
+        }
+        for name in ("single device", "data parallel", "tensor parallel", "even pipeline"):
+            shown.setdefault(name, Alternative(name, None, 0, self._missing(name)))
+        runners = [
+            Alternative(str(f.candidate.case), f.seconds, f.peak_nbytes, f.compared(best))
+            for f in finished[1:]
+            if id(f.candidate) not in names and f.candidate.case != best.candidate.case
+        ]
+        return best.plan(self, tuple(shown.values()), tuple(runners[:_RUNNERS_UP]))
+
+    def _baselines(self, found: list[Candidate]) -> dict[str, Candidate]:
+        """Hand-made arrangements in the same model; what the constraints exclude or memory forbids is absent."""
+        total = len(self.cluster)
+        wanted = {
+            "single device": lambda c: c.devices == 1,
+            "data parallel": lambda c: total > 1 and c.dp == total,
+            "tensor parallel": lambda c: total > 1 and c.tp == total,
+        }
+        baselines = {}
+        for name, fits_name in wanted.items():
+            mine = [c for c in found if fits_name(c.case)]
+            if not mine:
+                mine = self._solved_late([case for case in self.cases() if fits_name(case)])
+            if mine:
+                baselines[name] = replace(mine[0], label=name)
+        pipelines = [c for c in found if c.case.stages == total > 1]
+        if not pipelines and total > 1:
+            pipelines = self._solved_late([case for case in self.cases() if case.stages == total])
+        if pipelines:
+            even = self._even(pipelines[0])
+            if even is not None:
+                baselines["even pipeline"] = even
+        return baselines
+
+    def _solved_late(self, cases: list[Case]) -> list[Candidate]:
+        """Candidates of cases that the search pruned, for comparison; the first that fits."""
+        ordered = sorted(cases, key=lambda c: abs(c.microbatches - 2 * c.stages if c.stages > 1 else c.microbatches))
+        for case in ordered:
+            if self.exact(case) is not None or self.budget.left() < 1:
+                continue
+            for columns, segments, forced in self.prepare(case):
+                problem = self.problem(columns, segments, "1f1b")
+                try:
+                    choice = solve_stages(problem, self.budget)
+                except SolverTimeout:
+                    return []
+                if choice is not None:
+                    return [Candidate(case, columns, segments, problem, choice, "1f1b", forced)]
+        return []
+
+    def _even(self, candidate: Candidate) -> Candidate | None:
+        """The same pipeline with stages of as equal a number of segments as can be."""
+        count, stages = len(candidate.segments), candidate.case.stages
+        bounds = tuple(count * s // stages for s in range(stages))
+        columns = candidate.choice.columns
+        needed = memory(candidate.problem, bounds, columns)
+        if any(n > limit for n, limit in zip(needed, candidate.problem.limits, strict=True)):
+            return None
+        value = objective(candidate.problem, bounds, columns)
+        choice = StageChoice(bounds, columns, value, value, True)
+        return replace(candidate, choice=choice, label="even pipeline")
+
+    def _missing(self, name: str) -> str:
+        if len(self.cluster) == 1 and name != "single device":
+            return "one device only"
+        return "does not fit, does not divide, or is excluded by a constraint"
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from shardplan.planner.plan import Alternative, Memory, Plan
-from shardplan.planner.report.facts import Facts, SplitFacts
+from shardplan.planner.report.facts import SUMMED, Facts, SplitFacts
 from shardplan.planner.report.words import (
     change_text,
     names_text,
@@ -188,28 +189,35 @@ def _splits(facts: Facts) -> tuple[Block, ...]:
     columns = [("parameter", False), ("count", True), ("tensor", False)]
     columns += [(f"{axis} ({'/'.join(map(str, sorted(set(sizes))))})", False) for axis, sizes in facts.axes.items()]
     columns.append(("bytes each", True))
-    partial = {
-        text
-        for text in {split.pattern for split in facts.splits}
-        if sum(split.pattern == text for split in facts.splits) > 1
-    }
+    plain = [s for s in facts.splits if s.kind == "buffer" and set(s.axes.values()) <= {"copies"}]
+    shown = [s for s in facts.splits if s not in plain]
+    count = Counter(split.pattern for split in shown)
     rows = tuple(
         (
-            _split_name(split, split.pattern in partial),
+            _split_name(split, count[split.pattern] > 1),
             str(len(split.names)),
             split.tensor,
             *(split.axes[axis] for axis in facts.axes),
             nbytes_text(split.local_nbytes),
         )
-        for split in facts.splits
+        for split in shown
     )
-    return (Table(tuple(columns), rows),)
+    blocks: list[Block] = [Table(tuple(columns), rows)] if rows else []
+    if any(SUMMED in split.axes.values() for split in shown):
+        blocks.append(Lines((f"{SUMMED}: whole on every device, the gradient is summed once a step.",)))
+    if plain:
+        names = sum(len(split.names) for split in plain)
+        nbytes = sum(len(split.names) * split.local_nbytes for split in plain)
+        blocks.append(Lines((f"{plural(names, 'buffer')} ({nbytes_text(nbytes)}): copies on every device.",)))
+    return tuple(blocks)
 
 
 def _split_name(split: SplitFacts, partial: bool) -> str:
     """The pattern; with the numbers it holds for, where the same pattern is split in more than one way."""
-    found = [numbers(name)[0] for name in split.names if numbers(name)]
-    return split.pattern.replace("*", f"[{ranges(found)}]", 1) if partial and found else split.pattern
+    found = {numbers(name)[0] for name in split.names if numbers(name)}
+    if not partial or not found:
+        return split.pattern
+    return split.pattern.replace("*", ranges(found) if len(found) == 1 else f"[{ranges(found)}]", 1)
 
 
 def _alternatives(facts: Facts) -> tuple[Block, ...]:
@@ -245,7 +253,9 @@ def _certificate(facts: Facts) -> Iterable[str]:
             f"this one is within {share_text(max(status.gap, 0.0))} of that."
         )
     cases = ", ".join(f"{count:,} {name}" for name, count in sorted(status.searched.items()))
-    yield f"{status.solver}, {seconds_text(status.seconds)}" + (f"; cases: {cases}." if cases else ".")
+    # Plan files hold no wall times of planning.
+    took = [seconds_text(status.seconds)] if status.seconds else []
+    yield f"Solver: {', '.join([status.solver, *took])}" + (f"; cases: {cases}." if cases else ".")
     if plan.trace_seconds or plan.profile_seconds:
         yield f"Tracing took {seconds_text(plan.trace_seconds)}, costs {seconds_text(plan.profile_seconds)}."
 

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from shardplan.errors import NoMatch, UsageError
 from shardplan.planner.placement import MICROBATCH_AXIS, Placement, R, conversion
 from shardplan.planner.plan import NodeSummary, Plan
-from shardplan.planner.report.facts import axis_sizes, itemsize, parse_tensor, placement_words
+from shardplan.planner.report.facts import SUMMED, axis_sizes, itemsize, parse_tensor, placement_words
 from shardplan.planner.report.words import nbytes_text, ranges
 
 _SOURCES = ("param", "buffer", "constant", "input")
@@ -67,7 +67,8 @@ def _axis(plan: Plan, node: str, axis: str, size: int) -> Iterable[str]:
         elif placement.is_shard and summary.outputs:
             yield f"{placement_words(placement, summary.op)} split: {_local(summary.outputs[0], placement, size)} each"
         else:
-            yield placement_words(placement, summary.op)
+            words = placement_words(placement, summary.op)
+            yield "whole on every device, the gradient is summed once a step" if words == SUMMED else words
         return
     if strategy is None:
         yield "replicated: every device computes the whole"

@@ -24,6 +24,9 @@ from shardplan.planner.rules.strategy import Strategy
 from shardplan.planner.simulate import Simulation, StageTimes, simulate
 from shardplan.planner.timeline import Timeline
 
+SUMMED = "copies+sum"
+"""In words: whole on every device of the axis, its gradient summed over the axis once a step."""
+
 _TENSOR = re.compile(r"^(\w+)\[([\d,]*)\]$")
 
 
@@ -197,7 +200,7 @@ def placement_words(placement: Placement, kind: str) -> str:
     if placement.is_shard:
         return f"dim {placement.dim}" + (f" in {len(placement.sections)} sections" if placement.sections else "")
     if placement.kind == "D" and kind == "param":
-        return "copies, gradient summed"
+        return SUMMED
     return "copies"
 
 

@@ -51,20 +51,37 @@ def _block(block: Block, width: int) -> Iterable[object]:
     if isinstance(block, Lines):
         yield from (Text(item) for item in block.items)
     elif isinstance(block, Table):
-        yield _table(block)
+        yield _table(block, width)
     elif isinstance(block, Bars):
         yield from _bars(block, width)
     else:
         yield from _chart(block, width)
 
 
-def _table(table: Table) -> RichTable:
+def _table(table: Table, width: int) -> RichTable:
     made = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for heading, number in table.columns:
-        made.add_column(Text(heading), justify="right" if number else "left", no_wrap=number, overflow="fold")
+    for (heading, number), room in zip(table.columns, _widths(table, width), strict=True):
+        justify = "right" if number else "left"
+        made.add_column(Text(heading), justify=justify, no_wrap=number, overflow="fold", width=room)
     for row in table.rows:
         made.add_row(*map(Text, row))
     return made
+
+
+def _widths(table: Table, width: int) -> list[int]:
+    """Widths of columns. Where they do not fit, text columns shrink to their longest word, then the first one (names,
+    which are one word each) to 24, then all to what is left."""
+    texts = [[heading, *(row[at] for row in table.rows)] for at, (heading, _) in enumerate(table.columns)]
+    widths = [max(map(len, column)) for column in texts]
+    words = [max(len(word) for text in column for word in text.split() or [""]) for column in texts]
+    excess = sum(widths) + 2 * (len(widths) - 1) - width
+    shrinking = [at for at, (_, number) in enumerate(table.columns) if not number]
+    for leasts in (words, [24, *words[1:]], [8] * len(words)):
+        for at in reversed(shrinking):
+            taken = max(min(excess, widths[at] - leasts[at]), 0)
+            widths[at] -= taken
+            excess -= taken
+    return widths
 
 
 def _bars(bars: Bars, width: int) -> Iterable[Text | Padding]:
@@ -87,7 +104,8 @@ def _bars(bars: Bars, width: int) -> Iterable[Text | Padding]:
         line.append(f" {bar.text}", style="red" if 0 < bar.limit_nbytes < bar.nbytes else "")
         line.no_wrap = True
         yield line
-        yield Padding(Text(bar.parts_text, style="bright_black"), (0, 0, 0, names + 2))
+        if bar.parts_text:
+            yield Padding(Text(bar.parts_text, style="bright_black"), (0, 0, 0, names + 2))
     if len(bars.bars) > _MOST_ROWS:
         yield Text(f"... and {len(bars.bars) - _MOST_ROWS} more")
 

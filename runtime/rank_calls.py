@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shardplan.errors import UsageError, WorldSizeMismatch
+from shardplan.errors import UsageError
 from shardplan.planner.costs.tables import LinkTables
 from shardplan.rewrite.program import Program
 from shardplan.runtime.engine import Engine
@@ -43,15 +43,6 @@ def join(device: str, timeout_seconds: float) -> Session:
         backend = "nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
     return Session(dist.get_rank(), dist.get_world_size(), device)
-
-
-def check_world(session: Session, needed: int, shape: str, script: str) -> None:
-    """Raises WorldSizeMismatch where the job was started with another number of processes."""
-    if session.world_size != needed:
-        raise WorldSizeMismatch(
-            f"the plan needs {needed} ranks ({shape}), {session.world_size} were started",
-            hints=[f"torchrun --nproc-per-node {needed} {script}"],
-        )
 
 
 def share(session: Session, value: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from shardplan.batch import Batch, example_batch
-from shardplan.errors import ShardplanError, UsageError
+from shardplan.errors import ShardplanError, UsageError, WorldSizeMismatch
 from shardplan.parallel_model import InPlace, ParallelModel, Planned, Settings, Spawned
 from shardplan.planner.cluster import Cluster
 from shardplan.planner.plan import Plan
@@ -225,11 +225,10 @@ def _plan_in_place(
 ) -> Planned:
     """Rank 0 plans; the others trace, take its plan and check that it is for the same graph."""
     cluster = resolve_cluster(devices, request)
+    shape = given.degrees() if given is not None else str(cluster)
+    _check_world(len(given.devices) if given is not None else len(cluster), shape)
     rank = int(os.environ["RANK"])
     session = rank_calls.join(cluster.devices[rank].local if rank < len(cluster) else "", timeout_seconds)
-    needed = len(given.devices) if given is not None else len(cluster)
-    script = os.path.basename(sys.argv[0]) if sys.argv else "train.py"
-    rank_calls.check_world(session, needed, given.degrees() if given is not None else str(cluster), script)
     trace, inputs = make_trace(model, batch, request)
     tables = None
     if given is None and measures_links(cluster):
@@ -252,6 +251,17 @@ def _plan_in_place(
     if isinstance(text, ShardplanError):
         raise text
     return Planned(check_plan(Plan.from_json(text), trace, inputs, cluster), trace, inputs, InPlace(session))
+
+
+def _check_world(needed: int, shape: str) -> None:
+    """Before anything waits for anyone."""
+    started = int(os.environ["WORLD_SIZE"])
+    if started != needed:
+        script = os.path.basename(sys.argv[0]) if sys.argv and sys.argv[0].endswith(".py") else "train.py"
+        raise WorldSizeMismatch(
+            f"the plan needs {needed} ranks ({shape}), {started} were started",
+            hints=[f"torchrun --nproc-per-node {needed} {script}"],
+        )
 
 
 def _names(cluster: Cluster) -> list[str]:

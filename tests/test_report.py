@@ -227,6 +227,18 @@ def test_memory_over_the_limit_is_said() -> None:
     assert "OVER" in render_html(tight)
 
 
+def test_bars_far_below_the_limit_are_still_seen() -> None:
+    plan = pipeline_plan()
+    roomy = dataclasses.replace(
+        plan, devices=tuple(dataclasses.replace(d, limit_nbytes=900 * GIB) for d in plan.devices)
+    )
+    text = render_text(roomy)
+    assert "pppppp" in text and "The bars end at 15.5 GiB, far below the limit." in text
+    page = render_html(roomy)
+    assert 'class="limit"' not in page and "far below the limit" in page
+    assert max(map(len, text.splitlines())) <= 100
+
+
 def test_a_plan_slower_than_a_baseline_says_so() -> None:
     plan = pipeline_plan()
     slow = dataclasses.replace(plan, step_seconds=0.5)

@@ -66,13 +66,22 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Bars:
-    """Bars on one scale."""
+    """Bars on one scale: to the largest limit, or to the largest peak where that is tiny beside the limits."""
 
     bars: tuple[Bar, ...]
 
     @property
     def scale_nbytes(self) -> int:
-        return max((max(bar.limit_nbytes, bar.nbytes, bar.measured_nbytes or 0) for bar in self.bars), default=1) or 1
+        peak = max((max(bar.nbytes, bar.measured_nbytes or 0) for bar in self.bars), default=0)
+        limit = max((bar.limit_nbytes for bar in self.bars), default=0)
+        return (peak if 0 < 20 * peak < limit else max(peak, limit)) or 1
+
+    @property
+    def note(self) -> str:
+        """What to say where the limits are off the scale, else empty."""
+        if self.scale_nbytes >= max((bar.limit_nbytes for bar in self.bars), default=0):
+            return ""
+        return f"The bars end at {nbytes_text(self.scale_nbytes)}, far below the limit."
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,6 +110,7 @@ def _bars(bars: Bars) -> str:
         )
     left = len(bars.bars) - _MOST_BARS
     more = f'<p class="dim">and {left} more, in the JSON report</p>' if left > 0 else ""
+    more += f'<p class="dim">{escape(bars.note)}</p>' if bars.note else ""
     classes = ["optimizer-part" if part == "optimizer" else part for part in PARTS]
     key = _key(classes, {"optimizer-part": "optimizer"})
     marks = '<li><i class="mark limit"></i>limit</li>'

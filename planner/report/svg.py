@@ -132,7 +132,8 @@ def bar_svg(bar: Bar, bars: Bars) -> str:
     if bar.limit_nbytes:
         end = min(bar.limit_nbytes * scale, _WIDTH)
         parts.insert(0, f'<rect class="idle" x="0" y="0" width="{end:.1f}" height="16"/>')
-        parts.append(f'<rect class="limit" x="{max(end - 3, 0):.1f}" y="0" width="3" height="16"/>')
+        if bar.limit_nbytes <= bars.scale_nbytes:
+            parts.append(f'<rect class="limit" x="{max(end - 3, 0):.1f}" y="0" width="3" height="16"/>')
     if bar.measured_nbytes is not None:
         at = min(bar.measured_nbytes * scale, _WIDTH)
         parts.append(f'<rect class="seen" x="{max(at - 2, 0):.1f}" y="0" width="4" height="16"/>')

@@ -98,7 +98,7 @@ def _bars(bars: Bars, width: int) -> Iterable[Text | Padding]:
             # A part that rounds to nothing is still named in the line below.
             line.append(name[0] * (stop - at), style=_PART_STYLES[name])
             at = stop
-        end = max(round(bar.limit_nbytes * scale) if bar.limit_nbytes else room, at)
+        end = max(min(round(bar.limit_nbytes * scale), room) if bar.limit_nbytes else room, at)
         line.append("." * (end - at), style="bright_black")
         line.append("]" + " " * (room - end))
         line.append(f" {bar.text}", style="red" if 0 < bar.limit_nbytes < bar.nbytes else "")
@@ -106,6 +106,8 @@ def _bars(bars: Bars, width: int) -> Iterable[Text | Padding]:
         yield line
         if bar.parts_text:
             yield Padding(Text(bar.parts_text, style="bright_black"), (0, 0, 0, names + 2))
+    if bars.note:
+        yield Text(bars.note)
     if len(bars.bars) > _MOST_ROWS:
         yield Text(f"... and {len(bars.bars) - _MOST_ROWS} more")
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 
 import torch
 
@@ -29,7 +30,7 @@ def assemble(
     Shards are put in place; replicas are taken once; summands (P of a value, D of a gradient) are added up.
     """
     first = next(iter(parts.values()))
-    whole = torch.zeros(shape, dtype=first.dtype)
+    whole = torch.zeros(shape, dtype=first.dtype, device=first.device)
     summed = "D" if gradient else "P"
     for place, part in parts.items():
         coordinate = dict(place)
@@ -39,10 +40,46 @@ def assemble(
         )
         if replica:
             continue
-        if not shape:
-            whole += part
-            continue
-        pieces = local_slices(shape, layout, mesh, coordinate)
-        held = [torch.cat([torch.arange(start, stop) for start, stop in dim]) for dim in pieces]
-        whole[torch.meshgrid(*held, indexing="ij")] += part
+        for there, here in runs(local_slices(shape, layout, mesh, coordinate)):
+            whole[there] += part[here]
     return whole
+
+
+Slices = tuple[slice, ...]
+
+
+def runs(pieces: Sequence[Sequence[tuple[int, int]]]) -> Iterator[tuple[Slices, Slices]]:
+    """The blocks of a part, given per dim as (start, stop) pieces of the whole: (where in the whole, where in the
+    part)."""
+    per_dim = []
+    for dim in pieces:
+        position, found = 0, []
+        for start, stop in dim:
+            found.append((slice(start, stop), slice(position, position + stop - start)))
+            position += stop - start
+        per_dim.append(found)
+    for combination in product(*per_dim):
+        yield tuple(whole for whole, _ in combination), tuple(part for _, part in combination)
+
+
+def overlaps(
+    mine: Sequence[Sequence[tuple[int, int]]], theirs: Sequence[Sequence[tuple[int, int]]]
+) -> Iterator[tuple[Slices, Slices]]:
+    """The blocks that two parts of one tensor have in common: (where in mine, where in theirs)."""
+    per_dim = []
+    for left, right in zip(mine, theirs, strict=True):
+        found, here = [], 0
+        for start, stop in left:
+            there = 0
+            for low, high in right:
+                first, last = max(start, low), min(stop, high)
+                if first < last:
+                    shift_here, shift_there = here - start, there - low
+                    found.append(
+                        (slice(first + shift_here, last + shift_here), slice(first + shift_there, last + shift_there))
+                    )
+                there += high - low
+            here += stop - start
+        per_dim.append(found)
+    for combination in product(*per_dim):
+        yield tuple(a for a, _ in combination), tuple(b for _, b in combination)

@@ -1,7 +1,7 @@
 """Checkpoints: every rank writes the parts that it owns, and reads the parts that it needs, under any plan.
 
 A checkpoint is a directory of one safetensors file a rank and ``index.json``, which says for every tensor which piece
-of the whole each file holds. It is written under a temporary name, synced and renamed, so a torn one never has its name.
+of the whole each file holds. It is written under a temporary name, synced and renamed: a torn one never has its name.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 
 from shardplan.errors import CheckpointError
 from shardplan.planner.plan import write_atomically
+from shardplan.rewrite.parts import overlaps
 
 FORMAT = 1
 Pieces = list[list[tuple[int, int]]]
@@ -37,18 +39,25 @@ class Part:
     pieces: Pieces
 
 
-def save(path: str | os.PathLike[str], parts: Iterable[Part], facts: Mapping[str, Any]) -> None:
-    """Collective. parts: what this rank owns; facts: JSON values that rank 0 stores besides. Replaces an older one.
+def save(
+    path: str | os.PathLike[str],
+    parts: Iterable[Part],
+    facts: Mapping[str, Any],
+    lists: Mapping[str, list[Any]] | None = None,
+) -> None:
+    """Collective. parts: what this rank owns; facts: JSON values that rank 0 stores besides; lists: facts of which
+    every rank has some. Replaces an older checkpoint.
 
     Raises CheckpointError on every rank if any rank could not write (a full disk); the older checkpoint is then whole.
     """
     target = Path(path)
     staging = target.with_name(f".{target.name}.saving")
     rank, world = dist.get_rank(), dist.get_world_size()
-    held = list(parts)
+    held: list[Part] = []
+    _agree(_attempt(lambda: held.extend(parts)), f"cannot save to {target}")
     if rank == 0:
         shutil.rmtree(staging, ignore_errors=True)
-    _agree(None if rank else _attempt(lambda: staging.mkdir(parents=True)), target)
+    _agree(None if rank else _attempt(lambda: staging.mkdir(parents=True)), f"cannot write {target}")
     file = f"rank-{rank:05d}.safetensors"
 
     def write() -> None:
@@ -56,39 +65,80 @@ def save(path: str | os.PathLike[str], parts: Iterable[Part], facts: Mapping[str
         with open(staging / file, "rb+") as written:
             os.fsync(written.fileno())
 
-    _agree(_attempt(write), target)
-    mine = [{"name": p.name, "shape": p.shape, "pieces": p.pieces, "file": file} for p in held]
+    _agree(_attempt(write), f"cannot write {target}")
+    mine = [
+        {
+            "name": p.name,
+            "shape": p.shape,
+            "dtype": str(p.tensor.dtype).removeprefix("torch."),
+            "pieces": p.pieces,
+            "file": file,
+        }
+        for p in held
+    ]
     everyone: list[Any] = [None] * world
-    dist.all_gather_object(everyone, mine)
+    dist.all_gather_object(everyone, (mine, lists or {}))
 
     def publish() -> None:
-        index = {"format": FORMAT, "facts": dict(facts), "parts": [part for some in everyone for part in some]}
+        merged = {key: [item for _, some in everyone for item in some[key]] for key in lists or {}}
+        every_part = [part for some, _ in everyone for part in some]
+        index = {"format": FORMAT, "facts": {**facts, **merged}, "parts": every_part}
         write_atomically(staging / "index.json", json.dumps(index).encode())
+        _sync(staging)
         previous = target.with_name(f".{target.name}.previous")
         shutil.rmtree(previous, ignore_errors=True)
         if target.exists():
             os.replace(target, previous)
         os.replace(staging, target)
+        _sync(target.parent)
         shutil.rmtree(previous, ignore_errors=True)
 
-    _agree(None if rank else _attempt(publish), target)
+    _agree(None if rank else _attempt(publish), f"cannot write {target}")
 
 
-def _attempt(action: Any) -> str | None:
+def _sync(directory: Path) -> None:
+    """Put the names in a directory on the disk."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _attempt(action: Callable[[], object]) -> str | None:
+    # Whatever it was, the other ranks have to hear of it: they wait.
     try:
         action()
-    except (OSError, SafetensorError) as error:
+    except CheckpointError as error:
+        return "\n".join((error.title, *error.details))
+    except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None
 
 
-def _agree(failure: str | None, target: Path) -> None:
+def _agree(failure: str | None, title: str) -> None:
     """All ranks fail together, so that none waits for another in the next step."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, failure)
     wrong = [f"rank {rank}: {text}" for rank, text in enumerate(everyone) if text]
     if wrong:
-        raise CheckpointError(f"cannot write {target}", wrong)
+        raise CheckpointError(title, wrong)
+
+
+def load(path: str | os.PathLike[str], read: Callable[[Reader], None]) -> dict[str, Any]:
+    """Collective. `read` takes from the reader what this rank needs. -> the facts that were given to `save`.
+
+    Raises CheckpointError on every rank if any rank could not read what it needs.
+    """
+    facts: dict[str, Any] = {}
+
+    def attempt() -> None:
+        with Reader(path) as reader:
+            read(reader)
+            facts.update(reader.facts)
+
+    _agree(_attempt(attempt), f"cannot load {path}")
+    return facts
 
 
 class Reader:
@@ -110,40 +160,49 @@ class Reader:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is not a whole checkpoint", [f"{type(error).__name__}: {error}"]) from error
 
+        self._files: dict[str, Any] = {}
+        self._open = ExitStack()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.clear()
+        self._open.close()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return tuple(self.parts[name][0]["shape"])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """As stored."""
+        return getattr(torch, self.parts[name][0]["dtype"])
+
     def read(self, name: str, shape: tuple[int, ...], pieces: Pieces, into: torch.Tensor) -> None:
-        """Fill `into` with the pieces of a tensor. shape: of the whole, as the model has it."""
+        """Fill `into` with the pieces of a tensor; no more than those are read. shape: of the whole, as the model has
+        it."""
         stored = self.parts.get(name)
         if stored is None:
             raise CheckpointError(f"{self.path} has no {name}")
-        if tuple(stored[0]["shape"]) != tuple(shape):
-            raise CheckpointError(f"{name} is {list(stored[0]['shape'])} in {self.path}, the model has {list(shape)}")
+        if self.shape(name) != tuple(shape):
+            raise CheckpointError(f"{name} is {list(self.shape(name))} in {self.path}, the model has {list(shape)}")
         filled = 0
-        for part in stored:
-            places = [_overlap(mine, theirs) for mine, theirs in zip(pieces, part["pieces"], strict=True)]
-            if any(len(here) == 0 for here, _ in places):
-                continue
-            try:
-                with safe_open(self.path / part["file"], framework="pt") as file:
-                    tensor = file.get_tensor(name)
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{self.path} is torn: {part['file']}", [str(error)]) from error
-            if not shape:
-                into.copy_(tensor)
-                return
-            here = torch.meshgrid(*(a for a, _ in places), indexing="ij")
-            there = torch.meshgrid(*(b for _, b in places), indexing="ij")
-            with torch.no_grad():
-                into[here] = tensor[there].to(into.device, into.dtype)
-            filled += here[0].numel()
+        with torch.no_grad():
+            for part in stored:
+                for here, there in overlaps(pieces, part["pieces"]):
+                    into[here] = self._take(part["file"], name, there).to(into.device, into.dtype)
+                    filled += into[here].numel()
         if filled < into.numel():
             raise CheckpointError(f"{self.path} holds only {filled} of {into.numel()} elements of {name}")
 
+    def scalar(self, name: str) -> torch.Tensor:
+        """A small tensor as it is stored, whole."""
+        return self._take(self.parts[name][0]["file"], name, ())
 
-def _overlap(mine: list[tuple[int, int]], theirs: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions (in mine, in theirs) of the indices that both hold."""
-    left = torch.cat([torch.arange(a, b) for a, b in mine])
-    right = torch.cat([torch.arange(a, b) for a, b in theirs])
-    order = torch.argsort(right)
-    found = torch.searchsorted(right[order], left).clamp_max(len(right) - 1)
-    hit = right[order][found] == left
-    return hit.nonzero().flatten(), order[found[hit]]
+    def _take(self, file: str, name: str, where: tuple[slice, ...]) -> torch.Tensor:
+        try:
+            if file not in self._files:
+                self._files[file] = self._open.enter_context(safe_open(self.path / file, framework="pt"))
+            return self._files[file].get_slice(name)[where] if where else self._files[file].get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self.path} is torn: {file}", [str(error)]) from error

@@ -1,50 +1,48 @@
-"""The communicator of one rank on torch.distributed, and the process groups it needs."""
+"""The communicator of one rank on torch.distributed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from shardplan.planner.placement import MICROBATCH_AXIS
 from shardplan.rewrite.program import StageRanks
+from shardplan.runtime.groups import Groups
 
-_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+def _reduction(op: Any) -> dist.AllreduceOptions:
+    options = dist.AllreduceOptions()
+    options.reduceOp = op
+    return options
 
 
-class Groups:
-    """Process groups by their ranks. Every rank of the job asks for the same groups in the same order, also for those
-    it is not in: creating one is collective."""
+_OPTIONS = {"sum": _reduction(dist.ReduceOp.SUM), "max": _reduction(dist.ReduceOp.MAX)}
 
-    def __init__(self) -> None:
-        self._groups: dict[tuple[int, ...], Any] = {}
 
-    def get(self, ranks: Iterable[int]) -> Any:
-        """The group of these ranks, created at the first call (ranks outside it get a token)."""
-        key = tuple(ranks)
-        if key not in self._groups:
-            whole = list(key) == list(range(dist.get_world_size()))
-            self._groups[key] = dist.group.WORLD if whole else dist.new_group(list(key))
-        return self._groups[key]
+class _Axis:
+    """A mesh axis with more than one rank.
 
-    def of_stage(self, placement: StageRanks, axes: tuple[str, ...]) -> None:
-        """Create all groups of a stage along `axes`."""
-        for group in sorted({placement.group(rank, axes) for rank in placement.ranks}):
-            if len(group) > 1:
-                self.get(group)
+    order: the group rank of every mesh index, None where they are the same (a process group sorts its ranks, a mesh
+    need not). inverse: the mesh index of every group rank.
+    """
 
-    def close(self) -> None:
-        """Destroy the groups that were created here."""
-        for group in self._groups.values():
-            if group is not dist.group.WORLD and group is not dist.GroupMember.NON_GROUP_MEMBER:
-                dist.destroy_process_group(group)
-        self._groups.clear()
+    __slots__ = ("group", "inverse", "order", "place", "size")
+
+    def __init__(self, group: Any, ranks: tuple[int, ...], rank: int) -> None:
+        self.group = group
+        self.size = len(ranks)
+        rising = sorted(ranks)
+        self.place = rising.index(rank)
+        self.order = None if list(ranks) == rising else [rising.index(r) for r in ranks]
+        self.inverse = None if self.order is None else [ranks.index(r) for r in rising]
 
 
 class DistComm:
     """`rewrite.comm.Comm` of one rank in one stage.
 
+    The groups' own methods are called: the functions of torch.distributed cost a third more for a small tensor.
     microbatch, step and training are set by the executor before it runs stage code (also before a backward, which may
     recompute).
     """
@@ -56,56 +54,70 @@ class DistComm:
         self.base_seed = seed
         self._sizes = dict(zip(placement.mesh.axes, placement.mesh.sizes, strict=True))
         self._index = placement.coordinate(rank)
-        self._groups: dict[str, Any] = {}
+        self._axes: dict[str, _Axis] = {}
         for axis, size in self._sizes.items():
-            if axis != "mb" and size > 1:
-                self._groups[axis] = groups.get(placement.group(rank, (axis,)))
+            if axis != MICROBATCH_AXIS and size > 1:
+                ranks = placement.group(rank, (axis,))
+                self._axes[axis] = _Axis(groups.get(ranks), ranks, rank)
 
     def size(self, axis: str) -> int:
         return self._sizes.get(axis, 1)
 
     def index(self, axis: str) -> int:
-        return self.microbatch if axis == "mb" else self._index.get(axis, 0)
+        return self.microbatch if axis == MICROBATCH_AXIS else self._index.get(axis, 0)
 
     def all_reduce(self, x: torch.Tensor, axis: str, op: str = "sum") -> torch.Tensor:
-        if self.size(axis) == 1:
+        held = self._axes.get(axis)
+        if held is None:
             return x
         result = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(result, _OPS[op], group=self._groups[axis])
+        held.group.allreduce([result], _OPTIONS[op]).wait()
         return result
 
     def all_gather(self, x: torch.Tensor, dim: int, axis: str) -> torch.Tensor:
-        size = self.size(axis)
-        if size == 1:
+        held = self._axes.get(axis)
+        if held is None:
             return x
         x = x.contiguous()
-        stacked = x.new_empty((size * x.shape[0], *x.shape[1:]) if x.ndim else (size,))
-        dist.all_gather_into_tensor(stacked, x, group=self._groups[axis])
-        if dim == 0:
+        stacked = x.new_empty((held.size * x.shape[0], *x.shape[1:]) if x.ndim else (held.size,))
+        held.group._allgather_base(stacked, x).wait()
+        if dim == 0 and held.order is None:
             return stacked
-        return torch.cat(stacked.chunk(size), dim)
+        parts = stacked.chunk(held.size)
+        return torch.cat(parts if held.order is None else [parts[place] for place in held.order], dim)
 
     def reduce_scatter(self, x: torch.Tensor, dim: int, axis: str) -> torch.Tensor:
-        size = self.size(axis)
-        if size == 1:
+        held = self._axes.get(axis)
+        if held is None:
             return x
+        stacked = self._outgoing(x, dim, held)
         if not x.is_cuda:
-            # gloo reduces and scatters at the price of an all-reduce.
-            return self.all_reduce(x, axis).chunk(size, dim)[self.index(axis)].contiguous()
-        stacked = x.contiguous() if dim == 0 else torch.cat(x.chunk(size, dim))
-        result = stacked.new_empty((stacked.shape[0] // size, *stacked.shape[1:]))
-        dist.reduce_scatter_tensor(result, stacked, group=self._groups[axis])
+            # gloo's own sends everything everywhere; swapping parts and adding them here moves half the bytes or less.
+            incoming = torch.empty_like(stacked)
+            held.group.alltoall_base(incoming, stacked, [], []).wait()
+            return incoming.sum(0, dtype=x.dtype)
+        result = torch.empty_like(stacked[0])
+        held.group._reduce_scatter_base(result, stacked).wait()
         return result
 
     def all_to_all(self, x: torch.Tensor, split_dim: int, concat_dim: int, axis: str) -> torch.Tensor:
-        size = self.size(axis)
-        if size == 1:
+        held = self._axes.get(axis)
+        if held is None:
             return x
-        outgoing = torch.stack(x.chunk(size, split_dim))
+        outgoing = self._outgoing(x, split_dim, held)
         incoming = torch.empty_like(outgoing)
-        dist.all_to_all_single(incoming, outgoing, group=self._groups[axis])
-        return torch.cat(incoming.unbind(), concat_dim)
+        held.group.alltoall_base(incoming, outgoing, [], []).wait()
+        parts = incoming.unbind()
+        return torch.cat(parts if held.order is None else [parts[place] for place in held.order], concat_dim)
+
+    @staticmethod
+    def _outgoing(x: torch.Tensor, dim: int, held: _Axis) -> torch.Tensor:
+        """-> [group rank, *part]: the part of `dim` that every rank of the group gets, contiguous."""
+        if held.inverse is None and dim == 0:
+            return x.contiguous().view(held.size, x.shape[0] // held.size, *x.shape[1:])
+        parts = x.chunk(held.size, dim)
+        return torch.stack(parts if held.inverse is None else [parts[index] for index in held.inverse])
 
     def seed(self, site: int, axes: tuple[str, ...]) -> int:
-        parts = (self.base_seed, self.step, site, self.microbatch if "mb" in axes else -1)
-        return hash((*parts, *(self.index(axis) for axis in sorted(axes) if axis != "mb"))) & 0x7FFF_FFFF_FFFF
+        # The hash of a tuple of integers is the same in every process.
+        return hash((self.base_seed, self.step, site, *(self.index(a) for a in sorted(axes)))) & 0x7FFF_FFFF_FFFF

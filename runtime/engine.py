@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from shardplan.errors import CheckpointError, NotSupported, UsageError
-from shardplan.planner.instructions import Op
 from shardplan.planner.placement import local_slices
-from shardplan.rewrite.parts import assemble
 from shardplan.rewrite.program import Program, TensorSpec
-from shardplan.runtime import checkpoint
-from shardplan.runtime.comm import Groups
+from shardplan.runtime import checkpoint, measuring, optim
+from shardplan.runtime.dtensors import Distributed, whole_of
 from shardplan.runtime.executor import Executor
-from shardplan.runtime.parameters import Shards, collect, owners
+from shardplan.runtime.groups import Groups
+from shardplan.runtime.optim import OptimizerFactory
+from shardplan.runtime.parameters import Shards, collect, collect_outputs, owners
 
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 Batch = Mapping[str, torch.Tensor]
 
 
@@ -69,9 +66,10 @@ class Engine:
                 self._executors[kind] = Executor(
                     program, self.rank, self.device, self.shards.tensors(), self.groups, self.seed, f"{kind} "
                 )
-        trainable = [p for p in self.shards.parameters.values() if p.requires_grad]
-        if self.optimizer is None and self.optimizer_factory is not None and trainable:
-            self.optimizer = self.optimizer_factory(trainable)
+        if self.optimizer is None and self.optimizer_factory is not None:
+            trainable = [p for p in self.shards.parameters.values() if p.requires_grad]
+            sharded = any(p.is_shard for spec in self.shards.mine() for p in spec.layout)
+            self.optimizer = optim.make(self.optimizer_factory, trainable, sharded)
 
     def use(self, kind: str, program: Program) -> None:
         """Add a program of the same plan, or replace the one of that kind."""
@@ -131,54 +129,20 @@ class Engine:
 
     def _optimize(self) -> None:
         if self.clip is not None:
-            self._clip(self.clip)
+            held = [(p, self.shards.replicas(self.shards.specs[name])) for name, p in self.shards.parameters.items()]
+            optim.clip_gradients(held, self.clip, self.device)
         if self.optimizer is not None:
             self.optimizer.step()
 
-    def _clip(self, limit: float) -> torch.Tensor:
-        """Scale gradients to a global norm of at most `limit`; every element of a parameter counts once."""
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for name, parameter in self.shards.parameters.items():
-            if parameter.grad is not None:
-                total += parameter.grad.double().square().sum() / self.shards.replicas(self.shards.specs[name])
-        dist.all_reduce(total)
-        norm = total.sqrt()
-        scale = (limit / (norm + 1e-6)).clamp(max=1.0)
-        for parameter in self.shards.parameters.values():
-            if parameter.grad is not None:
-                parameter.grad.mul_(scale.to(parameter.grad.dtype))
-        return norm
+    def forward(self, batch: Batch, training: bool = False, everywhere: bool = True) -> dict[int, torch.Tensor]:
+        """Outputs of the model on the global batch: position in the traced outputs -> whole tensor.
 
-    def forward(self, batch: Batch, training: bool = False) -> dict[int, torch.Tensor]:
-        """Outputs of the model on the global batch: position in the traced outputs -> whole tensor, on every rank."""
+        everywhere: on every rank, else on rank 0 only ({} on the others).
+        """
         executor = self.executor("forward")
         with torch.no_grad():
-            _, microbatches = executor.run(batch, training, None, self.steps)
-        return self._outputs(executor, microbatches)
-
-    def _outputs(self, executor: Executor, microbatches: list[list[torch.Tensor]]) -> dict[int, torch.Tensor]:
-        program = executor.program
-        mine: list[tuple[int, tuple[tuple[str, int], ...], torch.Tensor]] = []
-        for microbatch, values in enumerate(microbatches):
-            coordinate = (*executor.coordinate.items(), ("mb", microbatch))
-            for (_, result), value in zip(executor._outputs, values, strict=True):
-                if self.rank in owners(executor.placement, result.layout):
-                    mine.append((result.index, coordinate, value.detach().cpu()))
-        everyone: list[Any] = [mine]
-        if self.world_size > 1:
-            everyone = [None] * self.world_size
-            dist.all_gather_object(everyone, mine)
-        parts: dict[int, dict[Any, torch.Tensor]] = {}
-        for index, coordinate, value in (item for some in everyone for item in some):
-            parts.setdefault(index, {})[coordinate] = value
-        found = {}
-        for stage, code in enumerate(program.stages):
-            for result in code.results:
-                if result.kind == "output" and result.index in parts:
-                    mesh = program.placement[stage].mesh
-                    whole = assemble(parts[result.index], result.layout, mesh, result.global_shape)
-                    found[result.index] = whole.to(self.device)
-        return found
+            _, held = executor.run(batch, training, None, self.steps)
+            return collect_outputs(executor.program, self.rank, self.device, held, everywhere)
 
     # -- whole tensors -------------------------------------------------------------------------------------------------
 
@@ -197,140 +161,133 @@ class Engine:
         grads = {name: p.grad for name, p in self.shards.parameters.items()}
         return collect(self.shards, grads, tuple(s for s in self.shards.program.parameters if s.trainable))
 
-    # -- checkpoints ---------------------------------------------------------------------------------------------------
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """This rank's parameters and buffers by original name, as distributed tensors where the stage has several
+        ranks (see `runtime.dtensors`)."""
+        distributed = self._distributed()
+        if distributed is None:
+            return {}
+        tensors = self.shards.tensors()
+        return {spec.name: distributed.wrap(spec, tensors[spec.name]) for spec in self.shards.mine()}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take this rank's parts of plain whole or distributed tensors. Raises UsageError where one is missing."""
+        missing = [spec.name for spec in self.shards.mine() if spec.name not in state]
+        if missing:
+            raise UsageError(f"the state lacks {len(missing)} tensors of this rank", missing[:20])
+        self.load_full({spec.name: whole_of(state[spec.name]) for spec in self.shards.mine()})
+
+    def _distributed(self) -> Distributed | None:
+        executor = next(iter(self._executors.values()), None)
+        if executor is None or executor.stage < 0:
+            return None
+        return Distributed(executor.placement, executor.comm, self.rank, self.groups, self.device)
 
     def save(self, path: str | os.PathLike[str], facts: Mapping[str, Any] | None = None) -> None:
-        """The whole training state; loads under any plan and world size. Raises CheckpointError."""
-        checkpoint.save(path, self._parts(), {"steps": self.steps, "seed": self.seed, "user": dict(facts or {})})
+        """The whole training state; loads under any plan and world size. Raises CheckpointError.
+
+        facts: JSON values to keep with it.
+        """
+        mine = optim.options(self.optimizer, self._names())
+        stored = {"steps": self.steps, "seed": self.seed, "user": dict(facts or {})}
+        checkpoint.save(path, self._parts(), stored, {"groups": mine})
 
     def load(self, path: str | os.PathLike[str]) -> dict[str, Any]:
         """Read what `save` wrote, under whatever plan. -> the facts that were given to `save`."""
-        reader = checkpoint.Reader(path)
-        for spec in self.shards.mine():
-            tensor = self.shards.tensors()[spec.name]
-            reader.read(f"model/{spec.name}", spec.shape, self._pieces(spec), tensor.data)
-        if self.optimizer is not None:
-            self._load_optimizer(reader)
-        self.steps = int(reader.facts["steps"])
-        self.seed = int(reader.facts["seed"])
+
+        def read(reader: checkpoint.Reader) -> None:
+            tensors = self.shards.tensors()
+            for spec in self.shards.mine():
+                reader.read(f"model/{spec.name}", spec.shape, self._pieces(spec), tensors[spec.name].data)
+            if self.optimizer is not None:
+                self._load_optimizer(self.optimizer, reader)
+
+        facts = checkpoint.load(path, read)
+        self.steps = int(facts["steps"])
+        self.seed = int(facts["seed"])
         for executor in self._executors.values():
             if executor.stage >= 0:
                 executor.comm.base_seed = self.seed
-        return reader.facts["user"]
+        return facts["user"]
+
+    def _names(self) -> dict[int, str]:
+        return {id(parameter): name for name, parameter in self.shards.parameters.items()}
 
     def _pieces(self, spec: TensorSpec) -> checkpoint.Pieces:
         placement = self.shards.program.placement[self.shards.stage]
         return local_slices(spec.shape, spec.layout, placement.mesh, placement.coordinate(self.rank))
 
     def _owned(self) -> Iterator[TensorSpec]:
+        """Specs of the tensors of which this rank writes its part: every element is written once."""
         for spec in self.shards.mine():
             placement = self.shards.program.placement[self.shards.stage]
             if self.shards.stage == spec.stages[0] and self.rank in owners(placement, spec.layout):
                 yield spec
 
-    def _parts(self) -> list[checkpoint.Part]:
-        found = []
+    def _parts(self) -> Iterator[checkpoint.Part]:
         tensors = self.shards.tensors()
         for spec in self._owned():
-            found.append(checkpoint.Part(f"model/{spec.name}", tensors[spec.name], spec.shape, self._pieces(spec)))
+            pieces = self._pieces(spec)
+            yield checkpoint.Part(f"model/{spec.name}", tensors[spec.name], spec.shape, pieces)
             parameter = self.shards.parameters.get(spec.name)
             if self.optimizer is None or parameter is None:
                 continue
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                value = value if torch.is_tensor(value) else torch.tensor(value)
+            for key, value in optim.state_of(self.optimizer, parameter):
                 name = f"optimizer/{spec.name}/{key}"
                 if value.shape == parameter.shape:
-                    found.append(checkpoint.Part(name, value, spec.shape, self._pieces(spec)))
+                    yield checkpoint.Part(name, value, spec.shape, pieces)
+                elif value.numel() == 1:
+                    yield checkpoint.Part(name, value, tuple(value.shape), [[(0, 1)]] * value.ndim)
                 else:
-                    whole = [[(0, extent)] for extent in value.shape]
-                    found.append(checkpoint.Part(name, value, tuple(value.shape), whole))
-        return found
+                    raise NotSupported(
+                        f"the optimizer keeps {key} of shape {list(value.shape)} for {spec.name}{list(parameter.shape)}"
+                    )
 
-    def _load_optimizer(self, reader: checkpoint.Reader) -> None:
-        assert self.optimizer is not None
+    def _load_optimizer(self, optimizer: torch.optim.Optimizer, reader: checkpoint.Reader) -> None:
         stored: dict[str, list[str]] = {}
         for name in reader.parts:
             if name.startswith("optimizer/"):
                 parameter, _, key = name.removeprefix("optimizer/").rpartition("/")
                 stored.setdefault(parameter, []).append(key)
+        groups = reader.facts["groups"]
+        if not groups:
+            raise CheckpointError("it holds no optimizer state")
+        optim.restore_options(optimizer, self._names(), groups)
         for name, parameter in self.shards.parameters.items():
             spec = self.shards.specs[name]
-            state: dict[str, Any] = {}
+            state: dict[str, torch.Tensor] = {}
             for key in stored.get(name, ()):
                 full = f"optimizer/{name}/{key}"
-                shape = tuple(reader.parts[full][0]["shape"])
-                if shape == spec.shape and shape:
-                    state[key] = torch.zeros_like(parameter)
-                    reader.read(full, shape, self._pieces(spec), state[key])
+                if reader.shape(full) == spec.shape and spec.shape:
+                    state[key] = torch.empty(parameter.shape, dtype=reader.dtype(full), device=parameter.device)
+                    reader.read(full, spec.shape, self._pieces(spec), state[key])
                 else:
-                    state[key] = torch.zeros(shape)
-                    reader.read(full, shape, [[(0, extent)] for extent in shape], state[key])
-            if state:
-                self.optimizer.state[parameter] = state
-        if not stored and self.steps:
-            raise CheckpointError(f"{reader.path} holds no optimizer state")
+                    state[key] = reader.scalar(full)
+            optim.restore(optimizer, parameter, state)
 
     # -- measuring -----------------------------------------------------------------------------------------------------
 
     def measure(self, batch: Batch, steps: int = 5) -> dict[str, Any]:
-        """Timed steps without changing anything: gradients are computed and dropped.
-
-        -> step_seconds (median over steps of the slowest rank), stages: per stage the median seconds a microbatch of
-        "forward" and "backward" and of "reduce" a step, peak_nbytes per rank (CUDA; 0 where it cannot be known).
-        """
-        executor = self.executor("train")
-        seconds = []
-        executor.spans = []
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        kept = {name: p.grad for name, p in self.shards.parameters.items()}
+        """Timed steps without changing anything: gradients are computed and dropped. See `runtime.measuring`."""
+        gradients = {name: p.grad for name, p in self.shards.parameters.items()}
         buffers = {name: b.clone() for name, b in self.shards.buffers.items()}
-        for index in range(steps + 1):
-            self.zero_grad()
-            dist.barrier()
-            if index == 1:
-                executor.spans.clear()
-            started = time.perf_counter()
-            share, _ = executor.run(batch, True, None, self.steps)
-            executor.whole_loss(share)
-            seconds.append(time.perf_counter() - started)
-        spans, executor.spans = executor.spans, None
-        for name, parameter in self.shards.parameters.items():
-            parameter.grad = kept[name]
-        for name, buffer in self.shards.buffers.items():
-            buffer.copy_(buffers[name])
-        kinds = {Op.FORWARD: "forward", Op.BACKWARD: "backward", Op.REDUCE_GRADS: "reduce"}
-        by_kind: dict[str, list[float]] = {}
-        for span in spans:
-            if span.instruction.op in kinds:
-                by_kind.setdefault(kinds[span.instruction.op], []).append(span.end - span.start)
-        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
-        mine = (executor.stage, {kind: _median(values) for kind, values in by_kind.items()}, seconds[1:], peak)
-        everyone: list[Any] = [None] * self.world_size
-        dist.all_gather_object(everyone, mine)
-        stages: dict[int, dict[str, float]] = {}
-        for stage, kinds_of, _, _ in everyone:
-            if stage >= 0:
-                held = stages.setdefault(stage, {})
-                for kind, value in kinds_of.items():
-                    held[kind] = max(held.get(kind, 0.0), value)
-        slowest = [max(values) for values in zip(*(item[2] for item in everyone), strict=True)]
-        return {
-            "step_seconds": _median(slowest),
-            "stages": [stages[index] for index in sorted(stages)],
-            "peak_nbytes": [item[3] for item in everyone],
-        }
+        try:
+            return measuring.measure(self.executor("train"), batch, steps, self.steps, self.zero_grad)
+        finally:
+            for name, parameter in self.shards.parameters.items():
+                parameter.grad = gradients[name]
+            for name, buffer in self.shards.buffers.items():
+                buffer.copy_(buffers[name])
 
     def close(self) -> None:
         """Drop the shards and the process groups that were made for the programs."""
         self._executors.clear()
         self.optimizer = None
+        self.shards.parameters.clear()
+        self.shards.buffers.clear()
         self.groups.close()
-
-
-def _median(values: list[float]) -> float:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2] if ordered else 0.0
 
 
 def _with_all_buffers(programs: Mapping[str, Program]) -> Program:

@@ -5,42 +5,54 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from shardplan.errors import NotSupported
 from shardplan.planner.instructions import Instruction, Op
 from shardplan.planner.placement import MICROBATCH_AXIS, P
 from shardplan.rewrite.emit import load
-from shardplan.rewrite.parts import part_of
 from shardplan.rewrite.program import Argument, Program, Result
-from shardplan.runtime.comm import DistComm, Groups
+from shardplan.runtime.comm import DistComm
+from shardplan.runtime.groups import Channel, Groups
+from shardplan.runtime.inputs import Inputs
+from shardplan.runtime.receipts import receipts
+from shardplan.runtime.reduction import GradientSums
 
 Tensors = Mapping[str, torch.Tensor]
-_BUCKET_NBYTES = 25 << 20
+_SHOWN = 12
 
 
 @dataclass(slots=True)
 class _Flight:
-    """One microbatch between its forward and its backward."""
+    """One microbatch between its forward and its backward.
+
+    received: by name; results: tensors that are still to be sent, by position; edges: where backward starts, by
+    position (the results themselves need not be kept for it).
+    """
 
     received: dict[str, torch.Tensor] = field(default_factory=dict)
-    results: tuple[torch.Tensor, ...] = ()
+    results: dict[int, torch.Tensor] = field(default_factory=dict)
+    edges: dict[int, GradientEdge] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
-class Span:
-    """A timed instruction. seconds: start and end on this rank's monotonic clock."""
+class Span(NamedTuple):
+    """A timed instruction, in seconds of this process's monotonic clock: it waited for messages until `ready`."""
 
     instruction: Instruction
     start: float
+    ready: float
     end: float
 
 
 class Executor:
-    """One rank of one program. Make it on every rank of the job, in the same order (groups are created)."""
+    """One rank of one program. Make it on every rank of the job, in the same order (groups are created).
+
+    spans: None, or a list to which every instruction that runs is appended (a GPU is then synchronised for each).
+    """
 
     def __init__(
         self,
@@ -56,100 +68,110 @@ class Executor:
         self.rank = rank
         self.device = device
         self.tensors = tensors
-        self.groups = groups
         self.train = program.kind == "train"
-        self.stage = next((i for i, p in enumerate(program.placement) if rank in p.ranks), -1)
-        self.inputs = {spec.name: spec for spec in program.inputs}
         self.spans: list[Span] | None = None
-        self._create_groups()
-        self.loss_ranks = program.placement[program.loss_stage].ranks if program.loss_stage >= 0 else ()
+        stages = [index for index, placement in enumerate(program.placement) if rank in placement.ranks]
+        if len(stages) > 1:
+            raise NotSupported(f"rank {rank} runs stages {', '.join(map(str, stages))}", ["one stage a rank is run"])
+        self.stage = stages[0] if stages else -1
+        for placement in program.placement:
+            for axis, size in zip(placement.mesh.axes, placement.mesh.sizes, strict=True):
+                if axis != MICROBATCH_AXIS and size > 1:
+                    groups.of_stage(placement, (axis,))
+        self.sums = GradientSums(program, self.stage, rank, tensors, groups)
+        channels = self._channels(groups)
         if self.stage < 0:
             return
         self.placement = program.placement[self.stage]
-        self.comm = DistComm(self.placement, rank, groups, seed)
         self.coordinate = self.placement.coordinate(rank)
-        code = program.stages[self.stage]
-        self.code = code
-        self.function = load(code.source, f"{name}stage{self.stage}")
-        self.instructions = program.schedule[self.stage]
-        self.constants = {n: t.to(device) for n, t in program.constants.items()}
-        self._fixed = [self._static(a) for a in code.arguments]
-        self._inputs = [(i, a.name) for i, a in enumerate(code.arguments) if a.kind == "input"]
-        self._recvs = [(i, a) for i, a in enumerate(code.arguments) if a.kind == "recv"]
-        self._counts = [(i, a.name) for i, a in enumerate(code.arguments) if a.kind == "denominator"]
-        self._recv_from: dict[int, list[Argument]] = {}
-        for _, argument in self._recvs:
-            self._recv_from.setdefault(argument.stage, []).append(argument)
-        self._send_to: dict[int, list[tuple[int, Result]]] = {}
-        for i, result in enumerate(code.results):
-            for target in result.stages:
-                self._send_to.setdefault(target, []).append((i, result))
-        # Messages between two ranks match by order alone, so both sides list a microbatch's tensors by name.
-        for arguments in self._recv_from.values():
-            arguments.sort(key=lambda argument: argument.name)
-        for sent in self._send_to.values():
-            sent.sort(key=lambda item: item[1].name)
-        self._peer = {s: self._rank_of(s) for s in {*self._recv_from, *self._send_to}}
-        self._losses = [i for i, result in enumerate(code.results) if result.kind == "loss"]
-        self._outputs = [(i, result) for i, result in enumerate(code.results) if result.kind == "output"]
+        self.comm = DistComm(self.placement, rank, groups, seed)
+        self.code = program.stages[self.stage]
+        self.function = load(self.code.source, f"{name}stage{self.stage}")
         self.denominators = [
             (d, load(d.source, f"{name}{d.name}")) for d in program.denominators if d.stage == self.stage
         ]
-        self._reduced = self._reductions()
+        self._prepare_arguments()
+        self._prepare_messages(channels)
+        self._prepare_instructions()
 
     # -- set-up --------------------------------------------------------------------------------------------------------
 
-    def _create_groups(self) -> None:
-        for placement in self.program.placement:
-            for axis, size in zip(placement.mesh.axes, placement.mesh.sizes, strict=True):
-                if axis != MICROBATCH_AXIS and size > 1:
-                    self.groups.of_stage(placement, (axis,))
-        for spec in self.program.parameters:
-            if len(spec.reduce_axes) > 1:
-                for stage in spec.stages:
-                    self.groups.of_stage(self.program.placement[stage], spec.reduce_axes)
-        for ranks in sorted({r for spec in self.program.parameters for r in self._twins(spec.stages)}):
-            self.groups.get(ranks)
+    def _channels(self, groups: Groups) -> dict[tuple[int, int], Channel]:
+        """(source stage, target stage) -> this rank's way there or from there. Collective."""
+        found: dict[tuple[int, int], Channel] = {}
+        for a, b in sorted({(i.stage, i.peer) for line in self.program.schedule for i in line if i.is_send}):
+            source, target = self.program.placement[a], self.program.placement[b]
+            if source.mesh != target.mesh:
+                raise NotSupported(
+                    f"stages {a} and {b} have different meshes",
+                    [f"stage {a}: {source.mesh}", f"stage {b}: {target.mesh}"],
+                )
+            for sender, receiver in zip(source.ranks, target.ranks, strict=True):
+                channel = groups.channel(sender, receiver)
+                if self.rank in (sender, receiver):
+                    found[a, b] = channel
+        return found
 
-    def _twins(self, stages: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """Groups of ranks at the same place of several stages that hold the same part of a tied parameter."""
-        if len(stages) < 2:
-            return []
-        placements = [self.program.placement[stage] for stage in stages]
-        if len({p.mesh for p in placements}) > 1:
-            raise NotSupported("a parameter is tied across stages of unequal width")
-        return [tuple(ranks) for ranks in zip(*(p.ranks for p in placements), strict=True)]
-
-    def _rank_of(self, stage: int) -> int:
-        other = self.program.placement[stage]
-        if other.mesh != self.placement.mesh:
-            raise NotSupported(
-                f"stages {self.stage} and {stage} have different meshes", [f"{self.placement.mesh} and {other.mesh}"]
-            )
-        return other.ranks[self.placement.ranks.index(self.rank)]
+    def _prepare_arguments(self) -> None:
+        arguments = self.code.arguments
+        self._constants = {n: t.to(self.device) for n, t in self.program.constants.items()}
+        self._fixed = [self._static(a) for a in arguments]
+        self._input_places = [(i, a.name) for i, a in enumerate(arguments) if a.kind == "input"]
+        self._recv_places = [(i, a.name, a.requires_grad) for i, a in enumerate(arguments) if a.kind == "recv"]
+        self._count_places = [(i, a.name) for i, a in enumerate(arguments) if a.kind == "denominator"]
+        counted = [a for denominator, _ in self.denominators for a in denominator.arguments]
+        names = {a.name for a in (*arguments, *counted) if a.kind == "input"}
+        self.inputs = Inputs(self.program, self.placement, self.coordinate, self.device, names)
 
     def _static(self, argument: Argument) -> torch.Tensor | None:
         if argument.kind in ("param", "buffer"):
             return self.tensors[argument.name]
-        return self.constants[argument.name] if argument.kind == "constant" else None
+        return self._constants[argument.name] if argument.kind == "constant" else None
 
-    def _reductions(self) -> list[tuple[Any, list[str]]]:
-        """(group, parameter names) of the gradient sums at the end of a step, in one order on all ranks: first over the
-        axes of a stage, then over the stages of a tied parameter."""
-        mine: dict[tuple[int, ...], list[str]] = {}
-        twins: dict[tuple[int, ...], list[str]] = {}
-        for spec in self.program.parameters:
-            if not spec.trainable or self.stage not in spec.stages:
-                continue
-            ranks = self.placement.group(self.rank, spec.reduce_axes)
-            if len(ranks) > 1:
-                mine.setdefault(ranks, []).append(spec.name)
-            for group in self._twins(spec.stages):
-                if self.rank in group:
-                    twins.setdefault(group, []).append(spec.name)
-        # All ranks of a stage hold the same parameters, so sizes and names order the groups alike everywhere.
-        ordered = [*sorted(mine.items(), key=lambda item: (len(item[0]), item[1])), *sorted(twins.items())]
-        return [(self.groups.get(ranks), names) for ranks, names in ordered]
+    def _prepare_messages(self, channels: dict[tuple[int, int], Channel]) -> None:
+        """What every message carries. A channel keeps only the order, so both sides list the tensors by name."""
+        self._to = {b: channel for (a, b), channel in channels.items() if a == self.stage}
+        self._from = {a: channel for (a, b), channel in channels.items() if b == self.stage}
+        self._acts_from: dict[int, list[Argument]] = {}
+        self._acts_to: dict[int, list[tuple[int, Result]]] = {}
+        for argument in sorted(self.code.arguments, key=lambda a: a.name):
+            if argument.kind == "recv":
+                self._acts_from.setdefault(argument.stage, []).append(argument)
+        for i, result in sorted(enumerate(self.code.results), key=lambda item: item[1].name):
+            for target in result.stages:
+                self._acts_to.setdefault(target, []).append((i, result))
+        self._starts = [(i, r.name, r.stages) for i, r in enumerate(self.code.results) if r.requires_grad]
+        self._sent = {i for i, result in enumerate(self.code.results) if result.stages}
+        self._losses = [i for i, result in enumerate(self.code.results) if result.kind == "loss"]
+        self._outputs = [i for i, result in enumerate(self.code.results) if result.kind == "output"]
+        self._ones: dict[int, torch.Tensor] = {}
+
+    def _prepare_instructions(self) -> None:
+        handlers = {
+            Op.FORWARD: self._forward,
+            Op.BACKWARD: self._backward,
+            Op.RECV_ACT: self._receive_activations,
+            Op.SEND_ACT: self._send_activations,
+            Op.RECV_GRAD: self._receive_gradients,
+            Op.SEND_GRAD: self._send_gradients,
+            Op.REDUCE_GRADS: self._reduce,
+            Op.OPTIMIZER_STEP: self._optimize,
+        }
+        self.instructions = self.program.schedule[self.stage]
+        for instruction in self.instructions:
+            if instruction.op not in handlers:
+                raise NotSupported(f"instruction {instruction} ({instruction.op.name})")
+        self._handlers = [handlers[i.op] for i in self.instructions]
+        self._receipts = receipts(self.program.schedule, self.stage, self._carries)
+        # Where a microbatch's last activation and last gradient leave, after which nothing of it is needed.
+        self._last_send = {i.microbatch: n for n, i in enumerate(self.instructions) if i.op is Op.SEND_ACT}
+        self._last_grad = {i.microbatch: n for n, i in enumerate(self.instructions) if i.op is Op.SEND_GRAD}
+
+    def _carries(self, sent: Instruction) -> bool:
+        code = self.program.stages[sent.stage]
+        if sent.op is Op.SEND_ACT:
+            return any(sent.peer in result.stages for result in code.results)
+        return any(a.kind == "recv" and a.stage == sent.peer and a.requires_grad for a in code.arguments)
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -159,136 +181,175 @@ class Executor:
         training: bool = True,
         optimizer_step: Callable[[], None] | None = None,
         step: int = 0,
-    ) -> tuple[torch.Tensor | None, list[list[torch.Tensor]]]:
+    ) -> tuple[torch.Tensor | None, list[dict[int, torch.Tensor]]]:
         """One step on the global batch.
 
-        Returns (this rank's share of the loss summed over microbatches, or None; per microbatch the output tensors).
+        Returns (this rank's share of the loss summed over microbatches, or None; per microbatch, position of the result
+        -> output tensor). Raises InputMismatch; any exception carries a note that says where in the list it happened.
         """
         if self.stage < 0:
             return None, []
-        self.batch = batch
+        self.inputs.start(batch)
         self.comm.training, self.comm.step = training, step
-        self.flights: dict[int, _Flight] = {}
-        self.arriving: dict[tuple[str, int], tuple[torch.Tensor, Any]] = {}
-        self.sending: list[tuple[Any, torch.Tensor]] = []
-        self.loss: torch.Tensor | None = None
-        self.outputs: list[list[torch.Tensor]] = []
-        self.counts = self._count()
-        current: Instruction | None = None
+        self._optimizer_step = optimizer_step
+        self._flights: dict[int, _Flight] = {}
+        self._arriving: dict[tuple[str, int], tuple[torch.Tensor, Any]] = {}
+        self._sending: dict[int, list[tuple[Any, torch.Tensor]]] = {}
+        self._loss: torch.Tensor | None = None
+        outputs: list[dict[int, torch.Tensor]] = []
+        self._found = outputs
+        self._at = -1
         try:
             with torch.set_grad_enabled(self.train):
-                for current in self.instructions:
-                    started = time.perf_counter() if self.spans is not None else 0.0
-                    self._do(current, optimizer_step)
-                    if self.spans is not None:
-                        if self.device.type == "cuda":
-                            torch.cuda.synchronize(self.device)
-                        self.spans.append(Span(current, started, time.perf_counter()))
-                for work, _ in self.sending:
-                    work.wait()
+                self._counts = self._count()
+                if self.spans is None:
+                    for index, handler in enumerate(self._handlers):
+                        self._at = index
+                        handler(self.instructions[index])
+                else:
+                    self._run_timed(self.spans)
+                for sends in self._sending.values():
+                    for work, _ in sends:
+                        work.wait()
         except Exception as error:
-            error.add_note(f"on rank {self.rank}, stage {self.stage}, at instruction {current} of this list:")
-            error.add_note(" ".join(f"[{i}]" if i is current else str(i) for i in self.instructions))
+            error.add_note(self._where())
             raise
         finally:
-            self.flights, self.arriving, self.sending = {}, {}, []
-        return self.loss, self.outputs
+            self.inputs.finish()
+            self._flights, self._arriving, self._sending, self._found = {}, {}, {}, []
+        return self._loss, outputs
 
-    def _do(self, instruction: Instruction, optimizer_step: Callable[[], None] | None) -> None:
-        op = instruction.op
-        if op is Op.FORWARD:
-            self._forward(instruction.microbatch)
-        elif op is Op.BACKWARD:
-            self._backward(instruction.microbatch)
-        elif op is Op.RECV_ACT:
-            for argument in self._recv_from[instruction.peer]:
-                self._post(argument.name, instruction, argument.shape, argument.dtype)
-        elif op is Op.SEND_ACT:
-            results = self.flights[instruction.microbatch].results
-            for i, _ in self._send_to[instruction.peer]:
-                self._send(results[i].detach(), instruction.peer)
-        elif op is Op.RECV_GRAD:
-            for _, result in self._send_to[instruction.peer]:
-                if result.requires_grad:
-                    self._post(f"{result.name}<{instruction.peer}", instruction, result.shape, result.dtype)
-        elif op is Op.SEND_GRAD:
-            flight = self.flights[instruction.microbatch]
-            for argument in self._recv_from[instruction.peer]:
-                if argument.requires_grad:
-                    leaf = flight.received[argument.name]
-                    self._send(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad, instruction.peer)
-        elif op is Op.REDUCE_GRADS:
-            self.flights.clear()
-            self._reduce()
-        elif op is Op.OPTIMIZER_STEP:
-            if optimizer_step is not None:
-                optimizer_step()
-        else:
-            raise NotSupported(f"instruction {instruction}")
+    def _run_timed(self, spans: list[Span]) -> None:
+        for index, handler in enumerate(self._handlers):
+            self._at = index
+            instruction = self.instructions[index]
+            start = self._ready = self._now()
+            handler(instruction)
+            spans.append(Span(instruction, start, self._ready, self._now()))
 
-    def _post(self, name: str, instruction: Instruction, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        buffer = torch.empty(shape, dtype=dtype, device=self.device)
-        work = dist.irecv(buffer, self._peer[instruction.peer])
-        self.arriving[name, instruction.microbatch] = buffer, work
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
-    def _send(self, value: torch.Tensor, stage: int) -> None:
-        value = value.contiguous()
-        self.sending.append((dist.isend(value, self._peer[stage]), value))
+    def _where(self) -> str:
+        if self._at < 0:
+            return f"on rank {self.rank} (stage {self.stage}), before the first instruction"
+        first, last = max(self._at - _SHOWN, 0), self._at + _SHOWN + 1
+        words = [str(i) for i in self.instructions]
+        words[self._at] = f"[{words[self._at]}]"
+        shown = [*(["..."] if first else []), *words[first:last], *(["..."] if last < len(words) else [])]
+        place = ", ".join(f"{axis} {index}" for axis, index in self.coordinate.items())
+        return (
+            f"on rank {self.rank} (stage {self.stage}; {place}) at instruction {self._at + 1} of {len(words)}:\n"
+            f"  {' '.join(shown)}"
+        )
+
+    # -- messages ------------------------------------------------------------------------------------------------------
+
+    def _receive_activations(self, instruction: Instruction) -> None:
+        channel = self._from[instruction.peer]
+        for argument in self._acts_from.get(instruction.peer, ()):
+            buffer = torch.empty(argument.shape, dtype=argument.dtype, device=self.device)
+            self._arriving[argument.name, instruction.microbatch] = buffer, channel.receive(buffer)
+
+    def _receive_gradients(self, instruction: Instruction) -> None:
+        channel = self._from[instruction.peer]
+        for _, result in self._acts_to.get(instruction.peer, ()):
+            if result.requires_grad:
+                buffer = torch.empty(result.shape, dtype=result.dtype, device=self.device)
+                name = f"{result.name}<{instruction.peer}"
+                self._arriving[name, instruction.microbatch] = buffer, channel.receive(buffer)
+
+    def _send_activations(self, instruction: Instruction) -> None:
+        results = self._flights[instruction.microbatch].results
+        self._send(instruction.peer, [results[i] for i, _ in self._acts_to.get(instruction.peer, ())])
+        if self._last_send[instruction.microbatch] == self._at:
+            results.clear()
+
+    def _send_gradients(self, instruction: Instruction) -> None:
+        received = self._flights[instruction.microbatch].received
+        leaves = [received[a.name] for a in self._acts_from.get(instruction.peer, ()) if a.requires_grad]
+        self._send(instruction.peer, [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves])
+        if self._last_grad[instruction.microbatch] == self._at:
+            del self._flights[instruction.microbatch]
+
+    def _send(self, stage: int, values: list[torch.Tensor]) -> None:
+        channel = self._to[stage]
+        values = [value.detach().contiguous() for value in values]
+        self._sending[self._at] = [(channel.send(value), value) for value in values]
 
     def _arrived(self, name: str, microbatch: int) -> torch.Tensor:
-        buffer, work = self.arriving.pop((name, microbatch))
+        buffer, work = self._arriving.pop((name, microbatch))
         work.wait()
         return buffer
 
-    def _input(self, name: str, microbatch: int) -> torch.Tensor:
-        layout = self.inputs[name].layout
-        part = part_of(self.batch[name], layout, self.placement.mesh, {**self.coordinate, MICROBATCH_AXIS: microbatch})
-        return part.to(self.device, non_blocking=True)
+    def _release(self) -> None:
+        """Let go of sent tensors that have arrived, and note the time: all messages are here."""
+        for index in self._receipts.get(self._at, ()):
+            for work, _ in self._sending.pop(index, ()):
+                work.wait()
+        if self.spans is not None:
+            self._ready = self._now()
 
-    def _arguments(self, microbatch: int, received: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    # -- compute -------------------------------------------------------------------------------------------------------
+
+    def _forward(self, instruction: Instruction) -> None:
+        microbatch = instruction.microbatch
+        flight = self._flights[microbatch] = _Flight()
         arguments = self._fixed.copy()
-        for i, name in self._inputs:
-            arguments[i] = self._input(name, microbatch)
-        for i, argument in self._recvs:
-            arguments[i] = received[argument.name]
-        for i, name in self._counts:
-            arguments[i] = self.counts[name]
-        return arguments  # type: ignore[return-value]
-
-    def _forward(self, microbatch: int) -> None:
-        flight = self.flights[microbatch] = _Flight()
-        for _, argument in self._recvs:
-            value = self._arrived(argument.name, microbatch)
-            flight.received[argument.name] = value.requires_grad_(argument.requires_grad)
+        for i, name, requires_grad in self._recv_places:
+            value = self._arrived(name, microbatch)
+            if requires_grad and self.train:
+                flight.received[name] = value.requires_grad_()
+            arguments[i] = value
+        self._release()
+        for i, name in self._input_places:
+            arguments[i] = self.inputs.part(name, microbatch)
+        for i, name in self._count_places:
+            arguments[i] = self._counts[name]
         self.comm.microbatch = microbatch
-        flight.results = self.function(self.comm, self.device, *self._arguments(microbatch, flight.received))
+        results = self.function(self.comm, self.device, *arguments)
         for i in self._losses:
-            share = flight.results[i].detach()
-            self.loss = share if self.loss is None else self.loss + share
+            share = results[i].detach()
+            self._loss = share if self._loss is None else self._loss + share
         if self._outputs:
-            self.outputs.append([flight.results[i] for i, _ in self._outputs])
-        if not self.train:
-            # Messages keep what they send; nothing else of a forward is needed again.
-            flight.received = {}
+            self._found.append({i: results[i].detach() for i in self._outputs})
+        if microbatch in self._last_send:
+            flight.results = {i: results[i] for i in self._sent}
+        if self.train:
+            flight.edges = {i: get_gradient_edge(results[i]) for i, _, _ in self._starts if results[i].requires_grad}
+            for i in self._losses:
+                if i not in self._ones and i in flight.edges:
+                    self._ones[i] = torch.ones_like(results[i])
 
-    def _backward(self, microbatch: int) -> None:
-        flight = self.flights[microbatch]
-        outs: list[torch.Tensor] = []
-        grads: list[torch.Tensor | None] = []
-        for result, value in zip(self.code.results, flight.results, strict=True):
-            if not result.requires_grad:
-                continue
-            grad: torch.Tensor | None = None
-            for stage in result.stages:
-                part = self._arrived(f"{result.name}<{stage}", microbatch)
-                grad = part if grad is None else grad.add_(part)
-            if value.requires_grad:
-                outs.append(value)
-                grads.append(grad if grad is not None else torch.ones_like(value))
+    def _backward(self, instruction: Instruction) -> None:
+        microbatch = instruction.microbatch
+        flight = self._flights[microbatch]
+        edges: list[GradientEdge] = []
+        gradients: list[torch.Tensor] = []
+        for i, name, stages in self._starts:
+            gradient: torch.Tensor | None = None
+            for stage in stages:
+                part = self._arrived(f"{name}<{stage}", microbatch)
+                gradient = part if gradient is None else gradient.add_(part)
+            if i in flight.edges:
+                edges.append(flight.edges[i])
+                gradients.append(self._ones[i] if gradient is None else gradient)
+        self._release()
+        flight.edges = {}
         self.comm.microbatch = microbatch
-        flight.results = ()
-        if outs:
-            torch.autograd.backward(outs, grads)
+        if edges:
+            torch.autograd.backward(edges, gradients)
+        if microbatch not in self._last_grad:
+            del self._flights[microbatch]
+
+    def _reduce(self, instruction: Instruction) -> None:
+        self.sums.run()
+
+    def _optimize(self, instruction: Instruction) -> None:
+        if self._optimizer_step is not None:
+            self._optimizer_step()
 
     def _count(self) -> dict[str, torch.Tensor]:
         """Denominators of token-weighted means, over the whole batch."""
@@ -299,7 +360,7 @@ class Executor:
                 for microbatch in range(self.program.microbatches):
                     self.comm.microbatch = microbatch
                     values = [
-                        self._input(a.name, microbatch) if a.kind == "input" else self._static(a)
+                        self.inputs.part(a.name, microbatch) if a.kind == "input" else self._static(a)
                         for a in denominator.arguments
                     ]
                     total = total + function(self.comm, self.device, *values)[0]
@@ -308,51 +369,20 @@ class Executor:
             found[denominator.name] = total
         return found
 
-    def _reduce(self) -> None:
-        for group, names in self._reduced:
-            grads = []
-            for name in names:
-                leaf = self.tensors[name]
-                if leaf.grad is None:
-                    leaf.grad = torch.zeros_like(leaf)
-                grads.append(leaf.grad)
-            for bucket in buckets(grads):
-                if len(bucket) == 1 and bucket[0].is_contiguous():
-                    dist.all_reduce(bucket[0], group=group)
-                    continue
-                flat = torch.cat([grad.reshape(-1) for grad in bucket])
-                dist.all_reduce(flat, group=group)
-                for grad, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-                    grad.copy_(part.view_as(grad))
-
     # -- after a step --------------------------------------------------------------------------------------------------
 
     def whole_loss(self, share: torch.Tensor | None) -> torch.Tensor:
         """The loss of the global batch, the same on every rank of the job. share: what `run` returned."""
-        loss_stage = self.program.loss_stage
-        code = self.program.stages[loss_stage]
-        result = next(r for r in code.results if r.kind == "loss")
-        value = torch.zeros(result.shape, dtype=result.dtype, device=self.device)
-        if share is not None:
+        program = self.program
+        ranks = program.placement[program.loss_stage].ranks
+        result = next(r for r in program.stages[program.loss_stage].results if r.kind == "loss")
+        if share is None:
+            value = torch.zeros(result.shape, dtype=result.dtype, device=self.device)
+        else:
             value = share.clone()
             for axis, placement in zip(self.placement.mesh.axes, result.layout, strict=True):
                 if placement == P and axis != MICROBATCH_AXIS:
                     value = self.comm.all_reduce(value, axis)
-        if set(self.loss_ranks) != set(range(dist.get_world_size())):
-            dist.broadcast(value, self.loss_ranks[0])
+        if len(ranks) < dist.get_world_size():
+            dist.broadcast(value, ranks[0])
         return value
-
-
-def buckets(tensors: list[torch.Tensor], nbytes: int = _BUCKET_NBYTES) -> list[list[torch.Tensor]]:
-    """Consecutive tensors of one dtype, together at most `nbytes` (a larger tensor stands alone)."""
-    found: list[list[torch.Tensor]] = []
-    size = 0
-    for tensor in tensors:
-        mine = tensor.numel() * tensor.element_size()
-        if found and found[-1][0].dtype == tensor.dtype and size + mine <= nbytes:
-            found[-1].append(tensor)
-            size += mine
-        else:
-            found.append([tensor])
-            size = mine
-    return found

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from shardplan.planner.placement import MICROBATCH_AXIS, Layout
+from shardplan.errors import NotSupported
+from shardplan.planner.placement import MICROBATCH_AXIS, Layout, R
 from shardplan.rewrite.parts import assemble, part_of
 from shardplan.rewrite.program import Program, StageRanks, TensorSpec
 
@@ -38,11 +39,19 @@ class Shards:
         return part_of(whole, spec.layout, placement.mesh, placement.coordinate(self.rank))
 
     def load(self, whole: Callable[[str], torch.Tensor]) -> None:
-        """Take this rank's part of every tensor; the first call makes the leaves, later ones copy into them."""
+        """Take this rank's part of every tensor; the first call makes the leaves, later ones copy into them.
+
+        Raises NotSupported for a tensor on the meta device.
+        """
         names = {spec.name for spec in self.program.parameters}
         with torch.no_grad():
             for spec in self.mine():
-                part = self.part(spec, whole(spec.name).detach()).to(self.device)
+                given = whole(spec.name).detach()
+                if given.is_meta:
+                    raise NotSupported(
+                        f"{spec.name} is on the meta device and has no values", hints=["load a model that has values"]
+                    )
+                part = self.part(spec, given).to(self.device)
                 if spec.name not in names:
                     held = self.buffers.get(spec.name)
                     if held is None:
@@ -112,6 +121,44 @@ def collect(
                 parts[tuple(coordinate.items())] = value.cpu()  # pyright: ignore[reportPossiblyUnboundVariable]
         if shards.rank == 0:
             found[spec.name] = assemble(parts, spec.layout, placement.mesh, spec.shape)
+    return found
+
+
+def collect_outputs(
+    program: Program, rank: int, device: torch.device, held: list[dict[int, torch.Tensor]], everywhere: bool
+) -> dict[int, torch.Tensor]:
+    """Whole outputs of a forward program by position in the traced outputs, on rank 0 or on every rank. Collective.
+
+    held: per microbatch, position of the result in this rank's stage -> its part.
+    """
+    found: dict[int, torch.Tensor] = {}
+    for stage, code in enumerate(program.stages):
+        placement = program.placement[stage]
+        for position, result in enumerate(code.results):
+            if result.kind != "output":
+                continue
+            sources = owners(placement, result.layout)
+            split = dict(zip(placement.mesh.axes, result.layout, strict=True)).get(MICROBATCH_AXIS, R) != R
+            count = program.microbatches if split else 1
+            parts: dict[tuple[tuple[str, int], ...], torch.Tensor] = {}
+            for source in sources:
+                if rank not in (0, source):
+                    continue
+                if rank == source:
+                    stacked = torch.stack([held[i][position] for i in range(count)])
+                else:
+                    stacked = torch.empty((count, *result.shape), dtype=result.dtype, device=device)
+                if source != 0:
+                    dist.send(stacked, 0) if rank == source else dist.recv(stacked, source)
+                if rank == 0:
+                    place = placement.coordinate(source).items()
+                    parts |= {(*place, (MICROBATCH_AXIS, i)): part for i, part in enumerate(stacked.unbind())}
+            if rank == 0:
+                found[result.index] = assemble(parts, result.layout, placement.mesh, result.global_shape)
+            elif everywhere:
+                found[result.index] = torch.empty(result.global_shape, dtype=result.dtype, device=device)
+            if everywhere and dist.get_world_size() > 1:
+                dist.broadcast(found[result.index], 0)
     return found
 
 

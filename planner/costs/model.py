@@ -1,0 +1,183 @@
+"""`CostModel`: prices from measurements where there are any, learned from near ones where there are not, else modelled.
+
+An op at local shapes is looked up in the store; if the device is here it is measured, within a budget of seconds per
+plan. Otherwise its modelled time is multiplied by the ratio of measured to modelled time of the nearest sample of the
+same op ("interpolated" within a factor `_NEAR` of its size, "modelled" beyond).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+from shardplan.planner.cluster import Cluster
+from shardplan.planner.costs import profile, saves
+from shardplan.planner.costs.base import OpCost, OpSaves
+from shardplan.planner.costs.links import LinkModel
+from shardplan.planner.costs.roofline import copy_seconds, modelled_seconds, optimizer_seconds
+from shardplan.planner.costs.store import Sample, Store
+from shardplan.planner.costs.tables import interpolate
+from shardplan.planner.rules.localize import LocalCall
+
+_NEAR = 4.0
+_COPY_SIZES = (1 << 12, 1 << 16, 1 << 20, 1 << 24)
+_OPTIMIZER_NBYTES = 1 << 24
+_BUDGET_SECONDS = 40.0
+_LARGEST_NBYTES = 1 << 30
+
+
+class CostModel:
+    """Implements `planner.costs.base.Costs`.
+
+    links: what moving bytes costs. store: where measurements are looked up and kept (None: only for this object).
+    measure: whether devices that are here may be measured. progress: gets a line now and then. budget_seconds: about
+    how long measuring may take in all. profile_seconds: how long it did.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        links: LinkModel,
+        store: Store | None = None,
+        measure: bool = True,
+        progress: Callable[[str], None] | None = None,
+        budget_seconds: float = _BUDGET_SECONDS,
+    ) -> None:
+        self.cluster = cluster
+        self.links = links
+        self.store = store if store is not None else Store(":memory:")
+        self.profile_seconds = 0.0
+        self._progress = progress
+        self._budget_seconds = budget_seconds
+        # One representative per kind: the first device that is here.
+        self._local = {d.kind: d.local for d in reversed(cluster.devices) if d.local} if measure else {}
+        self._keys = {kind: profile.device_key(torch.device(local)) for kind, local in self._local.items()}
+        self._ops: dict[tuple[str, str], OpCost] = {}
+        self._families: dict[str, list[Sample]] = {}
+        self._saves: dict[str, OpSaves] = {}
+        self._copies: dict[str, tuple[tuple[int, float], ...]] = {}
+        self._rates: dict[str, float] = {}
+        self._measured = 0
+
+    # -- ops -----------------------------------------------------------------------------------------------------------
+
+    def op(self, call: LocalCall, device: int) -> OpCost:
+        """See `Costs.op`."""
+        kind = self.cluster.devices[device].kind
+        key = (kind.name, profile.call_key(call))
+        found = self._ops.get(key)
+        if found is None:
+            found = self._ops[key] = self._op(call, device, key[1])
+        return found
+
+    def _op(self, call: LocalCall, device: int, call_key: str) -> OpCost:
+        kind = self.cluster.devices[device].kind
+        modelled = modelled_seconds(call, kind)
+        place = self._keys.get(kind)
+        if place is None:
+            return OpCost(*modelled)
+        key, family = f"op/{place}/{call_key}", f"op/{place}/{profile.family_key(call)}"
+        sample = self.store.sample(key)
+        if sample is None and self._worth_measuring(call):
+            sample = self._measure(call, self._local[kind], key, family, modelled)
+        if sample is not None:
+            return OpCost(sample.forward_seconds, sample.backward_seconds, "measured")
+        return self._learned(family, modelled)
+
+    def _worth_measuring(self, call: LocalCall) -> bool:
+        nbytes = sum(value.nbytes for value in (*call.inputs, *call.outputs))
+        return self.profile_seconds < self._budget_seconds and nbytes <= _LARGEST_NBYTES
+
+    def _measure(
+        self, call: LocalCall, local: str, key: str, family: str, modelled: tuple[float, float]
+    ) -> Sample | None:
+        started = time.perf_counter()
+        seconds = profile.measure(call, torch.device(local))
+        self.profile_seconds += time.perf_counter() - started
+        self._measured += 1
+        if self._progress is not None and self._measured % 50 == 0:
+            self._progress(f"measured {self._measured} ops in {self.profile_seconds:.1f} s")
+        if seconds is None:
+            return None
+        sample = Sample(key, family, *seconds, *modelled)
+        self.store.put_samples([sample])
+        self._families.setdefault(family, self.store.family(family))
+        if all(known.key != key for known in self._families[family]):
+            self._families[family].append(sample)
+        return sample
+
+    def _learned(self, family: str, modelled: tuple[float, float]) -> OpCost:
+        """Scale the model as the nearest sample of the same op says."""
+        samples = self._families.get(family)
+        if samples is None:
+            samples = self._families[family] = self.store.family(family)
+        if not samples:
+            return OpCost(*modelled)
+
+        def distance(sample: Sample) -> float:
+            return abs(math.log(max(sample.modelled_forward_seconds, 1e-9) / max(modelled[0], 1e-9)))
+
+        nearest = min(samples, key=lambda sample: (distance(sample), sample.key))
+        forward = modelled[0] * nearest.forward_seconds / max(nearest.modelled_forward_seconds, 1e-9)
+        backward = modelled[1] * (
+            nearest.backward_seconds / nearest.modelled_backward_seconds if nearest.modelled_backward_seconds else 1.0
+        )
+        return OpCost(forward, backward, "interpolated" if distance(nearest) <= math.log(_NEAR) else "modelled")
+
+    def saves(self, node: fx.Node) -> OpSaves:
+        """See `Costs.saves`."""
+        return saves.observe(node)
+
+    # -- moving bytes --------------------------------------------------------------------------------------------------
+
+    def collective(self, kind: str, nbytes: int, ranks: tuple[int, ...]) -> float:
+        """See `Costs.collective`."""
+        return self.links.collective(kind, nbytes, ranks)
+
+    def p2p(self, nbytes: int, source: int, target: int) -> float:
+        """See `Costs.p2p`."""
+        return self.links.p2p(nbytes, source, target)
+
+    def copy(self, nbytes: int, device: int) -> float:
+        """See `Costs.copy`."""
+        kind = self.cluster.devices[device].kind
+        place = self._keys.get(kind)
+        if place is None:
+            return copy_seconds(nbytes, kind)
+        if place not in self._copies:
+            local = torch.device(self._local[kind])
+            self._copies[place] = tuple(
+                (size, self._number(f"copy/{place}/{size}", lambda s=size: profile.measure_copy(s, local)))
+                for size in _COPY_SIZES
+            )
+        return interpolate(self._copies[place], nbytes)
+
+    def optimizer(self, nbytes: int, device: int) -> float:
+        """See `Costs.optimizer`. In proportion to the bytes: ranks update many parameters at once."""
+        kind = self.cluster.devices[device].kind
+        place = self._keys.get(kind)
+        if place is None:
+            return optimizer_seconds(nbytes, kind)
+        if place not in self._rates:
+            local = torch.device(self._local[kind])
+            self._rates[place] = (
+                self._number(
+                    f"optimizer/{place}/{_OPTIMIZER_NBYTES}",
+                    lambda: profile.measure_optimizer(_OPTIMIZER_NBYTES, local),
+                )
+                / _OPTIMIZER_NBYTES
+            )
+        return nbytes * self._rates[place]
+
+    def _number(self, key: str, measure: Callable[[], float]) -> float:
+        sample = self.store.sample(key)
+        if sample is None:
+            started = time.perf_counter()
+            sample = Sample(key, "", measure(), 0.0, 0.0, 0.0)
+            self.profile_seconds += time.perf_counter() - started
+            self.store.put_samples([sample])
+        return sample.forward_seconds

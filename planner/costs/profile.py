@@ -1,0 +1,191 @@
+"""Seconds of an op, measured on a device of this machine: forward, and backward as autograd runs it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from shardplan.planner.rules.localize import LocalCall, Slot
+
+log = logging.getLogger(__name__)
+
+_LEAST_REPEATS, _MOST_REPEATS = 3, 9
+_ENOUGH_SECONDS = 0.01
+_INNER_SECONDS = 200e-6
+_INNER_MOST = 20
+_FLOATS = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
+
+
+def device_key(device: torch.device) -> str:
+    """What measurements on a device depend on, the op aside."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        threads = os.environ.get("OMP_NUM_THREADS", "1")
+        name = f"{_processor()}/{threads}"
+    return f"{name}/torch-{torch.__version__}"
+
+
+@lru_cache(maxsize=1)
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            found = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "")
+    except OSError:
+        found = ""
+    return found or platform.processor() or platform.machine()
+
+
+def call_key(call: LocalCall) -> str:
+    """Everything that the time of a call depends on, the device aside."""
+    tensors = ",".join(f"{_short(v.dtype)}{list(v.shape)}{'g' if v.needs_grad else ''}" for v in call.inputs)
+    return f"{call.target}|{tensors}|{_plain(call.args)}|{_plain(sorted(call.kwargs.items()))}"
+
+
+def family_key(call: LocalCall) -> str:
+    """Op, dtypes and which arguments need gradients: calls whose times lie on one curve."""
+    tensors = ",".join(f"{_short(v.dtype)}{'g' if v.needs_grad else ''}" for v in call.inputs)
+    return f"{call.target}|{tensors}"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Slot):
+        return f"#{value.index}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(map(_plain, value)) + "]"
+    return str(value)
+
+
+def measure(call: LocalCall, device: torch.device) -> tuple[float, float] | None:
+    """Forward and backward seconds of a call, or None where it cannot be run by itself."""
+    try:
+        return _measure(call, device)
+    except Exception as error:  # the caller models it instead, and says so in the coverage
+        log.debug("%s cannot be measured: %s", call.target, error)
+        return None
+
+
+def _measure(call: LocalCall, device: torch.device) -> tuple[float, float]:
+    inputs = _tensors(call, device)
+    grads = [tensor for tensor in inputs if tensor.requires_grad]
+    args, kwargs = _filled(call.args, inputs), {k: _filled(v, inputs) for k, v in call.kwargs.items()}
+
+    def run() -> Any:
+        return call.target(*args, **kwargs)
+
+    with torch.set_grad_enabled(bool(grads)):
+        forward = _timed(run, device)
+        if not grads:
+            return forward, 0.0
+        results = [r for r in _flat(run()) if r.requires_grad]
+        if not results:
+            return forward, 0.0
+        seeds = [torch.ones_like(r) for r in results]
+
+        def back() -> None:
+            torch.autograd.grad(results, grads, seeds, retain_graph=True, allow_unused=True)
+
+        seconds = _timed(back, device)
+        # A step calls autograd once, not once an op.
+        return forward, max(seconds - _call_overhead(device), 0.1 * seconds)
+
+
+@lru_cache(maxsize=16)
+def _call_overhead(device: torch.device) -> float:
+    """Seconds of starting autograd, less those of one node."""
+    leaf = torch.ones(1, device=device, requires_grad=True)
+    short, long = leaf.view_as(leaf), leaf.view_as(leaf)
+    for _ in range(10):
+        long = long.view_as(leaf)
+    seed = torch.ones(1, device=device)
+    one = _timed(lambda: torch.autograd.grad(short, leaf, seed, retain_graph=True), device)
+    eleven = _timed(lambda: torch.autograd.grad(long, leaf, seed, retain_graph=True), device)
+    return max(one - (eleven - one) / 10, 0.0)
+
+
+def _tensors(call: LocalCall, device: torch.device) -> list[torch.Tensor]:
+    """Random operands; integers are valid indices into every floating operand of the call."""
+    extents = [e for v in call.inputs if v.dtype in _FLOATS for e in v.shape]
+    high = max(min(extents, default=2), 1)
+    found = []
+    for value in call.inputs:
+        if value.dtype in _FLOATS:
+            tensor = torch.randn(value.shape, device=device).to(value.dtype)
+            # Views of a leaf may be written to by ops that change an argument in place; leaves may not.
+            found.append(tensor.requires_grad_(value.needs_grad))
+        elif value.dtype == torch.bool:
+            found.append(torch.ones(value.shape, dtype=torch.bool, device=device))
+        else:
+            found.append(torch.randint(0, high, value.shape, device=device).to(value.dtype))
+    return found
+
+
+def _filled(value: Any, inputs: list[torch.Tensor]) -> Any:
+    if isinstance(value, Slot):
+        return inputs[value.index]
+    if isinstance(value, (list, tuple)):
+        return type(value)(_filled(item, inputs) for item in value)
+    if isinstance(value, torch.device):
+        return inputs[0].device if inputs else value
+    return value
+
+
+def _flat(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [item for part in value for item in _flat(part)] if isinstance(value, (list, tuple)) else []
+
+
+def _timed(action: Callable[[], Any], device: torch.device) -> float:
+    """Median seconds of an action, after a warm-up; several per reading where one is too short for the clock."""
+    once = _reading(action, device, 1)
+    once = min(once, _reading(action, device, 1))
+    inner = 1 if once > _INNER_SECONDS else min(int(_INNER_SECONDS / max(once, 1e-7)) + 1, _INNER_MOST)
+    readings: list[float] = []
+    while len(readings) < _LEAST_REPEATS or (sum(readings) * inner < _ENOUGH_SECONDS and len(readings) < _MOST_REPEATS):
+        readings.append(_reading(action, device, inner))
+    return statistics.median(readings)
+
+
+def _reading(action: Callable[[], Any], device: torch.device, inner: int) -> float:
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        with torch.cuda.device(device):
+            start.record()
+            for _ in range(inner):
+                action()
+            end.record()
+            end.synchronize()
+        return start.elapsed_time(end) / 1e3 / inner
+    started = time.perf_counter()
+    for _ in range(inner):
+        action()
+    return (time.perf_counter() - started) / inner
+
+
+def measure_copy(nbytes: int, device: torch.device) -> float:
+    """Seconds to read and write so many bytes once."""
+    source = torch.ones(max(nbytes // 4, 1), device=device)
+    return _timed(source.clone, device)
+
+
+def measure_optimizer(nbytes: int, device: torch.device) -> float:
+    """Seconds of an AdamW step on fp32 parameters of so many bytes."""
+    parameters = [torch.zeros(max(nbytes // 16, 1), device=device).requires_grad_() for _ in range(4)]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    optimizer.step()
+    return _timed(optimizer.step, device)

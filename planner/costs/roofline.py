@@ -1,0 +1,110 @@
+"""Modelled seconds of an op: arithmetic at peak speed or traffic at peak bandwidth, whichever is longer, and a launch.
+
+The roofline (Williams, Waterman, Patterson 2009) with an efficiency per kind of op. It serves where nothing can be
+measured, and as the shape of the curve between measurements.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from shardplan.planner.cluster import DeviceKind
+from shardplan.planner.rules.localize import LocalCall
+
+aten = torch.ops.aten
+
+_LINEAR = {aten.linear.default, aten.mm.default, aten.bmm.default, aten.matmul.default, aten.addmm.default,
+           aten.baddbmm.default, aten.mv.default, aten.dot.default}  # fmt: skip
+_ADDS_FIRST = {aten.addmm.default, aten.baddbmm.default}
+_CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
+_ATTENTION = {aten.scaled_dot_product_attention.default}
+
+_MATH_EFFICIENCY = 0.7
+_TRAFFIC_EFFICIENCY = 0.8
+_LAUNCH_SECONDS = {"cuda": 4e-6, "cpu": 3e-6}
+_VIEW_SECONDS = 2e-6
+# Half of the peak is reached at this many operations: small matrices do not fill a GPU.
+_HALF_FLOPS = {"cuda": 2e9, "cpu": 1e5}
+# Passes over the operands in backward, for ops that are bound by traffic.
+_BACKWARD_TRAFFIC = 1.5
+
+
+def flops(call: LocalCall) -> float:
+    """Multiplications and additions of the forward call; 0 for ops that do not multiply matrices."""
+    out = math.prod(call.outputs[0].shape) if call.outputs else 0
+    if call.target in _LINEAR:
+        first = call.inputs[1 if call.target in _ADDS_FIRST else 0].shape
+        return 2.0 * out * (first[-1] if first else 1)
+    if call.target in _CONVOLUTIONS:
+        weight = call.inputs[1].shape
+        return 2.0 * out * math.prod(weight[1:])
+    if call.target in _ATTENTION:
+        query, key, value = (call.inputs[i].shape for i in range(3))
+        causal = call.kwargs.get("is_causal", call.args[5] if len(call.args) > 5 else False)
+        pairs = math.prod(query[:-1]) * key[-2]
+        return 2.0 * pairs * (query[-1] + value[-1]) * (0.5 if causal else 1.0)
+    if call.target is aten.einsum.default:
+        return _einsum(call)
+    return 0.0
+
+
+def _einsum(call: LocalCall) -> float:
+    terms = str(call.args[0]).replace(" ", "").split("->")[0].split(",")
+    sizes: dict[str, int] = {}
+    for term, operand in zip(terms, call.inputs):
+        sizes |= dict(zip(term, operand.shape))
+    return 2.0 * math.prod(sizes.values())
+
+
+@lru_cache(maxsize=4096)
+def is_view(target: Any) -> bool:
+    """Whether the op's result only looks at its argument's memory."""
+    schema = getattr(target, "_schema", None)
+    if schema is None:
+        return getattr(target, "__name__", "") == "getitem"
+    returned = [r.alias_info for r in schema.returns]
+    return bool(returned) and all(alias is not None and not alias.is_write for alias in returned)
+
+
+def modelled_seconds(call: LocalCall, kind: DeviceKind) -> tuple[float, float]:
+    """Forward and backward seconds of a call on a device that is only described."""
+    differentiable = any(value.needs_grad for value in call.outputs)
+    if is_view(call.target):
+        return _VIEW_SECONDS, _VIEW_SECONDS if differentiable else 0.0
+    launch = _LAUNCH_SECONDS[kind.torch_device]
+    traffic = sum(value.nbytes for value in (*call.inputs, *call.outputs))
+    if call.target is aten.embedding.default and call.outputs:
+        traffic = 2 * call.outputs[0].nbytes  # reads only the rows it needs
+    moved = traffic / (kind.memory_bytes_per_s * _TRAFFIC_EFFICIENCY)
+    work = flops(call)
+    forward = launch + max(_math_seconds(work, call, kind), moved)
+    if not differentiable:
+        return forward, 0.0
+    if not work:
+        return forward, launch + moved * _BACKWARD_TRAFFIC
+    if call.target in _ATTENTION:
+        return forward, launch + max(_math_seconds(2.5 * work, call, kind), 2 * moved)
+    products = sum(value.needs_grad for value in call.inputs if len(value.shape) > 1)
+    return forward, max(products, 1) * (launch + max(_math_seconds(work, call, kind), moved))
+
+
+def _math_seconds(work: float, call: LocalCall, kind: DeviceKind) -> float:
+    if not work:
+        return 0.0
+    dtype = next((value.dtype for value in call.inputs if value.dtype.is_floating_point), torch.float32)
+    half = _HALF_FLOPS[kind.torch_device]
+    return (work + half) / (kind.peak_flops(dtype) * _MATH_EFFICIENCY)
+
+
+def copy_seconds(nbytes: float, kind: DeviceKind) -> float:
+    """Seconds to read and write so many bytes."""
+    return _LAUNCH_SECONDS[kind.torch_device] + 2 * nbytes / (kind.memory_bytes_per_s * _TRAFFIC_EFFICIENCY)
+
+
+def optimizer_seconds(nbytes: float, kind: DeviceKind) -> float:
+    """Seconds of an AdamW step: reads parameter, gradient and two moments, writes three of them."""
+    return 7 * nbytes / (kind.memory_bytes_per_s * _TRAFFIC_EFFICIENCY)

@@ -1,0 +1,270 @@
+"""Costs: what is measured is right in kind, kept, and found again; what is not is modelled from it."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import sqlite3
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from shardplan.planner.cluster import Cluster
+from shardplan.planner.costs import profile
+from shardplan.planner.costs.links import LinkModel
+from shardplan.planner.costs.model import CostModel
+from shardplan.planner.costs.roofline import flops, is_view, modelled_seconds
+from shardplan.planner.costs.saves import observe
+from shardplan.planner.costs.store import Sample, Store
+from shardplan.planner.export import trace_model
+from shardplan.planner.placement import Mesh
+from shardplan.planner.rules import local_call
+from shardplan.planner.rules.localize import LocalCall, Slot
+from shardplan.planner.trace import TensorInfo, infos, resolve
+from tests.models import make
+
+aten = torch.ops.aten
+ONE = Mesh(("dp", "tp"), (1, 1))
+SAMPLE = Sample("k", "f", 1e-3, 2e-3, 3e-3, 4e-3)
+
+
+def linear_call(rows: int, inner: int = 64, outer: int = 64, grad: bool = True) -> LocalCall:
+    shapes = [(rows, inner), (outer, inner), (rows, outer)]
+    x, w, y = (TensorInfo(shape, torch.float32, grad) for shape in shapes)
+    return LocalCall(aten.linear.default, (Slot(0), Slot(1)), {}, (x, w), (y,))
+
+
+def trace_of(name: str):
+    case = make(name, 0)
+    return trace_model(case.model, (), case.kwargs, loss_fn=case.loss_fn, target=case.target)
+
+
+def ops(trace):
+    return [n for n in trace.nodes() if n.op == "call_function" and resolve(n)[0] is n and infos(n)]
+
+
+def cost_model(store: Store | None = None, devices: str = "cpu:2", **settings) -> CostModel:
+    cluster = Cluster.parse(devices)
+    return CostModel(cluster, LinkModel(cluster), store, **settings)
+
+
+# -- the store ---------------------------------------------------------------------------------------------------------
+
+
+def test_store_keeps_and_the_first_measurement_stays(tmp_path):
+    store = Store(tmp_path / "costs.sqlite")
+    store.put_text("links", "{}")
+    store.put_samples([SAMPLE])
+    store.put_samples([Sample("k", "f", 9.0, 9.0, 9.0, 9.0)])
+    store.close()
+    again = Store(tmp_path / "costs.sqlite")
+    assert again.get_text("links") == "{}" and again.get_text("none") is None
+    assert again.sample("k") == SAMPLE and again.sample("none") is None
+    assert again.family("f") == [SAMPLE] and again.family("none") == []
+    again.close()
+
+
+@pytest.mark.parametrize("content", [b"no database at all, but long enough to be looked at" * 10, None])
+def test_a_damaged_or_foreign_file_is_put_aside(tmp_path, content):
+    path = tmp_path / "costs.sqlite"
+    if content is None:
+        connection = sqlite3.connect(path)
+        connection.execute("PRAGMA user_version = 77")
+        connection.commit()
+        connection.close()
+    else:
+        path.write_bytes(content)
+    store = Store(path)
+    store.put_samples([SAMPLE])
+    assert store.sample("k") == SAMPLE
+    assert path.with_name("costs.sqlite.damaged").exists()
+    store.close()
+
+
+def _fill(path: str, start: int) -> None:
+    store = Store(path)
+    for index in range(start, start + 40):
+        store.put_samples([Sample(f"k{index}", "f", 1.0, 1.0, 1.0, 1.0)])
+    store.close()
+
+
+def test_processes_share_a_store(tmp_path):
+    path = str(tmp_path / "costs.sqlite")
+    context = multiprocessing.get_context("spawn")
+    others = [context.Process(target=_fill, args=(path, 20 * index)) for index in range(2)]
+    for process in others:
+        process.start()
+    for process in others:
+        process.join(60)
+        assert process.exitcode == 0
+    store = Store(path)
+    assert len(store.family("f")) == 60
+    store.close()
+
+
+def test_the_users_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("SHARDPLAN_CACHE", str(tmp_path / "here"))
+    assert Store.open() is Store.open() and Store.open().path == str(tmp_path / "here" / "costs.sqlite")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SHARDPLAN_CACHE", str(tmp_path / "file"))
+    assert Store.open().path == ":memory:"
+
+
+# -- counting ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "resnet", "vit"])
+def test_flops_are_those_that_torch_counts(name):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    case = make(name, 0)
+    trace = trace_model(case.model, (), case.kwargs, loss_fn=case.loss_fn, target=case.target)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        case.model(**case.kwargs)
+    calls = [local_call(node, {}, ONE) for node in ops(trace)]
+    attention = aten.scaled_dot_product_attention.default  # which the counter does not see on the CPU
+    assert sum(flops(c) for c in calls if c.target is not attention) == pytest.approx(
+        counter.get_total_flops(), rel=0.01
+    )
+
+
+def test_flops_of_attention():
+    shapes = [(2, 4, 8, 16), (2, 4, 32, 16), (2, 4, 32, 24), (2, 4, 8, 24)]
+    query, key, value, out = (TensorInfo(shape, torch.float32) for shape in shapes)
+    slots, target = (Slot(0), Slot(1), Slot(2)), aten.scaled_dot_product_attention.default
+    whole = 2 * (2 * 4 * 8 * 32) * (16 + 24)
+    assert flops(LocalCall(target, slots, {}, (query, key, value), (out,))) == whole
+    assert flops(LocalCall(target, slots, {"is_causal": True}, (query, key, value), (out,))) == whole / 2
+    assert flops(LocalCall(target, (*slots, None, 0.0, True), {}, (query, key, value), (out,))) == whole / 2
+
+
+def test_views_are_known():
+    assert is_view(aten.view.default) and is_view(aten.transpose.int)
+    assert not is_view(aten.linear.default) and not is_view(aten.add_.Tensor)
+
+
+def test_the_model_grows_with_the_work_and_the_device():
+    h100 = Cluster.parse("h100").devices[0].kind
+    seconds = [sum(modelled_seconds(linear_call(rows, 4096, 4096), h100)) for rows in (64, 1024, 16384)]
+    assert seconds == sorted(seconds) and seconds[2] / seconds[1] == pytest.approx(16, rel=0.3)
+    assert modelled_seconds(linear_call(64, grad=False), h100)[1] == 0.0
+    peak = 2 * 16384 * 4096 * 4096 / h100.peak_flops(torch.float32)
+    assert peak < modelled_seconds(linear_call(16384, 4096, 4096), h100)[0] < 2 * peak
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "bert", "resnet", "mixtral", "vit"])
+def test_every_op_of_a_model_can_be_measured_by_itself(name):
+    costs = cost_model(budget_seconds=60.0)
+    missing = [n for n in ops(trace_of(name)) if costs.op(local_call(n, {}, ONE), 0).source != "measured"]
+    assert not missing
+
+
+def test_measured_times_are_of_the_right_size():
+    """A matrix product takes about as long as one timed by hand, its backward about twice that."""
+    call = linear_call(512, 512, 512)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        found = profile.measure(call, torch.device("cpu"))
+        x, w = torch.randn(512, 512), torch.randn(512, 512)
+        by_hand = min(profile._reading(lambda: torch.nn.functional.linear(x, w), torch.device("cpu"), 3) for _ in "12")
+    finally:
+        torch.set_num_threads(before)
+    assert found is not None
+    assert by_hand / 4 < found[0] < by_hand * 4
+    assert 0.8 < found[1] / found[0] < 6
+
+
+def test_measurements_are_kept_and_do_not_change(tmp_path):
+    path = tmp_path / "costs.sqlite"
+    first = cost_model(Store(path)).op(linear_call(64), 1)
+    model = cost_model(Store(path))
+    assert model.op(linear_call(64), 0) == first and first.source == "measured"
+    assert model.profile_seconds == 0.0
+
+
+def test_sizes_between_measurements_are_interpolated():
+    store = Store(":memory:")
+    measured = cost_model(store).op(linear_call(1024), 0)
+    model = cost_model(store, budget_seconds=0.0)
+    near, far = model.op(linear_call(2048), 0), model.op(linear_call(1024 * 64), 0)
+    assert (near.source, far.source) == ("interpolated", "modelled")
+    assert near.forward_seconds == pytest.approx(2 * measured.forward_seconds, rel=0.2)
+    assert near.backward_seconds == pytest.approx(2 * measured.backward_seconds, rel=0.2)
+    other = model.op(linear_call(2048, grad=False), 0)
+    assert other.source == "modelled" and other.backward_seconds == 0.0
+
+
+def test_devices_that_are_only_described_are_modelled():
+    costs = cost_model(devices="8xh100")
+    assert costs.op(linear_call(4096), 3).source == "modelled"
+    assert costs.profile_seconds == 0.0
+    assert costs.copy(1 << 30, 0) > 2 * (1 << 30) / 3.35e12
+    assert costs.optimizer(1 << 30, 0) > costs.copy(1 << 30, 0)
+    assert not math.isnan(costs.collective("all_reduce", 1 << 20, (0, 1)))
+
+
+def test_copies_and_the_optimizer_are_measured_here():
+    costs = cost_model()
+    assert 0 < costs.copy(1 << 12, 0) < costs.copy(1 << 24, 0)
+    assert costs.optimizer(1 << 20, 0) == pytest.approx(2 * costs.optimizer(1 << 19, 1))
+
+
+# -- what autograd keeps -----------------------------------------------------------------------------------------------
+
+
+def kept_by_eager(model: nn.Module, run) -> int:
+    """Bytes that autograd keeps of a forward pass, parameters and buffers left out, every memory once."""
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    seen: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = run()
+    total = sum(storage.nbytes() for storage in seen.values())
+    loss.backward()
+    return total
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit", "resnet"])
+def test_kept_bytes_are_those_of_eager_autograd(name):
+    from shardplan.planner.search.memory import Keeps
+
+    case = make(name, 0)
+    trace = trace_model(case.model, (), case.kwargs, loss_fn=case.loss_fn, target=case.target)
+    keeps = Keeps(trace, cost_model(measure=False))
+    predicted = 0.0
+    for node in ops(trace):
+        whole = sum(result.nbytes for result in infos(node))
+        predicted += keeps.extra_nbytes(node, whole)
+        predicted += sum(r.nbytes for i, r in enumerate(infos(node)) if keeps.is_kept(node, i))
+
+    def run():
+        output = case.model(**case.kwargs)
+        return case.loss_fn(output, case.target) if case.loss_fn else output.loss
+
+    assert predicted == pytest.approx(kept_by_eager(case.model, run), rel=0.1)
+
+
+def test_a_loss_keeps_something_as_large_as_the_logits():
+    trace = trace_of("llama")
+    node = next(n for n in ops(trace) if n.target is aten.cross_entropy_loss.default)
+    found = observe(node)
+    assert found.inputs[0] and found.extra_nbytes_per_output_byte <= 4.0
+
+
+def test_nothing_is_kept_without_gradients():
+    trace = trace_of("llama")
+    node = next(n for n in ops(trace) if not any(result.needs_grad for result in infos(n)))
+    found = observe(node)
+    assert not any(found.inputs) and not any(found.outputs)

@@ -218,9 +218,9 @@ def test_copies_and_the_optimizer_are_measured_here():
 # -- what autograd keeps -----------------------------------------------------------------------------------------------
 
 
-def kept_by_eager(model: nn.Module, run) -> int:
-    """Bytes that autograd keeps of a forward pass, parameters and buffers left out, every memory once."""
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+def kept_by_eager(model: nn.Module, batch: dict, run) -> int:
+    """Bytes that autograd keeps of a forward pass, parameters, buffers and the batch left out, every memory once."""
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), *batch.values()]}
     seen: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor):
@@ -253,7 +253,7 @@ def test_kept_bytes_are_those_of_eager_autograd(name):
         output = case.model(**case.kwargs)
         return case.loss_fn(output, case.target) if case.loss_fn else output.loss
 
-    assert predicted == pytest.approx(kept_by_eager(case.model, run), rel=0.1)
+    assert predicted == pytest.approx(kept_by_eager(case.model, case.batch, run), rel=0.1)
 
 
 def test_a_loss_keeps_something_as_large_as_the_logits():

@@ -69,7 +69,8 @@ class StagePlan:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """Certificate. outcome: "optimal" (within gap), "feasible" (time limit), "given" (degrees and splits all forced).
+    """Certificate. outcome: "optimal" (proven within the gap that was asked for), "feasible" (a larger gap or a time
+    limit), "given" (made by hand).
 
     lower_bound: proven bound on step seconds in the cost model; gap: (step_seconds - lower_bound) / step_seconds.
     binds: what limits the plan, in words; searched: how many (stages, mesh, microbatch) cases were solved or pruned.

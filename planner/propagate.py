@@ -71,7 +71,7 @@ class _Follower:
         carries = any(self.state(argument).kind in ("S", "P") for argument in arguments)
         best: tuple[tuple[float, ...], Strategy] | None = None
         for order, strategy in enumerate(strategies(node, inner=True)):
-            if not self.divisible(node, arguments, strategy):
+            if not self.divisible(node, arguments, strategy) or self.needs_others(node, strategy):
                 continue
             price = self.price(arguments, strategy)
             if price is None:
@@ -83,6 +83,19 @@ class _Follower:
             self.fail(node, arguments)
             best = (), strategies(node, inner=True)[0]
         self.choose(node, arguments, best[1])
+
+    def needs_others(self, node: fx.Node, strategy: Strategy) -> bool:
+        """Whether the op's implementation needs a sum over the axis that microbatches cannot give one another: batch
+        statistics, or a count that is not known from the inputs alone."""
+        if not self.silent or strategy.impl is None:
+            return False
+        if strategy.impl == "cross_entropy":
+            return not all(self.from_inputs(argument) for argument in tensor_args(node)[1:])
+        return strategy.impl == "batch_norm"
+
+    def from_inputs(self, value: fx.Node) -> bool:
+        maker = resolve(value)[0]
+        return maker.op == "placeholder" or maker.name in self.trace.shared
 
     def divisible(self, node: fx.Node, arguments: tuple[fx.Node, ...], strategy: Strategy) -> bool:
         shapes = [info(a).shape if is_tensor(a) else () for a in arguments]

@@ -113,6 +113,10 @@ class Columns:
         self.tp_ranks = tuple(range(case.tp))
         self.dp_ranks = tuple(range(0, case.width, case.tp))
         self._cache: dict[object, tuple[Price, Run] | None] = {}
+        self.proven = 1.0
+        """Share of their cost that is proven of all columns: a bound on a program of them is worth that share."""
+        self._floors: dict[int, float] = {}
+        self._op_prices: dict[tuple[str, Strategy | None], Price] = {}
 
     # -- layouts -------------------------------------------------------------------------------------------------------
 
@@ -181,6 +185,38 @@ class Columns:
                         found.runs.append(replace(run, rematerialized=recompute))
         return found
 
+    def floor(self, index: int) -> float:
+        """Seconds of segment `index` and a microbatch that no column of it can undercut: every op by its cheapest legal
+        split, and nothing converted."""
+        kind = self.trace.segments[index].kind
+        if kind not in self._floors:
+            total = 0.0
+            for node in ops_of(self.trace, self.trace.segments[index]):
+                total += min((self.op_price(node, s).seconds for s in self.legal(node)), default=0.0)
+            self._floors[kind] = total
+        return self._floors[kind]
+
+    def legal(self, node: fx.Node) -> list[Strategy]:
+        """Strategies on tp that fit together with the batch's."""
+        others, mesh = self.others(node), self.mesh
+        found = []
+        for strategy in strategies(node):
+            if self.case.tp == 1 and strategy.name != "-":
+                continue
+            chosen = {**others, "tp": strategy}
+            layouts = [
+                (info(argument).shape, tuple(chosen[a].inputs[i] if a in chosen else R for a in mesh.axes))
+                for i, argument in enumerate(tensor_args(node))
+                if is_tensor(argument)
+            ]
+            layouts += [
+                (result.shape, tuple(chosen[a].outputs[i] if a in chosen else R for a in mesh.axes))
+                for i, result in enumerate(infos(node))
+            ]
+            if all(fits(shape, layout, mesh) for shape, layout in layouts):
+                found.append(strategy)
+        return found
+
     def _modes(self, index: int) -> tuple[bool, ...]:
         writes = any(mutated(self.trace.node(n)) for n in self.trace.segments[index].nodes)
         if not self.training or writes or self.rematerialize is False:
@@ -210,17 +246,24 @@ class Columns:
             builder = _Builder(self, index, entering, leaving, forced)
             problem = builder.problem()
             choice = None if problem is None else solve_segment(problem, weights, self.budget)
-            price = None if problem is None or choice is None else total_price(problem, choice)
+            price = None if problem is None or choice is None else total_price(problem, choice.options)
             if choice is None or price is None:
                 self._cache[key] = None
             else:
-                self._cache[key] = price + builder.constant, builder.run(choice)
+                self.proven = min(self.proven, choice.proven)
+                self._cache[key] = price + builder.constant, builder.run(choice.options)
         return self._cache[key]
 
     # -- prices --------------------------------------------------------------------------------------------------------
 
     def op_price(self, node: fx.Node, tp: Strategy | None) -> Price:
         """Compute of one op on one rank, the messages of its implementation, and the tensors that it leaves behind."""
+        key = (node.name, tp)
+        if key not in self._op_prices:
+            self._op_prices[key] = self._op_price(node, tp)
+        return self._op_prices[key]
+
+    def _op_price(self, node: fx.Node, tp: Strategy | None) -> Price:
         chosen = self.others(node)
         if tp is not None:
             chosen["tp"] = tp
@@ -390,33 +433,11 @@ class _Builder:
         """Placements in which some option reads a parameter or buffer."""
         found: dict[fx.Node, dict[Placement, None]] = {node: {R: None} for node in self.held}
         for node in self.ops:
-            for strategy in self._legal(node):
+            for strategy in self.columns.legal(node):
                 for argument, placement in zip(tensor_args(node), strategy.inputs, strict=True):
                     if argument in found and placement.kind in ("S", "D"):
                         found[argument][placement] = None
         return {node: list(placements) for node, placements in found.items()}
-
-    def _legal(self, node: fx.Node) -> list[Strategy]:
-        """Strategies on tp that fit together with the batch's, each set of placements once."""
-        found = []
-        others = self.columns.others(node)
-        mesh = self.columns.mesh
-        for strategy in strategies(node):
-            if self.columns.case.tp == 1 and strategy.name != "-":
-                continue
-            chosen = {**others, "tp": strategy}
-            layouts = [
-                (info(argument).shape, tuple(chosen[a].inputs[i] if a in chosen else R for a in mesh.axes))
-                for i, argument in enumerate(tensor_args(node))
-                if is_tensor(argument)
-            ]
-            layouts += [
-                (result.shape, tuple(chosen[a].outputs[i] if a in chosen else R for a in mesh.axes))
-                for i, result in enumerate(infos(node))
-            ]
-            if all(fits(shape, layout, mesh) for shape, layout in layouts):
-                found.append(strategy)
-        return found
 
     def _held(self, node: fx.Node, placements: list[Placement]) -> None:
         allowed = [p for p in placements if fits(info(node).shape, self.columns.layout(node, p), self.columns.mesh)]
@@ -429,7 +450,7 @@ class _Builder:
         legal, options = [], []
         pinned = self.leaves is not None and resolve(self.leaves)[0] is node
         crossing = self._crosses(node)
-        for strategy in self._legal(node):
+        for strategy in self.columns.legal(node):
             if pinned and self.leaves is not None:
                 if strategy.outputs[resolve(self.leaves)[1]] != self.leaving:
                     continue

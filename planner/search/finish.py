@@ -79,7 +79,7 @@ class Finished:
         trace, candidate = search.trace, self.candidate
         bound = min(search.tally.bound, self.seconds)
         gap = (self.seconds - bound) / self.seconds if self.seconds else 0.0
-        outcome = "feasible" if search.tally.timed_out else "optimal"
+        outcome = "optimal" if gap <= search.options.gap and not search.tally.timed_out else "feasible"
         coverage = getattr(search.costs, "coverage", None)
         inputs = input_texts(
             (source.name, info(trace.node(n)).shape, str(info(trace.node(n)).dtype).removeprefix("torch."))

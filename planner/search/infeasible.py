@@ -94,8 +94,8 @@ def explain_infeasible(search: Search, unfit: list[Case]) -> NoFeasiblePlan:
     for case in sorted(unfit, key=lambda c: (-c.stages * c.tp, -c.microbatches, c.dp))[:_CASES]:
         limit = min(search.cluster.memory_limit(r) for r in range(case.devices))
         weights = search.memory_weights(case, limit, min(case.microbatches, case.stages))
-        for columns, segments, _ in search.prepare(case, weights):
-            found = smallest_peak(search.problem(columns, segments, "1f1b"), case)
+        for prepared in search.prepare(case, weights):
+            found = smallest_peak(search.problem(prepared.columns, prepared.segments, "1f1b"), case)
             if found is not None and (smallest is None or found.over < smallest.over):
                 smallest = found
     kinds = ", ".join(f"{count} x {kind.name}" for kind, count in search.cluster.kinds().items())

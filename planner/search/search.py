@@ -54,6 +54,15 @@ class Candidate:
     label: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A case's columns for one placement of the tied parameters."""
+
+    columns: Columns
+    segments: list[SegmentColumns]
+    forced: dict[str, Placement]
+
+
 @dataclass(slots=True)
 class Tally:
     """What was searched, for the certificate."""
@@ -89,6 +98,7 @@ class Search:
         self.follows: dict[tuple[str, int], Follow] = {}
         self.tied = self._tied()
         self.crossings: list[list[fx.Node]] | None = None
+        self.makers: dict[Case, Columns] = {}
 
     # -- cases ---------------------------------------------------------------------------------------------------------
 
@@ -173,28 +183,32 @@ class Search:
 
     # -- one case ------------------------------------------------------------------------------------------------------
 
-    def prepare(
-        self, case: Case, weights: list[Weights] | None = None
-    ) -> list[tuple[Columns, list[SegmentColumns], dict[str, Placement]]]:
+    def columns(self, case: Case) -> Columns:
+        """The maker of a case's columns."""
+        if case not in self.makers:
+            follows = {axis: self.follow(axis, case) for axis in ("dp", "mb") if case.mesh.size(axis) > 1}
+            self.makers[case] = Columns(
+                self.trace,
+                case,
+                self.costs,
+                follows,
+                self.keeps,
+                self.budget,
+                self.options.optimizer_factor,
+                self.options.training,
+                self.options.rematerialize,
+            )
+        return self.makers[case]
+
+    def prepare(self, case: Case, weights: list[Weights] | None = None) -> list[Prepared]:
         """Columns of all segments, once per placement of the tied parameters."""
-        follows = {axis: self.follow(axis, case) for axis in ("dp", "mb") if case.mesh.size(axis) > 1}
-        columns = Columns(
-            self.trace,
-            case,
-            self.costs,
-            follows,
-            self.keeps,
-            self.budget,
-            self.options.optimizer_factor,
-            self.options.training,
-            self.options.rematerialize,
-        )
+        columns = self.columns(case)
         weights = weights or [Weights(once=1.0 / (case.stages + case.microbatches - 1))]
         found = []
         for forced in self._forced(columns):
             segments = [columns.of(i, forced, weights) for i in range(len(self.trace.segments))]
             if all(s.columns for s in segments):
-                found.append((columns, segments, forced))
+                found.append(Prepared(columns, segments, forced))
         return found
 
     def _forced(self, columns: Columns) -> list[dict[str, Placement]]:
@@ -276,76 +290,101 @@ class Search:
                         self.crossings[i].append(node)
         return self.crossings[index]
 
-    def bound(self, case: Case, segments: list[SegmentColumns], fixed: float) -> float:
-        """No plan of the case is faster; see the module docstring."""
-        cheapest = [min(c.price.seconds for c in s.columns) for s in segments]
+    def bound(self, case: Case, cheapest: list[float]) -> float:
+        """No plan of the case is faster; see the module docstring. cheapest: seconds per segment and microbatch."""
+        fixed = sum(self.columns(case).op_price(node, None).forward_seconds for node in self._shared_ops())
         total = sum(cheapest) + fixed * case.stages
         return total + (case.microbatches - 1) * max(total / case.stages, max(cheapest) + fixed)
 
     # -- the search ----------------------------------------------------------------------------------------------------
 
     def solve(self) -> Plan:
-        schedules = ["1f1b"] if self.options.schedule == "auto" else [self.options.schedule]
         found: list[Candidate] = []
-        waiting: list[tuple[float, int, Columns, list[SegmentColumns], dict[str, Placement]]] = []
         unfit: list[Case] = []
-        excluded: dict[str, int] = {}
-        for case in self.cases():
-            reason = self.exact(case)
-            if reason is not None:
-                excluded[reason] = excluded.get(reason, 0) + 1
-                continue
-            if self.budget.left() < 0.1 * self.options.time_limit and waiting:
-                self.tally.timed_out = True
-                break
-            for columns, segments, forced in self.prepare(case):
-                fixed = sum(columns.op_price(n, None).forward_seconds for n in self._shared_ops())
-                waiting.append((self.bound(case, segments, fixed), len(waiting), columns, segments, forced))
-        self.tally.notes += [f"not exact with {reason}" for reason in sorted(excluded)]
-        if not waiting and excluded:
-            raise ConflictingConstraints(
-                "the settings ask for a split that is not exact for this model", sorted(excluded), ["microbatches=1"]
-            )
         best = math.inf
-        for bound, _, columns, segments, forced in sorted(waiting, key=lambda item: item[:2]):
-            if bound >= best * (1 - self.options.gap / 2):
-                self.tally.pruned += 1
-                self.tally.bound = min(self.tally.bound, bound)
+        for floor, case in self._ordered():
+            if self._hopeless(floor, best):
                 continue
-            for schedule in schedules:
-                problem = self.problem(columns, segments, schedule)
-                try:
-                    choice = solve_stages(problem, self.budget)
-                except SolverTimeout:
-                    self.tally.timed_out = True
-                    self.tally.bound = min(self.tally.bound, bound)
+            if self.budget.left() < 0.1 * self.options.time_limit and found:
+                self.tally.timed_out = True
+                self.tally.bound = min(self.tally.bound, floor)
+                continue
+            fits_somewhere = False
+            for prepared in self.prepare(case):
+                cheapest = [min(c.price.seconds for c in s.columns) for s in prepared.segments]
+                bound = self.bound(case, cheapest)
+                if self._hopeless(bound, best):
+                    fits_somewhere = True
                     continue
-                if choice is None:
-                    candidate = self._squeezed(columns.case, schedule)
-                    if candidate is None:
-                        self.tally.infeasible += 1
-                        unfit.append(columns.case)
-                        continue
-                else:
-                    candidate = Candidate(columns.case, columns, segments, problem, choice, schedule, forced)
+                candidate = self._solve_case(prepared, bound)
+                if candidate is None:
+                    continue
+                fits_somewhere = True
                 self.tally.solved += 1
-                self.tally.bound = min(self.tally.bound, candidate.choice.bound)
-                self.tally.timed_out |= not candidate.choice.optimal
+                proven = max(floor, candidate.choice.bound * candidate.columns.proven)
+                self.tally.bound = min(self.tally.bound, proven)
                 best = min(best, candidate.choice.objective)
                 found.append(candidate)
-                self._say(f"{columns.case}: {candidate.choice.objective * 1e3:.2f} ms, best {best * 1e3:.2f} ms")
+                self._say(f"{case}: {candidate.choice.objective * 1e3:.2f} ms, best {best * 1e3:.2f} ms")
+            if not fits_somewhere:
+                self.tally.infeasible += 1
+                unfit.append(case)
         if not found:
-            if self.tally.timed_out and not unfit:
+            if self.tally.timed_out:
                 raise SolverTimeout(f"no plan within {self.options.time_limit:g} s", [], ["raise time_limit"])
             raise explain_infeasible(self, unfit)
         return self._finish(found)
+
+    def _ordered(self) -> list[tuple[float, Case]]:
+        """Exact cases with a bound that needs no solving: every op by its cheapest split, nothing converted."""
+        found: list[tuple[float, Case]] = []
+        excluded: dict[str, None] = {}
+        for case in self.cases():
+            reason = self.exact(case)
+            if reason is None:
+                columns = self.columns(case)
+                floors = [columns.floor(index) for index in range(len(self.trace.segments))]
+                found.append((self.bound(case, floors), case))
+            else:
+                excluded[reason] = None
+        self.tally.notes += [f"not exact with {reason}" for reason in sorted(excluded)]
+        if not found:
+            raise ConflictingConstraints(
+                "the settings ask for a split that is not exact for this model", sorted(excluded), ["microbatches=1"]
+            )
+        return sorted(found, key=lambda item: (item[0], item[1].devices, str(item[1])))
+
+    def _hopeless(self, bound: float, best: float) -> bool:
+        if bound < best * (1 - self.options.gap / 2):
+            return False
+        self.tally.pruned += 1
+        self.tally.bound = min(self.tally.bound, bound)
+        return True
+
+    def _solve_case(self, prepared: Prepared, bound: float) -> Candidate | None:
+        """The best choice of a case, with columns that weigh memory if the fastest do not fit. None: does not fit."""
+        schedule = "1f1b" if self.options.schedule == "auto" else self.options.schedule
+        problem = self.problem(prepared.columns, prepared.segments, schedule)
+        try:
+            choice = solve_stages(problem, self.budget)
+            if choice is None:
+                return self._squeezed(prepared.columns.case, schedule)
+        except SolverTimeout:
+            self.tally.timed_out = True
+            self.tally.bound = min(self.tally.bound, bound)
+            return None
+        self.tally.timed_out |= not choice.optimal
+        return Candidate(
+            prepared.columns.case, prepared.columns, prepared.segments, problem, choice, schedule, prepared.forced
+        )
 
     def _squeezed(self, case: Case, schedule: str) -> Candidate | None:
         """A case that does not fit with its fastest columns: again with columns that weigh memory."""
         limit = min(self.cluster.memory_limit(r) for r in range(case.devices))
         flights = min(case.microbatches, case.stages)
         best = None
-        for columns, segments, forced in self.prepare(case, self.memory_weights(case, limit, flights)):
+        for prepared in self.prepare(case, self.memory_weights(case, limit, flights)):
+            columns, segments, forced = prepared.columns, prepared.segments, prepared.forced
             problem = self.problem(columns, segments, schedule)
             try:
                 choice = solve_stages(problem, self.budget)
@@ -420,7 +459,8 @@ class Search:
         for case in ordered:
             if self.exact(case) is not None or self.budget.left() < 1:
                 continue
-            for columns, segments, forced in self.prepare(case):
+            for prepared in self.prepare(case):
+                columns, segments, forced = prepared.columns, prepared.segments, prepared.forced
                 problem = self.problem(columns, segments, "1f1b")
                 try:
                     choice = solve_stages(problem, self.budget)

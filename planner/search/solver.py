@@ -39,9 +39,11 @@ class Solved:
     optimal: bool
 
 
-def solve(problem: pulp.LpProblem, budget: Budget, gap: float | None = None) -> Solved | None:
+def solve(
+    problem: pulp.LpProblem, budget: Budget, gap: float | None = None, limit_seconds: float = math.inf
+) -> Solved | None:
     """Minimise. None: infeasible. Raises SolverTimeout without an incumbent, SolverUnavailable for a missing solver."""
-    limit = max(budget.left(), 0.5)
+    limit = max(min(budget.left(), limit_seconds), 0.5)
     gap = budget.gap if gap is None else gap
     started = time.perf_counter()
     solver = _solver(budget.solver, limit, gap)
@@ -85,4 +87,5 @@ def _bound(problem: pulp.LpProblem, name: str) -> float | None:
         return None
     information = problem.solverModel.getInfo()  # type: ignore[union-attr]
     bound = float(information.mip_dual_bound)
-    return bound if math.isfinite(bound) else None
+    constant = float(problem.objective.constant) if problem.objective is not None else 0.0  # PuLP keeps it to itself
+    return bound + constant if math.isfinite(bound) else None

@@ -217,4 +217,5 @@ class _Stages:
                 stage_of[i], columns[i] = s, c
         bounds = tuple(stage_of.index(s) for s in range(self.problem.stages))
         value = objective(self.problem, bounds, columns)
+        assert abs(value - solved.objective / _MILLI) <= 1e-4 * value, (value, solved.objective)
         return StageChoice(bounds, tuple(columns), value, min(solved.bound / _MILLI, value), solved.optimal)

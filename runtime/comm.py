@@ -78,8 +78,8 @@ class DistComm:
         held = self._axes.get(axis)
         if held is None:
             return x
-        x = x.contiguous()
-        stacked = x.new_empty((held.size * x.shape[0], *x.shape[1:]) if x.ndim else (held.size,))
+        x = x.contiguous() if x.ndim else x.reshape(1)
+        stacked = x.new_empty((held.size * x.shape[0], *x.shape[1:]))
         held.group._allgather_base(stacked, x).wait()
         if dim == 0 and held.order is None:
             return stacked

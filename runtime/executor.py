@@ -239,7 +239,7 @@ class Executor:
         words = [str(i) for i in self.instructions]
         words[self._at] = f"[{words[self._at]}]"
         shown = [*(["..."] if first else []), *words[first:last], *(["..."] if last < len(words) else [])]
-        place = ", ".join(f"{axis} {index}" for axis, index in self.coordinate.items())
+        place = ", ".join(f"{a} {self.coordinate[a]}" for a in self.placement.mesh.axes if a in self.coordinate)
         return (
             f"on rank {self.rank} (stage {self.stage}; {place}) at instruction {self._at + 1} of {len(words)}:\n"
             f"  {' '.join(shown)}"

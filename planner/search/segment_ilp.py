@@ -51,7 +51,7 @@ class _Segment:
         self.weights = weights
         self.model = pulp.LpProblem("segment", pulp.LpMinimize)
         self.y = {
-            (o, k): pulp.LpVariable(f"y_{o}_{k}", cat=pulp.LpBinary)
+            (o, k): self.model.add_variable(f"y_{o}_{k}", cat=pulp.LpBinary)
             for o, options in enumerate(problem.ops)
             for k in range(len(options))
         }
@@ -103,7 +103,7 @@ class _Segment:
                         price = self.problem.convert(value, source, target)
                         if price is None:
                             continue
-                        flow = pulp.LpVariable(f"f_{j}_{value[0]}_{value[1]}_{source}_{target}", 0, 1)
+                        flow = self.model.add_variable(f"f_{j}_{value[0]}_{value[1]}_{source}_{target}", 0, 1)
                         outgoing[source].append(flow)
                         incoming[target].append(flow)
                         cost = self.weights.of(price) * _MILLI
@@ -114,7 +114,7 @@ class _Segment:
                             continue
                         if (source, target) not in shared:
                             name = f"e_{value[0]}_{value[1]}_{source}_{target}"
-                            shared[source, target] = pulp.LpVariable(name, 0, 1)
+                            shared[source, target] = self.model.add_variable(name, 0, 1)
                             self.terms.append(cost * shared[source, target])
                         self.model += shared[source, target] >= flow
                 for source, makers in made.items():

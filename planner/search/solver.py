@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 import pulp
 
@@ -70,8 +74,29 @@ def solve(
     return Solved(values, objective, min(bound, objective), optimal)
 
 
+@cache
+def _silence_banner() -> None:
+    """HiGHS prints a banner to the process's standard output when the first solver is made, whatever its options say;
+    standard output may carry JSON."""
+    import highspy
+
+    sys.stdout.flush()
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        highspy.Highs()
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def _solver(name: str, limit: float, gap: float) -> pulp.LpSolver:
     if name == "highs":
+        if importlib.util.find_spec("highspy") is None:
+            raise SolverUnavailable("the solver highs is not installed", [], ["pip install highspy"])
+        _silence_banner()
         solver = pulp.HiGHS(msg=False, timeLimit=limit, gapRel=gap, threads=1, random_seed=0)
     elif name == "cbc":
         solver = pulp.PULP_CBC_CMD(msg=False, timeLimit=limit, gapRel=gap, threads=1)

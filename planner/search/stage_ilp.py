@@ -108,14 +108,14 @@ class _Stages:
         self.model = pulp.LpProblem("stages", pulp.LpMinimize)
         self.count = len(problem.columns)
         self.a = {
-            (i, s, c): pulp.LpVariable(f"a_{i}_{s}_{c}", cat=pulp.LpBinary)
+            (i, s, c): self.model.add_variable(f"a_{i}_{s}_{c}", cat=pulp.LpBinary)
             for i, columns in enumerate(problem.columns)
             for s in range(problem.stages)
             if s <= i and problem.stages - 1 - s <= self.count - 1 - i
             for c in range(len(columns))
         }
-        self.slowest = pulp.LpVariable("T", 0)
-        self.once = pulp.LpVariable("U", 0)
+        self.slowest = self.model.add_variable("T", 0)
+        self.once = self.model.add_variable("U", 0)
         self.x: dict[tuple[int, int], pulp.LpVariable] = {}
 
     def on(self, i: int, s: int) -> pulp.LpAffineExpression:
@@ -162,7 +162,7 @@ class _Stages:
             for layout in sorted({*leaves, *enters}):
                 self.model += pulp.lpSum(leaves[layout]) == pulp.lpSum(enters[layout])
                 if self.problem.stages > 1:
-                    x = self.x[i, layout] = pulp.LpVariable(f"x_{i}_{layout}", 0, 1)
+                    x = self.x[i, layout] = self.model.add_variable(f"x_{i}_{layout}", 0, 1)
                     for s in range(self.problem.stages - 1):
                         # The cut is where i lies on a stage up to s and i + 1 does not.
                         before = pulp.lpSum(self.on(i, r) for r in range(s + 1))
@@ -185,7 +185,7 @@ class _Stages:
         for s in range(self.problem.stages):
             mine = [(key, v) for key, v in self.a.items() if key[1] == s]
             flight = self.problem.in_flight[s]
-            transient = pulp.LpVariable(f"W_{s}", 0)
+            transient = self.model.add_variable(f"W_{s}", 0)
             terms = []
             for (i, _, c), v in mine:
                 price = self.problem.columns[i][c].price
@@ -193,7 +193,7 @@ class _Stages:
                 if price.transient_nbytes:
                     self.model += transient >= price.transient_nbytes * _GIGA * v
             if s:
-                received = pulp.LpVariable(f"in_{s}", 0)
+                received = self.model.add_variable(f"in_{s}", 0)
                 for i in range(self.count - 1):
                     for layout, nbytes in self.problem.cut_nbytes[i].items():
                         if (i, layout) in self.x and nbytes:
@@ -217,5 +217,6 @@ class _Stages:
                 stage_of[i], columns[i] = s, c
         bounds = tuple(stage_of.index(s) for s in range(self.problem.stages))
         value = objective(self.problem, bounds, columns)
-        assert abs(value - solved.objective / _MILLI) <= 1e-4 * value, (value, solved.objective)
+        # An incumbent within the gap may leave T or U a little slack; it may never promise less than it costs.
+        assert value <= solved.objective / _MILLI * (1 + 1e-4), (value, solved.objective)
         return StageChoice(bounds, tuple(columns), value, min(solved.bound / _MILLI, value), solved.optimal)

@@ -120,6 +120,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--devices", default="cpu:2")
     options.add_argument("--steps", type=int, default=60)
+    options.add_argument("--seconds", type=float, default=110.0, help="stop training after this time (plain script)")
     options.add_argument("--batch", type=int, default=16)
     options.add_argument("--seq", type=int, default=128)
     options.add_argument("--memory", help='limit per device, such as "200 MiB"')
@@ -149,7 +150,8 @@ def main() -> None:
     ) as pm:
         if rank == 0:
             render_terminal(pm.plan, console)
-        seconds = train(pm, alone, text, chosen.steps, console, rank)
+        limit = chosen.seconds if "RANK" not in os.environ else float("inf")  # ranks must stop together
+        seconds = train(pm, alone, text, chosen.steps, limit, console, rank)
         measured = pm.measure(text.at(0)[0], target=text.at(0)[1], steps=3)
 
     usual, single = statistics.median(seconds), statistics.median(alone.seconds or [0.0])
@@ -164,9 +166,12 @@ def main() -> None:
         console.print(f"report: {chosen.html}")
 
 
-def train(pm: sp.ParallelModel, alone: OneDevice, text: Text, steps: int, console: Console, rank: int) -> list[float]:
-    """-> seconds of the parallel steps, the first (warm-up) left out."""
+def train(
+    pm: sp.ParallelModel, alone: OneDevice, text: Text, steps: int, limit: float, console: Console, rank: int
+) -> list[float]:
+    """At most `steps` steps, or `limit` seconds. -> seconds of the parallel steps, the first (warm-up) left out."""
     seconds: list[float] = []
+    started = time.perf_counter()
     compared = {0, 1, 2, *range(0, steps, max(steps // 6, 1))}
     threads = torch.get_num_threads()
     if alone.device == "cpu":
@@ -176,9 +181,9 @@ def train(pm: sp.ParallelModel, alone: OneDevice, text: Text, steps: int, consol
         task = progress.add_task("training", total=steps)
         for step in range(steps):
             ids, target = text.at(step)
-            started = time.perf_counter()
+            begun = time.perf_counter()
             loss = pm.train_step(ids, target=target).item()
-            seconds.append(time.perf_counter() - started)
+            seconds.append(time.perf_counter() - begun)
             beside = ""
             if rank == 0 and step in compared:
                 single = alone.train_step(ids, target)
@@ -187,6 +192,8 @@ def train(pm: sp.ParallelModel, alone: OneDevice, text: Text, steps: int, consol
             progress.update(task, advance=1, description=f"loss {loss:.3f}")
             if step < 3 or step % 10 == 9:
                 progress.console.print(f"step {step + 1:3}: loss {loss:.4f}{beside}, {seconds[-1] * 1e3:.0f} ms")
+            if time.perf_counter() - started > limit and step >= 2:
+                break
     torch.set_num_threads(threads)
     return seconds[1:] or seconds
 

@@ -120,9 +120,8 @@ def zero_grad(session: Session) -> None:
 
 
 def forward(session: Session, batch: dict[str, torch.Tensor], training: bool, everywhere: bool) -> Any:
-    """everywhere: give the outputs on all ranks, else on rank 0 only (None elsewhere)."""
-    found = engine_of(session).forward(batch, training=training)
-    return found if everywhere or session.rank == 0 else None
+    """everywhere: give the outputs on all ranks, else on rank 0 only ({} elsewhere)."""
+    return engine_of(session).forward(batch, training=training, everywhere=everywhere)
 
 
 def full_state_dict(session: Session) -> dict[str, torch.Tensor]:

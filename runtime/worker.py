@@ -71,6 +71,7 @@ def start_session(setup: Setup) -> Session:
     """Join the process group. Every rank calls it."""
     import torch
     import torch.distributed as dist
+    from torch._C._distributed_c10d import TCPStore
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     device = torch.device(setup.device)
@@ -78,9 +79,14 @@ def start_session(setup: Setup) -> Session:
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=setup.timeout_seconds)
     serves = setup.listen_fd >= 0
-    listen = {"master_listen_fd": setup.listen_fd} if serves else {}
-    store = dist.TCPStore(
-        "127.0.0.1", setup.port, setup.world_size, serves, timeout=timeout, wait_for_workers=False, **listen
+    store = TCPStore(
+        "127.0.0.1",
+        setup.port,
+        setup.world_size,
+        serves,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=setup.listen_fd if serves else None,
     )
     dist.init_process_group(
         setup.backend,

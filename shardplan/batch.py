@@ -129,9 +129,9 @@ class Inputs:
             if value is None and partial:
                 continue
             name = self._by_leaf.get(self._positions[path])
-            self._check(name or path, value, expected)
+            checked = self._check(name or path, value, expected)
             if name is not None:
-                found[name] = value
+                found[name] = checked
         for path, expected in self._example.items():
             if isinstance(expected, torch.Tensor) and given.get(path) is None and not partial:
                 raise InputMismatch(f"input {path} is missing", [f"planned for {_text(expected)}"])
@@ -149,15 +149,16 @@ class Inputs:
             name = f"target.{path}" if path else "target"
             if name in self._expected:
                 expected = self._expected[name]
-                self._check(name, value, torch.empty(expected.shape, dtype=expected.dtype, device="meta"))
-                found[name] = value
+                example = torch.empty(expected.shape, dtype=expected.dtype, device="meta")
+                found[name] = self._check(name, value, example)
 
-    def _check(self, name: str, value: Any, expected: torch.Tensor) -> None:
+    def _check(self, name: str, value: Any, expected: torch.Tensor) -> torch.Tensor:
         if not isinstance(value, torch.Tensor) or (value.shape, value.dtype) != (expected.shape, expected.dtype):
             raise InputMismatch(
                 f"input {name} is {_text(value)}, planned for {_text(expected)}",
                 hints=["a plan holds for one global batch shape; call auto_parallel with an example of the new one"],
             )
+        return value
 
     def _names(self) -> str:
         return ", ".join(self._example) or "none"

@@ -147,7 +147,9 @@ class ParallelModel:
     @property
     def plan(self) -> Plan:
         """The plan in use. Raises UsageError before the first call where auto_parallel had no example."""
-        return self._ready().plan
+        if self._planned is None:
+            raise UsageError("there is no plan yet", hints=["pass example_inputs=, or make the first call"])
+        return self._planned.plan
 
     def _ready(self) -> Planned:
         if self._closed:
@@ -222,6 +224,7 @@ class ParallelModel:
             stage_seconds=tuple(self.plan.microbatches * a + b for a, b in zip(each, once, strict=True)),
             peak_nbytes=tuple(found["peak_nbytes"]) if any(found["peak_nbytes"]) else (),
             steps=steps,
+            timeline=found.get("timeline"),
         )
 
     # -- parameters and state ------------------------------------------------------------------------------------------
@@ -262,19 +265,20 @@ class ParallelModel:
         return move(self._ranks().call(rank_calls.full_gradients), lambda t: t.detach().cpu())
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Whole tensors in the process that drives workers. Raises NotSupported under torchrun, where they would be
-        distributed tensors."""
-        if self._ranks().in_place:
-            raise NotSupported(
-                "state_dict() as distributed tensors",
-                hints=["full_state_dict() gives whole tensors on rank 0", "save(path) keeps the whole training state"],
-            )
+        """This rank's parameters and buffers by original name, as distributed tensors, under torchrun
+        (torch.distributed.checkpoint reshards them); whole tensors in a process that drives workers."""
+        ranks = self._ranks()
+        if isinstance(ranks, InPlace):
+            return rank_calls.engine_of(ranks.session).state_dict()
         return self.full_state_dict()
 
     def load_state_dict(self, whole: Mapping[str, torch.Tensor]) -> None:
-        """Replace parameters and buffers by those of a state dict of the unsplit model. Raises UsageError naming
-        missing and unexpected entries and wrong shapes."""
+        """Replace parameters and buffers by those of a state dict of the unsplit model, or (under torchrun) by those
+        that `state_dict` gave. Raises UsageError naming missing and unexpected entries and wrong shapes."""
         ranks = self._ranks()
+        if isinstance(ranks, InPlace) and any(hasattr(value, "device_mesh") for value in whole.values()):
+            rank_calls.engine_of(ranks.session).load_state_dict(whole)
+            return
         wrong = []
         own = _whole(self._model)
         known = {**own, **dict(self._model.named_parameters(remove_duplicate=False))}

@@ -183,15 +183,17 @@ def find_plan(trace: Trace, cluster: Cluster, request: Request, tables: LinkTabl
         solver=request.solver,
         time_limit=request.time_limit,
         gap=request.gap,
+        objective=request.objective,
         optimizer_factor=optimizer_factor(request.optimizer),
+        progress=say,
     )
     store = Store.open() if request.cache else None
-    costs = CostModel(cluster, LinkModel(cluster, tables), store, measure=cluster.is_local)
+    costs = CostModel(cluster, LinkModel(cluster, tables), store, measure=cluster.is_local, progress=say)
     say(f"planning {trace.model_name} on {cluster}")
     with one_thread(cluster):
         plan = solve(trace, cluster, costs, options)
     say(f"plan: {plan.degrees()}, found in {time.perf_counter() - started:.1f} s")
-    return replace(plan, trace_seconds=trace.seconds)
+    return replace(plan, trace_seconds=trace.seconds, profile_seconds=costs.profile_seconds)
 
 
 @contextmanager

@@ -117,7 +117,7 @@ def _from_factory(text: str) -> Target:
         raise
     except Exception as error:
         raise TargetError(f"{text} raised {type(error).__name__}: {error}") from error
-    parts = made if isinstance(made, tuple) else (made,)
+    parts: tuple[Any, ...] = made if isinstance(made, tuple) else (made,)
     if not isinstance(parts[0], torch.nn.Module) or len(parts) > 3:
         raise TargetError(
             f"{text} returned {', '.join(type(part).__name__ for part in parts)}",

@@ -475,6 +475,10 @@ class Search:
         count, stages = len(candidate.segments), candidate.case.stages
         bounds = tuple(count * s // stages for s in range(stages))
         columns = candidate.choice.columns
+        home = [sum(i >= first for first in bounds) - 1 for i in range(count)]
+        moved = any(home[i] != stage for i, stage in self.decided.pinned.items())
+        if moved or any(len({home[i] for i in group}) > 1 for group in self.decided.together):
+            return None
         needed = memory(candidate.problem, bounds, columns)
         if any(n > limit for n, limit in zip(needed, candidate.problem.limits, strict=True)):
             return None
@@ -483,9 +487,24 @@ class Search:
         return replace(candidate, choice=choice, label="even pipeline")
 
     def _missing(self, name: str) -> str:
-        if len(self.cluster) == 1 and name != "single device":
-            return "one device only"
-        return "does not fit, does not divide, or is excluded by a constraint"
+        """Why a baseline is not among the alternatives."""
+        total = len(self.cluster)
+        if total == 1 and name != "single device":
+            return "there is one device"
+        shape = {
+            "single device": Case(1, 1, 1, 1),
+            "data parallel": Case(1, total, 1, 1),
+            "tensor parallel": Case(1, 1, total, 1),
+            "even pipeline": Case(total, 1, 1, 1),
+        }[name]
+        if not self.decided.allows(shape, self.cluster):
+            return "excluded by the constraints"
+        if name == "data parallel" and self.trace.batch_size % total:
+            return f"a batch of {self.trace.batch_size} does not divide over {total} replicas"
+        if name == "even pipeline" and total > len(self.trace.segments):
+            return f"{len(self.trace.segments)} segments are too few for {total} stages"
+        reason = self.exact(shape)
+        return f"not exact with {reason}" if reason else "does not fit into memory"
 
 
 def _divisors(n: int) -> list[int]:

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -99,7 +100,11 @@ def _solver(name: str, limit: float, gap: float) -> pulp.LpSolver:
         _silence_banner()
         solver = pulp.HiGHS(msg=False, timeLimit=limit, gapRel=gap, threads=1, random_seed=0)
     elif name == "cbc":
-        solver = pulp.PULP_CBC_CMD(msg=False, timeLimit=limit, gapRel=gap, threads=1)
+        # PuLP 3 ships CBC but warns that PuLP 4 will not; there COIN_CMD finds an installed one.
+        kind = getattr(pulp, "PULP_CBC_CMD", pulp.COIN_CMD)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            solver = kind(msg=False, timeLimit=limit, gapRel=gap, threads=1)
     else:
         raise SolverUnavailable(f"unknown solver {name!r}", [], [f"one of {', '.join(SOLVERS)}"])
     if not solver.available():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import fx
@@ -27,6 +27,7 @@ _NEAR = 4.0
 _COPY_SIZES = (1 << 12, 1 << 16, 1 << 20, 1 << 24)
 _OPTIMIZER_NBYTES = 1 << 24
 _BUDGET_SECONDS = 40.0
+_RUNS = 6  # of an op that takes long, when it is measured
 _LARGEST_NBYTES = 1 << 30
 
 
@@ -82,15 +83,16 @@ class CostModel:
             return OpCost(*modelled)
         key, family = f"op/{place}/{call_key}", f"op/{place}/{profile.family_key(call)}"
         sample = self.store.sample(key)
-        if sample is None and self._worth_measuring(call):
+        if sample is None and self._worth_measuring(call, modelled):
             sample = self._measure(call, self._local[kind], key, family, modelled)
         if sample is not None:
             return OpCost(sample.forward_seconds, sample.backward_seconds, "measured")
         return self._learned(family, modelled)
 
-    def _worth_measuring(self, call: LocalCall) -> bool:
+    def _worth_measuring(self, call: LocalCall, modelled: tuple[float, float]) -> bool:
         nbytes = sum(value.nbytes for value in (*call.inputs, *call.outputs))
-        return self.profile_seconds < self._budget_seconds and nbytes <= _LARGEST_NBYTES
+        left = self._budget_seconds - self.profile_seconds
+        return left > 0 and nbytes <= _LARGEST_NBYTES and _RUNS * sum(modelled) <= left
 
     def _measure(
         self, call: LocalCall, local: str, key: str, family: str, modelled: tuple[float, float]
@@ -128,9 +130,32 @@ class CostModel:
         )
         return OpCost(forward, backward, "interpolated" if distance(nearest) <= math.log(_NEAR) else "modelled")
 
+    def coverage(self) -> dict[str, float]:
+        """Share of the seconds of all different ops asked for by source: "measured", "interpolated", "modelled"."""
+        seconds: dict[str, float] = {}
+        for cost in self._ops.values():
+            seconds[cost.source] = seconds.get(cost.source, 0.0) + cost.forward_seconds + cost.backward_seconds
+        whole = sum(seconds.values())
+        return {source: part / whole for source, part in seconds.items() if part} if whole else {}
+
+    def warm(self, calls: Iterable[LocalCall], device: int, progress: Callable[[int, int], None] | None = None) -> None:
+        """Price many calls at once, the longest first, so that the budget goes where it matters. progress: gets how
+        many are done of how many."""
+        kind = self.cluster.devices[device].kind
+        different = {profile.call_key(call): call for call in calls}
+        ordered = sorted(different.items(), key=lambda item: (-sum(modelled_seconds(item[1], kind)), item[0]))
+        for done, (_, call) in enumerate(ordered, 1):
+            self.op(call, device)
+            if progress is not None:
+                progress(done, len(ordered))
+
     def saves(self, node: fx.Node) -> OpSaves:
         """See `Costs.saves`."""
-        return saves.observe(node)
+        key = saves.key_of(node)
+        found = self._saves.get(key)
+        if found is None:
+            found = self._saves[key] = saves.observe(node)
+        return found
 
     # -- moving bytes --------------------------------------------------------------------------------------------------
 

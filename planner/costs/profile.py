@@ -7,7 +7,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -17,21 +18,43 @@ from shardplan.planner.rules.localize import LocalCall, Slot
 
 log = logging.getLogger(__name__)
 
+aten = torch.ops.aten
+
+VERSION = 2
+"""Of the way of measuring: older measurements are not looked at."""
+
 _LEAST_REPEATS, _MOST_REPEATS = 3, 9
 _ENOUGH_SECONDS = 0.01
 _INNER_SECONDS = 200e-6
 _INNER_MOST = 20
+_CLASSES = {aten.cross_entropy_loss.default, aten.nll_loss.default, aten.nll_loss_nd.default}
 _FLOATS = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 
 
 def device_key(device: torch.device) -> str:
     """What measurements on a device depend on, the op aside."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        threads = os.environ.get("OMP_NUM_THREADS", "1")
-        name = f"{_processor()}/{threads}"
-    return f"{name}/torch-{torch.__version__}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_processor()}/{rank_threads()}"
+    return f"{name}/torch-{torch.__version__}/{VERSION}"
+
+
+def rank_threads() -> int:
+    """Threads that a rank on the CPU computes with."""
+    text = os.environ.get("OMP_NUM_THREADS", "")
+    return max(int(text), 1) if text.isdecimal() else 1
+
+
+@contextmanager
+def as_a_rank() -> Iterator[None]:
+    """Measure on the CPU as a rank will run."""
+    before = torch.get_num_threads()
+    if before == rank_threads():
+        yield
+        return
+    torch.set_num_threads(rank_threads())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @lru_cache(maxsize=1)
@@ -71,7 +94,8 @@ def _plain(value: Any) -> str:
 def measure(call: LocalCall, device: torch.device) -> tuple[float, float] | None:
     """Forward and backward seconds of a call, or None where it cannot be run by itself."""
     try:
-        return _measure(call, device)
+        with as_a_rank():
+            return _measure(call, device)
     except Exception as error:  # the caller models it instead, and says so in the coverage
         log.debug("%s cannot be measured: %s", call.target, error)
         return None
@@ -117,8 +141,7 @@ def _call_overhead(device: torch.device) -> float:
 
 def _tensors(call: LocalCall, device: torch.device) -> list[torch.Tensor]:
     """Random operands; integers are valid indices into every floating operand of the call."""
-    extents = [e for v in call.inputs if v.dtype in _FLOATS for e in v.shape]
-    high = max(min(extents, default=2), 1)
+    high = _index_limit(call)
     found = []
     for value in call.inputs:
         if value.dtype in _FLOATS:
@@ -130,6 +153,16 @@ def _tensors(call: LocalCall, device: torch.device) -> list[torch.Tensor]:
         else:
             found.append(torch.randint(0, high, value.shape, device=device).to(value.dtype))
     return found
+
+
+def _index_limit(call: LocalCall) -> int:
+    """Integer operands below this are valid: they index rows, classes, or any dim of the floating operands."""
+    first = call.inputs[0].shape if call.inputs else ()
+    if call.target is aten.embedding.default and first:
+        return max(first[0], 1)
+    if call.target in _CLASSES and first:
+        return max(first[min(1, len(first) - 1)], 1)
+    return max(min((e for v in call.inputs if v.dtype in _FLOATS for e in v.shape), default=2), 1)
 
 
 def _filled(value: Any, inputs: list[torch.Tensor]) -> Any:
@@ -169,16 +202,19 @@ def _reading(action: Callable[[], Any], device: torch.device, inner: int) -> flo
             end.record()
             end.synchronize()
         return start.elapsed_time(end) / 1e3 / inner
-    started = time.perf_counter()
+    # One thread on its own: its CPU time, which other processes on the machine lengthen less than wall time.
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    started = clock()
     for _ in range(inner):
         action()
-    return (time.perf_counter() - started) / inner
+    return (clock() - started) / inner
 
 
 def measure_copy(nbytes: int, device: torch.device) -> float:
     """Seconds to read and write so many bytes once."""
     source = torch.ones(max(nbytes // 4, 1), device=device)
-    return _timed(source.clone, device)
+    with as_a_rank():
+        return _timed(source.clone, device)
 
 
 def measure_optimizer(nbytes: int, device: torch.device) -> float:
@@ -188,4 +224,5 @@ def measure_optimizer(nbytes: int, device: torch.device) -> float:
         parameter.grad = torch.ones_like(parameter)
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
     optimizer.step()
-    return _timed(optimizer.step, device)
+    with as_a_rank():
+        return _timed(optimizer.step, device)

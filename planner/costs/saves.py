@@ -14,6 +14,25 @@ from shardplan.planner.costs.base import OpSaves
 from shardplan.planner.trace import info, infos, is_tensor, needs_grad, tensor_args
 
 
+def key_of(node: fx.Node) -> str:
+    """Everything that the answer for a node depends on: layers of the same kind share it."""
+    order: dict[fx.Node, int] = {}
+
+    def text(value: Any) -> str:
+        if isinstance(value, fx.Node):
+            number = order.setdefault(value, len(order))  # the same tensor twice is kept once
+            meta = value.meta.get("val")
+            if not isinstance(meta, torch.Tensor):
+                return f"#{number}:{meta}"
+            return f"#{number}:{meta.dtype}{list(meta.shape)}{list(meta.stride())}{needs_grad(value)}"
+        if isinstance(value, (list, tuple)):
+            return "[" + ",".join(map(text, value)) + "]"
+        return str(value)
+
+    kwargs = ",".join(f"{name}={text(value)}" for name, value in sorted(node.kwargs.items()))
+    return f"{node.target}({text(node.args)},{kwargs})->{[(str(r.dtype), r.needs_grad) for r in infos(node)]}"
+
+
 def observe(node: fx.Node) -> OpSaves:
     """What the op keeps at its global shapes. Where it cannot be run by itself: arguments and results, all of them."""
     arguments = tensor_args(node)

@@ -147,6 +147,7 @@ class Plan:
     simulated_seconds: step time that the simulator gives for `instructions` (step_seconds is the same number).
     replicated_ops: (op, number of nodes, share of step seconds) for ops that had no rule.
     links: messages between stages, one entry per edge of the schedule. nodes: node name -> summary, getitem left out.
+    flops: of a step of the model itself, recomputation left out; peak_flops: per second, of all devices together.
     coverage: share of predicted op seconds that was "measured", "interpolated", "modelled".
     """
 
@@ -170,6 +171,8 @@ class Plan:
     notes: tuple[str, ...] = ()
     trace_seconds: float = field(default=0.0, compare=False)
     profile_seconds: float = field(default=0.0, compare=False)
+    flops: float = 0.0
+    peak_flops: float = 0.0
     links: tuple[StageLink, ...] = ()
     nodes: dict[str, NodeSummary] = field(default_factory=dict)
     schema: int = SCHEMA

@@ -16,9 +16,12 @@ from torch import nn
 from shardplan.batch import Batch, Inputs
 from shardplan.errors import NotSupported, UsageError
 from shardplan.planner.cluster import Cluster
+from shardplan.planner.costs.roofline import flops
 from shardplan.planner.costs.tables import LinkTables
+from shardplan.planner.placement import Mesh
 from shardplan.planner.plan import Plan
-from shardplan.planner.trace import Trace
+from shardplan.planner.rules import local_call
+from shardplan.planner.trace import Trace, infos, resolve
 
 SCHEDULES = ("auto", "1f1b", "gpipe")
 
@@ -193,7 +196,28 @@ def find_plan(trace: Trace, cluster: Cluster, request: Request, tables: LinkTabl
     with one_thread(cluster):
         plan = solve(trace, cluster, costs, options)
     say(f"plan: {plan.degrees()}, found in {time.perf_counter() - started:.1f} s")
-    return replace(plan, trace_seconds=trace.seconds, profile_seconds=costs.profile_seconds)
+    work, dtype = model_flops(trace)
+    return replace(
+        plan,
+        trace_seconds=trace.seconds,
+        profile_seconds=costs.profile_seconds,
+        flops=work,
+        peak_flops=sum(device.kind.peak_flops(dtype) for device in cluster.devices),
+    )
+
+
+def model_flops(trace: Trace) -> tuple[float, torch.dtype]:
+    """Operations of a step on the global batch (backward counts twice), and the dtype that most of them are in."""
+    mesh = Mesh(("dp", "tp"), (1, 1))
+    by_dtype: dict[torch.dtype, float] = {}
+    for node in trace.nodes():
+        if node.op == "call_function" and resolve(node)[0] is node and infos(node):
+            call = local_call(node, {}, mesh)
+            again = 2.0 if trace.training and any(value.needs_grad for value in call.outputs) else 0.0
+            dtype = next((value.dtype for value in call.inputs if value.dtype.is_floating_point), torch.float32)
+            by_dtype[dtype] = by_dtype.get(dtype, 0.0) + (1.0 + again) * flops(call)
+    most = max(by_dtype, key=lambda dtype: by_dtype[dtype], default=torch.float32)
+    return sum(by_dtype.values()), most
 
 
 @contextmanager

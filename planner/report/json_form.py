@@ -35,6 +35,7 @@ def report_object(found: Facts) -> dict[str, Any]:
         "step_seconds": found.step_seconds,
         "samples_per_second": found.samples_per_second,
         "tokens_per_second": found.tokens_per_second,
+        "mfu": plan.flops / (found.step_seconds * plan.peak_flops) if plan.flops and plan.peak_flops else None,
         "stages": [
             {
                 "devices": list(s.plan.ranks),

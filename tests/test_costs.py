@@ -241,6 +241,27 @@ def test_sizes_between_measurements_are_interpolated():
     assert other.source == "modelled" and other.backward_seconds == 0.0
 
 
+def test_what_was_never_measured_is_scaled_as_what_was():
+    costs = cost_model()
+    seen = costs.op(linear_call(512, 256, 256), 0)
+    costs._budget_seconds = 0.0
+    kind = costs.cluster.devices[0].kind
+    ratio = (seen.forward_seconds + seen.backward_seconds) / sum(modelled_seconds(linear_call(512, 256, 256), kind))
+    for call in (linear_call(256, grad=False), replace(linear_call(256), target=aten.matmul.default)):
+        found = costs.op(call, 0)
+        assert found.source == "modelled"
+        assert found.forward_seconds == pytest.approx(ratio * modelled_seconds(call, kind)[0])
+
+
+@pytest.mark.parametrize("device, efficiency", [("a100", (0.6, 0.8)), ("h100", (0.5, 0.7)), ("b200", (0.4, 0.6))])
+def test_large_products_reach_a_plausible_share_of_the_peak(device, efficiency):
+    kind = Cluster.parse(device).devices[0].kind
+    shapes = [TensorInfo((8192, 8192), torch.bfloat16)] * 3
+    call = LocalCall(aten.mm.default, (Slot(0), Slot(1)), {}, tuple(shapes[:2]), (shapes[2],))
+    share = flops(call) / kind.peak_flops(torch.bfloat16) / modelled_seconds(call, kind)[0]
+    assert efficiency[0] < share < efficiency[1]
+
+
 def test_devices_that_are_only_described_are_modelled():
     costs = cost_model(devices="8xh100")
     assert costs.op(linear_call(4096), 3).source == "modelled"

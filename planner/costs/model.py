@@ -8,6 +8,7 @@ same op ("interpolated" within a factor `_NEAR` of its size, "modelled" beyond).
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterable
 
@@ -59,6 +60,7 @@ class CostModel:
         self._keys = {kind: profile.device_key(torch.device(local)) for kind, local in self._local.items()}
         self._ops: dict[tuple[str, str], OpCost] = {}
         self._families: dict[str, list[Sample]] = {}
+        self._ratios: dict[tuple[str, str], list[float]] = {}
         self._saves: dict[str, OpSaves] = {}
         self._copies: dict[str, tuple[tuple[int, float], ...]] = {}
         self._rates: dict[str, float] = {}
@@ -86,8 +88,16 @@ class CostModel:
         if sample is None and self._worth_measuring(call, modelled):
             sample = self._measure(call, self._local[kind], key, family, modelled)
         if sample is not None:
+            self._learn(place, str(call.target), sample)
             return OpCost(sample.forward_seconds, sample.backward_seconds, "measured")
-        return self._learned(family, modelled)
+        return self._learned(place, str(call.target), family, modelled)
+
+    def _learn(self, place: str, target: str, sample: Sample) -> None:
+        whole = sample.modelled_forward_seconds + sample.modelled_backward_seconds
+        if whole > 0:
+            ratio = (sample.forward_seconds + sample.backward_seconds) / whole
+            for name in (target, ""):
+                self._ratios.setdefault((place, name), []).append(ratio)
 
     def _worth_measuring(self, call: LocalCall, modelled: tuple[float, float]) -> bool:
         nbytes = sum(value.nbytes for value in (*call.inputs, *call.outputs))
@@ -112,13 +122,16 @@ class CostModel:
             self._families[family].append(sample)
         return sample
 
-    def _learned(self, family: str, modelled: tuple[float, float]) -> OpCost:
-        """Scale the model as the nearest sample of the same op says."""
+    def _learned(self, place: str, target: str, family: str, modelled: tuple[float, float]) -> OpCost:
+        """Scale the model as the nearest sample of the same op says; without one as the op's other uses or, last, all
+        ops on the device do, so that modelled and measured prices can be compared."""
         samples = self._families.get(family)
         if samples is None:
             samples = self._families[family] = self.store.family(family)
         if not samples:
-            return OpCost(*modelled)
+            ratios = self._ratios.get((place, target)) or self._ratios.get((place, "")) or [1.0]
+            scale = statistics.median(ratios)
+            return OpCost(modelled[0] * scale, modelled[1] * scale)
 
         def distance(sample: Sample) -> float:
             return abs(math.log(max(sample.modelled_forward_seconds, 1e-9) / max(modelled[0], 1e-9)))

@@ -23,7 +23,14 @@ _ADDS_FIRST = {aten.addmm.default, aten.baddbmm.default}
 _CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 _ATTENTION = {aten.scaled_dot_product_attention.default}
 
-_MATH_EFFICIENCY = 0.7
+# Share of the peak that large matrix products reach. Faster GPUs reach less of it (power, memory): fitted to published
+# A100 and B200 timings with benchmarks/fit_ops.py.
+_MATH_EFFICIENCY = {"cuda": 0.73, "cpu": 0.7}
+_EFFICIENCY_AT_FLOPS = 312e12
+_EFFICIENCY_LOSS = 0.123  # every time that the peak is e times as high
+_EFFICIENCY_BOUNDS = (0.4, 0.78)
+# Fused attention against matrix products, forward and backward.
+_ATTENTION_EFFICIENCY = (0.75, 0.65)
 _TRAFFIC_EFFICIENCY = 0.8
 _LAUNCH_SECONDS = {"cuda": 4e-6, "cpu": 3e-6}
 _VIEW_SECONDS = 2e-6
@@ -81,13 +88,14 @@ def modelled_seconds(call: LocalCall, kind: DeviceKind) -> tuple[float, float]:
         traffic = 2 * call.outputs[0].nbytes  # reads only the rows it needs
     moved = traffic / (kind.memory_bytes_per_s * _TRAFFIC_EFFICIENCY)
     work = flops(call)
-    forward = launch + max(_math_seconds(work, call, kind), moved)
+    ahead, back = _ATTENTION_EFFICIENCY if call.target in _ATTENTION else (1.0, 1.0)
+    forward = launch + max(_math_seconds(work / ahead, call, kind), moved)
     if not differentiable:
         return forward, 0.0
     if not work:
         return forward, launch + moved * _BACKWARD_TRAFFIC
     if call.target in _ATTENTION:
-        return forward, launch + max(_math_seconds(2.5 * work, call, kind), 2 * moved)
+        return forward, launch + max(_math_seconds(2.5 * work / back, call, kind), 2 * moved)
     products = sum(value.needs_grad for value in call.inputs if len(value.shape) > 1)
     return forward, max(products, 1) * (launch + max(_math_seconds(work, call, kind), moved))
 
@@ -97,7 +105,17 @@ def _math_seconds(work: float, call: LocalCall, kind: DeviceKind) -> float:
         return 0.0
     dtype = next((value.dtype for value in call.inputs if value.dtype.is_floating_point), torch.float32)
     half = _HALF_FLOPS[kind.torch_device]
-    return (work + half) / (kind.peak_flops(dtype) * _MATH_EFFICIENCY)
+    peak = kind.peak_flops(dtype)
+    return (work + half) / (peak * efficiency(peak, kind.torch_device))
+
+
+def efficiency(peak_flops: float, torch_device: str) -> float:
+    """Share of the peak that large matrix products reach on a device with that peak (operations per second)."""
+    at_reference = _MATH_EFFICIENCY[torch_device]
+    if torch_device != "cuda":
+        return at_reference
+    low, high = _EFFICIENCY_BOUNDS
+    return min(max(at_reference - _EFFICIENCY_LOSS * math.log(peak_flops / _EFFICIENCY_AT_FLOPS), low), high)
 
 
 def copy_seconds(nbytes: float, kind: DeviceKind) -> float:

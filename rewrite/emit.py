@@ -142,6 +142,8 @@ class _Emitter:
             return self.names[value]
         if isinstance(value, bool) or value is None or isinstance(value, (int, str)):
             return repr(value)
+        if isinstance(value, torch._ops.OpOverload):
+            return self.target(value)
         if isinstance(value, float):
             return repr(value) if math.isfinite(value) else f'float("{value}")'
         if isinstance(value, (torch.dtype, torch.memory_format, torch.layout)):

@@ -10,18 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import fx
 
 from shardplan.errors import NotSupported
 from shardplan.planner.rules import LocalCall, Slot, Strategy
+from shardplan.planner.rules.randomness import random_impl
 from shardplan.planner.trace import info, tensor_args
 from shardplan.rewrite import kernels
 
 if TYPE_CHECKING:
     from shardplan.rewrite.lower import StageLowering
-
-aten = torch.ops.aten
 
 
 @dataclass(slots=True)
@@ -44,6 +42,10 @@ class OpContext:
         """Axes on which tensor argument `slot` is a shard."""
         return tuple(axis for axis, strategy in self.chosen.items() if strategy.inputs[slot].is_shard)
 
+    def result_axes(self) -> tuple[str, ...]:
+        """Axes on which the result is a shard: ranks that differ on them draw different numbers."""
+        return tuple(axis for axis, s in self.chosen.items() if s.outputs and s.outputs[0].is_shard)
+
     def axes_of(self, impl: str) -> tuple[str, ...]:
         """Axes whose strategy asks for this implementation."""
         return tuple(axis for axis, strategy in self.chosen.items() if strategy.impl == impl)
@@ -57,19 +59,7 @@ def implementation_of(node: fx.Node, chosen: dict[str, Strategy]) -> str | None:
     names = {strategy.impl for strategy in chosen.values() if strategy.impl}
     if len(names) > 1:
         raise NotSupported(f"{node.name} would need two implementations at once: {sorted(names)}")
-    if names:
-        return names.pop()
-    return kernels.RANDOM.get(node.target) if _draws(node) else None
-
-
-def _draws(node: fx.Node) -> bool:
-    """Whether a random op really draws (dropout with p > 0 in training)."""
-    if node.target in (aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default):
-        return float(node.args[1]) > 0.0 and bool(node.args[2])  # type: ignore[arg-type]
-    if node.target is aten.scaled_dot_product_attention.default:
-        arguments = {i: a for i, a in enumerate(node.args)}
-        return float(arguments.get(4, node.kwargs.get("dropout_p", 0.0)) or 0.0) > 0.0  # type: ignore[arg-type]
-    return node.target in kernels.RANDOM
+    return names.pop() if names else random_impl(node)
 
 
 def _vocab_embedding(op: OpContext) -> fx.Node:
@@ -111,9 +101,20 @@ def _batch_norm(op: OpContext) -> fx.Node:
     return op.emit(kernels.batch_norm, op.stage.comm, op.axes_of("batch_norm"), *values)
 
 
+def _nll(op: OpContext) -> fx.Node:
+    token_axes = op.split_axes(1)
+    weight, reduction = op.argument(2, "weight"), op.argument(3, "reduction", 1)
+    ignore_index = op.argument(4, "ignore_index", -100)
+    denominator = None
+    if reduction == 1 and token_axes:
+        denominator = op.stage.denominator(op, token_axes, weight, ignore_index)
+    logs, target = op.arguments[:2]
+    return op.emit(kernels.nll_loss, logs, target, weight, reduction, ignore_index, denominator=denominator)
+
+
 def _dropout(op: OpContext) -> fx.Node:
     site = op.stage.sites[op.node.name]
-    return op.emit(kernels.dropout, op.stage.comm, site, op.split_axes(0), op.arguments[0], op.argument(1, "p"), True)
+    return op.emit(kernels.dropout, op.stage.comm, site, op.result_axes(), op.arguments[0], op.argument(1, "p"))
 
 
 def _attention(op: OpContext) -> fx.Node:
@@ -122,13 +123,24 @@ def _attention(op: OpContext) -> fx.Node:
     given = {n: op.argument(i, n, d) for i, (n, d) in enumerate(zip(names, defaults, strict=True), start=3)}
     given |= {name: op.call.kwargs[name] for name in ("scale", "enable_gqa") if name in op.call.kwargs}
     site = op.stage.sites[op.node.name]
-    return op.emit(kernels.attention, op.stage.comm, site, op.split_axes(0), *op.arguments[:3], **given)
+    return op.emit(kernels.attention, op.stage.comm, site, op.result_axes(), *op.arguments[:3], **given)
+
+
+def _random(op: OpContext) -> fx.Node:
+    """The op itself, seeded; it draws on the stage's device."""
+    args, kwargs = op.stage.fill(op.call.args, op.arguments), op.stage.fill(op.call.kwargs, op.arguments)
+    site = op.stage.sites[op.node.name]
+    return op.emit(
+        kernels.random, op.stage.comm, site, op.result_axes(), op.stage.device, op.call.target, *args, **kwargs
+    )
 
 
 IMPLEMENTATIONS: dict[str, Callable[[OpContext], fx.Node]] = {
     "vocab_embedding": _vocab_embedding,
     "cross_entropy": _cross_entropy,
     "batch_norm": _batch_norm,
+    "nll_loss": _nll,
     "dropout": _dropout,
     "attention": _attention,
+    "random": _random,
 }

@@ -5,14 +5,19 @@
 =====================  =======================================================  ====================================
 ``vocab_embedding``    the vocabulary is split                                  `vocab_embedding` (result: summand)
 ``cross_entropy``      tokens are split (mean), or classes are                  `cross_entropy`
+``nll_loss``           tokens are split                                         `nll_loss`
 ``batch_norm``         samples or positions are split, in training              `batch_norm`
-``dropout``            random pointwise op, whenever it draws                   `dropout`
+``dropout``            elementwise dropout, whenever it draws                   `dropout`
 ``attention``          attention with dropout, whenever it draws                `attention`
+``random``             any other op that draws (see `rules.randomness`)         `random`
 =====================  =======================================================  ====================================
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,12 +27,6 @@ from torch.nn import functional as F
 from shardplan.rewrite.comm import Comm
 
 aten = torch.ops.aten
-
-RANDOM: dict[Any, str] = {
-    aten.dropout.default: "dropout",
-    aten.scaled_dot_product_attention.default: "attention",
-}
-"""Random ops and the implementation that draws for them."""
 
 
 def vocab_embedding(
@@ -47,11 +46,13 @@ def vocab_embedding(
 
 
 def cross_entropy_count(target: torch.Tensor, weight: torch.Tensor | None, ignore_index: int) -> torch.Tensor:
-    """What a mean divides by, on this rank: the number of tokens that count, or their weight. -> float32 []."""
+    """What a mean divides by, on this rank: the number of tokens that count, or their weight. -> float32 [], or float64
+    for weights in float64."""
     counted = target != ignore_index
     if weight is None:
         return counted.sum().float()
-    return weight[target.masked_fill(~counted, 0)].masked_fill(~counted, 0).sum().float()
+    wide = weight.double() if weight.dtype == torch.float64 else weight.float()
+    return wide[target.masked_fill(~counted, 0)].masked_fill(~counted, 0).sum()
 
 
 def cross_entropy(
@@ -84,6 +85,21 @@ def cross_entropy(
     if denominator is None:
         return aten.cross_entropy_loss.default(logits, target, weight, reduction, ignore_index, label_smoothing)
     total = aten.cross_entropy_loss.default(logits, target, weight, 2, ignore_index, label_smoothing)
+    return total / denominator.to(total.dtype)
+
+
+def nll_loss(
+    logs: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    denominator: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Negative log likelihood of class indices; shapes, reduction and denominator as in `cross_entropy`."""
+    if denominator is None:
+        return aten.nll_loss_nd.default(logs, target, weight, reduction, ignore_index)
+    total = aten.nll_loss_nd.default(logs, target, weight, 2, ignore_index)
     return total / denominator.to(total.dtype)
 
 
@@ -168,16 +184,17 @@ def batch_norm(
     for axis in axes:
         ranks *= comm.size(axis)
     count = x.numel() // x.shape[1] * ranks
-    centred = _mean_over(comm, axes, x, dims, count)
-    mean = centred
-    shifted = x - mean.view(view)
-    var = _mean_over(comm, axes, shifted * shifted, dims, count)
+    work = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    # Every rank has as many elements: the mean is that of the means, the variance within ranks adds to that between.
+    means, spreads = _GatherRanks.apply(torch.stack(_moments(work, dims, view)), comm, axes).unbind(1)  # type: ignore[union-attr]
+    mean = means.mean(0)
+    var = (spreads + (means - mean).square()).mean(0)
     if running_mean is not None and running_var is not None:
         with torch.no_grad():
             running_mean.mul_(1 - momentum).add_(mean.detach().to(running_mean.dtype), alpha=momentum)
             unbiased = var.detach() * (count / max(count - 1, 1))
             running_var.mul_(1 - momentum).add_(unbiased.to(running_var.dtype), alpha=momentum)
-    result = shifted * torch.rsqrt(var + eps).view(view)
+    result = (work - mean.view(view)) * torch.rsqrt(var + eps).view(view)
     if weight is not None:
         result = result * weight.view(view)
     if bias is not None:
@@ -185,39 +202,58 @@ def batch_norm(
     return result.to(x.dtype)
 
 
-def _mean_over(comm: Comm, axes: tuple[str, ...], x: torch.Tensor, dims: list[int], count: int) -> torch.Tensor:
-    return _AllReduceBoth.apply(x.sum(dims), comm, axes) / count  # type: ignore[operator]
+def _moments(x: torch.Tensor, dims: list[int], view: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and biased variance by channel."""
+    mean = x.mean(dims)
+    return mean, (x - mean.view(view)).square().mean(dims)
 
 
-class _AllReduceBoth(Function):
-    """A sum over ranks that every rank goes on using for its own samples: the gradients are summed as well."""
+class _GatherRanks(Function):
+    """[...] -> [ranks, ...]: what every rank of some axes has. The gradients of a rank's part are added up."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, comm: Comm, axes: tuple[str, ...]) -> torch.Tensor:
         ctx.comm, ctx.axes = comm, axes
+        x = x.unsqueeze(0)
         for axis in axes:
-            x = comm.all_reduce(x, axis)
+            x = comm.all_gather(x, 0, axis)
         return x
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        for axis in ctx.axes:
-            grad = ctx.comm.all_reduce(grad, axis)
-        return grad, None, None
+        for axis in reversed(ctx.axes):
+            grad = ctx.comm.reduce_scatter(grad.contiguous(), 0, axis)
+        return grad.squeeze(0), None, None
 
 
-def _generator(comm: Comm, site: int, axes: tuple[str, ...], device: torch.device) -> torch.Generator:
-    return torch.Generator(device).manual_seed(comm.seed(site, axes))
+# -- random numbers ----------------------------------------------------------------------------------------------------
+
+_DRAWING = threading.Lock()
 
 
-def dropout(comm: Comm, site: int, axes: tuple[str, ...], x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
+@contextmanager
+def _seeded(comm: Comm, site: int, axes: tuple[str, ...], device: torch.device) -> Iterator[None]:
+    """The device's generator starts from the seed of the site and goes on afterwards as if nothing had been drawn."""
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generator = torch.cuda.default_generators[index]
+    else:
+        generator = torch.default_generator
+    with _DRAWING:  # ranks may be threads
+        state = generator.get_state()
+        generator.manual_seed(comm.seed(site, axes))
+        try:
+            yield
+        finally:
+            generator.set_state(state)
+
+
+def dropout(comm: Comm, site: int, axes: tuple[str, ...], x: torch.Tensor, p: float) -> torch.Tensor:
     """Dropout that draws the same numbers on replicas, others on shards (`axes`), and the same when recomputed."""
-    if not training or not comm.training or p == 0.0:
+    if not comm.training:
         return x
-    if p == 1.0:
-        return x * 0
-    keep = torch.empty_like(x, dtype=x.dtype).bernoulli_(1 - p, generator=_generator(comm, site, axes, x.device))
-    return x * keep.div_(1 - p)
+    with _seeded(comm, site, axes, x.device):
+        return aten.dropout.default(x, p, True)
 
 
 def attention(
@@ -234,18 +270,28 @@ def attention(
     enable_gqa: bool = False,
 ) -> torch.Tensor:
     """Attention whose dropout draws like `dropout`. query: [..., heads, q, d] -> [..., heads, q, e]."""
-    if not comm.training:
+    with _seeded(comm, site, axes, query.device):
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p if comm.training else 0.0,
+            is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
         )
-    if enable_gqa:
-        repeats = query.shape[-3] // key.shape[-3]
-        key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
-    scores = (query @ key.transpose(-2, -1)) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if is_causal:
-        causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~causal, float("-inf"))
-    if attn_mask is not None:
-        blocked = attn_mask.dtype == torch.bool
-        scores = scores.masked_fill(~attn_mask, float("-inf")) if blocked else scores + attn_mask
-    return dropout(comm, site, axes, scores.softmax(-1), dropout_p, True) @ value
+
+
+def random(
+    comm: Comm,
+    site: int,
+    axes: tuple[str, ...],
+    device: torch.device,
+    op: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Any op that draws, seeded like `dropout`. device: where it draws."""
+    with _seeded(comm, site, axes, torch.device(device)):
+        return op(*args, **kwargs)

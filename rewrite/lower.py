@@ -155,7 +155,7 @@ class StageLowering:
             context = OpContext(self, node, call, arguments, chosen)
             made = IMPLEMENTATIONS[name](context)
         else:
-            made = self.emit(node.target, self.fill(call.args, arguments), self.fill(call.kwargs, arguments))
+            made = self.emit(call.target, self.fill(call.args, arguments), self.fill(call.kwargs, arguments))
         scale = 1
         for axis, strategy in chosen.items():
             if strategy.scale:

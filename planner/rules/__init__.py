@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import fx
 
-from shardplan.planner.placement import D, R, S
+from shardplan.planner.placement import D, P, R, S
 from shardplan.planner.rules import families, sections, views
 from shardplan.planner.rules.letters import whole_strategies
 from shardplan.planner.rules.localize import LocalCall, Slot, local_call
 from shardplan.planner.rules.strategy import Strategy
-from shardplan.planner.trace import info, infos, resolve
+from shardplan.planner.trace import info, infos, is_tensor, resolve, tensor_args
 
 __all__ = ["LocalCall", "Slot", "Strategy", "has_rule", "local_call", "strategies"]
 
@@ -57,7 +58,21 @@ def _op(node: fx.Node) -> list[Strategy]:
     rule = families.rule_of(node)
     if rule is not None and not families.unsplittable(node):
         found += rule(node)
-    return found
+    return [strategy for strategy in found if _sensible(node, strategy)]
+
+
+def _sensible(node: fx.Node, strategy: Strategy) -> bool:
+    """Nothing splits a dim of one entry, and truth values do not add up."""
+    values = [(info(a) if is_tensor(a) else None, p) for a, p in zip(tensor_args(node), strategy.inputs, strict=True)]
+    values += list(zip(infos(node), strategy.outputs, strict=True))
+    for value, placement in values:
+        if value is None:
+            continue
+        if placement == P and value.dtype == torch.bool:
+            return False
+        if placement.is_shard and (placement.dim >= len(value.shape) or value.shape[placement.dim] < 2):
+            return False
+    return True
 
 
 def _placeholder(node: fx.Node) -> list[Strategy]:

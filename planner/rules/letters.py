@@ -58,7 +58,7 @@ def split_letters(
     op takes a mean. skip: letters that only align dims. impl: name of the implementation, for all letters or by letter.
     summand: argument that is added to the result (a bias); it is a summand too where the result is one.
     """
-    arguments = tensor_args(node)
+    arguments, whole_state = tensor_args(node), _read_whole(node)
     found = []
     for letter in dict.fromkeys(x for term in (*inputs, *outputs) for x in term if x is not None):
         if letter in skip:
@@ -67,17 +67,23 @@ def split_letters(
         if whole and letter not in partial:
             continue
         ins: list[Placement] = []
-        for slot, (argument, term) in enumerate(zip(arguments, inputs, strict=True)):
+        for slot, (_, term) in enumerate(zip(arguments, inputs, strict=True)):
             if letter in term:
                 ins.append(S(term.index(letter)))
             elif whole and slot == summand:
                 ins.append(P)
             else:
-                ins.append(D if needs_grad(argument) else R)
+                ins.append(whole_state[slot])
         outs = tuple(P if whole else S(term.index(letter)) for term in outputs)
         name = impl.get(letter) if isinstance(impl, Mapping) else impl
         found.append(Strategy(letter, tuple(ins), outs, name, letter in scale))
     return found
+
+
+def _read_whole(node: fx.Node) -> list[Placement]:
+    """States of tensor arguments that split compute reads whole: their gradients, where there are any, are summands."""
+    flows = needs_grad(node)
+    return [D if flows and needs_grad(argument) else R for argument in tensor_args(node)]
 
 
 def from_rule(node: fx.Node, rule: str, **options) -> list[Strategy]:
@@ -90,8 +96,8 @@ def whole_strategies(node: fx.Node) -> list[Strategy]:
     """The two ways to run any op on all ranks alike: replicated, and its dual."""
     arguments, results = tensor_args(node), infos(node)
     found = [Strategy("-", (R,) * len(arguments), (R,) * len(results))]
-    if any(needs_grad(a) for a in arguments):
-        ins = tuple(D if needs_grad(a) else R for a in arguments)
+    ins = tuple(_read_whole(node))
+    if D in ins:
         found.append(Strategy("d", ins, tuple(D if r.needs_grad else R for r in results)))
     return found
 
@@ -99,7 +105,7 @@ def whole_strategies(node: fx.Node) -> list[Strategy]:
 def linear_in(node: fx.Node, slots: Collection[int]) -> Strategy:
     """Summands pass through an op that is linear in these arguments taken together. The other operands of a product
     see only a summand of it, so their gradients are summands."""
-    ins = tuple(P if slot in slots else (D if needs_grad(a) else R) for slot, a in enumerate(tensor_args(node)))
+    ins = tuple(P if slot in slots else state for slot, state in enumerate(_read_whole(node)))
     return Strategy("p", ins, (P,) * len(infos(node)))
 
 

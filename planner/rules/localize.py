@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from shardplan.planner.placement import Mesh, Placement, R, local_shape
+from shardplan.planner.rules.schema import argument, position
 from shardplan.planner.rules.strategy import Strategy
 from shardplan.planner.trace import TensorInfo, info, infos, is_tensor, tensor_args
 
@@ -64,12 +65,11 @@ def local_call(node: fx.Node, chosen: Mapping[str, Strategy], mesh: Mesh) -> Loc
             return type(value)(slots(item) for item in value)
         return value
 
-    args = [slots(value) for value in node.args]
-    kwargs = {key: slots(value) for key, value in node.kwargs.items()}
+    call = _Sizes(node, [slots(v) for v in node.args], {k: slots(v) for k, v in node.kwargs.items()}, inputs, outputs)
     fix = _FIXES.get(node.target)
     if fix is not None and chosen:
-        fix(_Sizes(node, args, kwargs, inputs, outputs))
-    return LocalCall(node.target, tuple(args), kwargs, inputs, outputs)
+        fix(call)
+    return LocalCall(call.target or node.target, tuple(call.args), call.kwargs, inputs, outputs)
 
 
 def _local(value: TensorInfo, layout: Sequence[Placement], mesh: Mesh) -> TensorInfo:
@@ -85,52 +85,84 @@ class _Sizes:
     kwargs: dict[str, Any]
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
+    target: Any = None
 
-    def get(self, name: str, position: int, default: Any = None) -> Any:
-        return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """Global shape of the first tensor argument."""
+        return info(tensor_args(self.node)[0]).shape
 
-    def set(self, name: str, position: int, value: Any) -> None:
-        if position < len(self.args):
-            self.args[position] = value
+    def set(self, name: str, value: Any) -> None:
+        """Replace an argument that the call has, by its schema name."""
+        index = position(self.node.target, name)
+        if 0 <= index < len(self.args):
+            self.args[index] = value
         elif name in self.kwargs:
             self.kwargs[name] = value
 
 
-def _result_size(position: int, name: str = "size") -> Callable[[_Sizes], None]:
-    return lambda call: call.set(name, position, list(call.outputs[0].shape))
+def _result_size(name: str) -> Callable[[_Sizes], None]:
+    return lambda call: call.set(name, list(call.outputs[0].shape))
 
 
 def _unflatten(call: _Sizes) -> None:
-    rank = len(call.inputs[0].shape)
-    dim, sizes = call.get("dim", 1) % rank, call.get("sizes", 2)
-    call.set("sizes", 2, list(call.outputs[0].shape[dim : dim + len(sizes)]))
+    dim, count_ = argument(call.node, "dim") % len(call.whole), len(argument(call.node, "sizes"))
+    call.set("sizes", list(call.outputs[0].shape[dim : dim + count_]))
+
+
+def _squeeze(call: _Sizes) -> None:
+    """Only dims of size 1 go that have it globally: a local extent of 1 stays."""
+    dims = argument(call.node, "dim", None)
+    named = range(len(call.whole)) if dims is None else [dims] if isinstance(dims, int) else dims
+    gone = [dim for dim in named if call.whole and call.whole[dim] == 1]
+    call.target, call.args, call.kwargs = aten.squeeze.dims, [Slot(0), gone], {}
 
 
 def _split(call: _Sizes) -> None:
-    dim = call.get("dim", 2, 0)
-    call.set("split_size", 1, call.outputs[0].shape[dim])
+    call.set("split_size", call.outputs[0].shape[argument(call.node, "dim")])
 
 
 def _split_sizes(call: _Sizes) -> None:
-    dim = call.get("dim", 2, 0)
-    call.set("split_sizes", 1, [result.shape[dim] for result in call.outputs])
-    call.set("split_size", 1, [result.shape[dim] for result in call.outputs])
+    sizes = [result.shape[argument(call.node, "dim")] for result in call.outputs]
+    for name in ("split_sizes", "split_size"):
+        call.set(name, sizes)
 
 
 def _slice(call: _Sizes) -> None:
-    """A slice of a split dim takes all of it; other dims keep their ends."""
-    whole = info(tensor_args(call.node)[0]).shape
-    dim = call.get("dim", 1, 0) % len(whole)
-    if call.inputs[0].shape[dim] != whole[dim]:
-        call.set("end", 3, sys.maxsize)
+    """A slice of a split dim takes all of it, or sections of it, which are all split alike."""
+    dim = argument(call.node, "dim") % len(call.whole)
+    whole, local = call.whole[dim], call.inputs[0].shape[dim]
+    if local == whole:
+        return
+    if call.outputs[0].shape[dim] == local:
+        call.set("end", sys.maxsize)
+        return
+    start = argument(call.node, "start") or 0
+    first = (start + whole if start < 0 else start) * local // whole
+    call.args, call.kwargs = [Slot(0), dim, first, first + call.outputs[0].shape[dim]], {}
 
 
-def _groups(call: _Sizes) -> None:
-    whole = info(tensor_args(call.node)[1]).shape[0]
-    local = call.inputs[1].shape[0]
-    groups = call.get("groups", 6, 1)
-    if groups > 1 and local != whole:
-        call.set("groups", 6, groups * local // whole)
+def _repeat(call: _Sizes) -> None:
+    local = call.inputs[0].shape
+    shape = (1,) * (len(call.outputs[0].shape) - len(local)) + local
+    call.set("repeats", [after // before for before, after in zip(shape, call.outputs[0].shape, strict=True)])
+
+
+def _repeat_interleave(call: _Sizes) -> None:
+    call.set("output_size", call.outputs[0].shape[argument(call.node, "dim")])
+
+
+def _groups(name: str, slot: int) -> Callable[[_Sizes], None]:
+    """Groups of channels, of which a rank has its share: that of tensor argument `slot` along `dim`."""
+
+    def fix(call: _Sizes) -> None:
+        dim = 1 if slot == 0 else 0
+        whole, local = info(tensor_args(call.node)[slot]).shape[dim], call.inputs[slot].shape[dim]
+        groups = argument(call.node, name)
+        if groups > 1 and local != whole:
+            call.set(name, groups * local // whole)
+
+    return fix
 
 
 _FIXES: dict[Any, Callable[[_Sizes], None]] = {
@@ -139,12 +171,23 @@ _FIXES: dict[Any, Callable[[_Sizes], None]] = {
     aten.split_with_sizes.default: _split_sizes,
     aten.split.sizes: _split_sizes,
     aten.slice.Tensor: _slice,
+    aten.repeat.default: _repeat,
+    aten.repeat_interleave.self_int: _repeat_interleave,
+    aten.squeeze.default: _squeeze,
+    aten.squeeze.dim: _squeeze,
+    aten.squeeze.dims: _squeeze,
+    aten.reshape.default: _result_size("shape"),
+    aten.group_norm.default: _groups("num_groups", 0),
 }
 _FIXES |= dict.fromkeys(
-    (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default, aten.new_zeros.default,
-     aten.new_ones.default, aten.new_full.default, aten.new_empty.default), _result_size(1),
+    (aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.new_zeros.default, aten.new_ones.default,
+     aten.new_full.default, aten.new_empty.default, aten.full.default, aten.zeros.default, aten.ones.default,
+     aten.empty.memory_format, aten.rand.default, aten.randn.default, aten.randint.default, aten.randint.low),
+    _result_size("size"),
 )  # fmt: skip
 _FIXES |= dict.fromkeys(
-    (aten.full.default, aten.zeros.default, aten.ones.default, aten.empty.memory_format), _result_size(0)
-)
-_FIXES |= dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv3d.default), _groups)
+    (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding, aten.conv2d.padding,
+     aten.conv3d.padding, aten.convolution.default, aten.conv_transpose1d.default, aten.conv_transpose2d.input,
+     aten.conv_transpose3d.input),
+    _groups("groups", 1),
+)  # fmt: skip

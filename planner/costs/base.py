@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,6 +33,15 @@ class OpSaves:
     outputs: tuple[bool, ...]
     extra_nbytes_per_output_byte: float = 0.0
     transient_nbytes_per_output_byte: float = 0.0
+
+
+def coverage_of(costs: Iterable[OpCost]) -> dict[str, float]:
+    """Share of the seconds of these ops by source."""
+    seconds: dict[str, float] = {}
+    for cost in costs:
+        seconds[cost.source] = seconds.get(cost.source, 0.0) + cost.forward_seconds + cost.backward_seconds
+    whole = sum(seconds.values())
+    return {source: part / whole for source, part in seconds.items() if part} if whole else {}
 
 
 class Costs(Protocol):

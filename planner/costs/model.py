@@ -17,7 +17,7 @@ from torch import fx
 
 from shardplan.planner.cluster import Cluster
 from shardplan.planner.costs import profile, saves
-from shardplan.planner.costs.base import OpCost, OpSaves
+from shardplan.planner.costs.base import OpCost, OpSaves, coverage_of
 from shardplan.planner.costs.links import LinkModel
 from shardplan.planner.costs.roofline import copy_seconds, modelled_seconds, optimizer_seconds
 from shardplan.planner.costs.store import Sample, Store
@@ -145,11 +145,7 @@ class CostModel:
 
     def coverage(self) -> dict[str, float]:
         """Share of the seconds of all different ops asked for by source: "measured", "interpolated", "modelled"."""
-        seconds: dict[str, float] = {}
-        for cost in self._ops.values():
-            seconds[cost.source] = seconds.get(cost.source, 0.0) + cost.forward_seconds + cost.backward_seconds
-        whole = sum(seconds.values())
-        return {source: part / whole for source, part in seconds.items() if part} if whole else {}
+        return coverage_of(self._ops.values())
 
     def warm(self, calls: Iterable[LocalCall], device: int, progress: Callable[[int, int], None] | None = None) -> None:
         """Price many calls at once, the longest first, so that the budget goes where it matters. progress: gets how

@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from shardplan.planner.costs import profile, saves
-from shardplan.planner.costs.base import Costs, OpCost, OpSaves
+from shardplan.planner.costs.base import Costs, OpCost, OpSaves, coverage_of
 from shardplan.planner.rules.localize import LocalCall
 
 VERSION = 1
@@ -46,6 +46,10 @@ class RecordingCosts:
     def optimizer(self, nbytes: int, device: int) -> float:
         """See `Costs.optimizer`."""
         return self._keep(f"optimizer|{nbytes}|{device}", lambda: self.costs.optimizer(nbytes, device))
+
+    def coverage(self) -> dict[str, float]:
+        """See `CostModel.coverage`."""
+        return coverage_of(OpCost(**answer) for key, answer in self._answers.items() if key.startswith("op|"))
 
     def text(self) -> str:
         """All answers so far, as JSON that `RecordedCosts.parse` reads."""

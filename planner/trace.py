@@ -125,6 +125,8 @@ class Trace:
         return {s.name: self.node(n) for n, s in self.sources.items() if s.kind == "param"}
 
 
+_INFO, _ARGUMENTS = "shardplan_info", "shardplan_arguments"
+
 # -- accessors ---------------------------------------------------------------------------------------------------------
 
 
@@ -135,10 +137,17 @@ def is_tensor(node: fx.Node) -> bool:
 
 def info(node: fx.Node) -> TensorInfo:
     """Shape, dtype and differentiability of a tensor node. Raises TypeError where the value is not one tensor."""
-    value = node.meta.get("val")
+    meta = node.meta
+    value, grad = meta.get("val"), bool(meta.get("needs_grad", False))
+    # Asked for millions of times in a search, so the answer is kept until the value or its gradient changes.
+    kept = meta.get(_INFO)
+    if kept is not None and kept[0] is value and kept[1].needs_grad == grad:
+        return kept[1]
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{node.name} is not a tensor but {type(value).__name__}")
-    return TensorInfo(tuple(int(extent) for extent in value.shape), value.dtype, needs_grad(node))
+    found = TensorInfo(tuple(int(extent) for extent in value.shape), value.dtype, grad)
+    meta[_INFO] = value, found
+    return found
 
 
 def infos(node: fx.Node) -> tuple[TensorInfo, ...]:
@@ -179,6 +188,9 @@ def tensor_args(node: fx.Node) -> tuple[fx.Node, ...]:
 
     This is the order of `Strategy.inputs`. A node whose value is a tuple (the input of getitem) counts as one argument.
     """
+    kept = node.meta.get(_ARGUMENTS)
+    if kept is not None and kept[0] is node.args and kept[1] == node.kwargs:
+        return kept[2]
     found: list[fx.Node] = []
 
     def visit(argument: Any) -> None:
@@ -194,7 +206,10 @@ def tensor_args(node: fx.Node) -> tuple[fx.Node, ...]:
 
     visit(node.args)
     visit(dict(node.kwargs))
-    return tuple(found)
+    arguments = tuple(found)
+    if all(not isinstance(a, dict) for a in node.args):
+        node.meta[_ARGUMENTS] = node.args, dict(node.kwargs), arguments
+    return arguments
 
 
 def resolve(node: fx.Node) -> tuple[fx.Node, int]:

@@ -296,6 +296,18 @@ class Search:
         total = sum(cheapest) + fixed * case.stages
         return total + (case.microbatches - 1) * max(total / case.stages, max(cheapest) + fixed)
 
+    def memory_floor(self, case: Case) -> float:
+        """Bytes that the fullest device of a case holds at least: its share of the parameters with their gradients and
+        optimizer state, each split as far as the mesh can."""
+        total = 0.0
+        for name, source in self.trace.sources.items():
+            if source.kind == "param":
+                node = self.trace.node(name)
+                split = case.tp if any(extent % case.tp == 0 for extent in info(node).shape) else 1
+                held = 2 + self.options.optimizer_factor if source.trainable and self.options.training else 1
+                total += info(node).nbytes * held / split
+        return total / case.stages
+
     # -- the search ----------------------------------------------------------------------------------------------------
 
     def solve(self) -> Plan:
@@ -308,6 +320,10 @@ class Search:
             if self.budget.left() < 0.1 * self.options.time_limit and found:
                 self.tally.timed_out = True
                 self.tally.bound = min(self.tally.bound, floor)
+                continue
+            if self.memory_floor(case) > max(self.cluster.memory_limit(r) for r in range(case.devices)):
+                self.tally.infeasible += 1
+                unfit.append(case)
                 continue
             fits_somewhere = False
             for prepared in self.prepare(case):

@@ -135,12 +135,20 @@ def divides(shape: Sequence[int], placement: Placement, size: int) -> bool:
 
 
 def fits(shape: Sequence[int], layout: Layout, mesh: Mesh) -> bool:
-    """Whether every shard of the layout divides evenly (nested splits of one dim included)."""
+    """Whether every shard of the layout divides evenly (nested splits of one dim included).
+
+    Sections split a dim only where no earlier axis splits it in another way: what a rank then has of the dim does not
+    consist of those sections.
+    """
     current = list(shape)
+    split: dict[int, tuple[int, ...]] = {}
     for placement, size in zip(layout, mesh.sizes, strict=True):
         if not divides(current, placement, size):
             return False
-        if placement.is_shard:
+        if placement.is_shard and size > 1:
+            if placement.sections and split.get(placement.dim, placement.sections) != placement.sections:
+                return False
+            split[placement.dim] = placement.sections
             current[placement.dim] //= size
     return True
 

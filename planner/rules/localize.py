@@ -144,12 +144,16 @@ def _slice(call: _Sizes) -> None:
 
 def _repeat(call: _Sizes) -> None:
     local = call.inputs[0].shape
+    if 0 in local:
+        return
     shape = (1,) * (len(call.outputs[0].shape) - len(local)) + local
     call.set("repeats", [after // before for before, after in zip(shape, call.outputs[0].shape, strict=True)])
 
 
 def _repeat_interleave(call: _Sizes) -> None:
-    call.set("output_size", call.outputs[0].shape[argument(call.node, "dim")])
+    dim = argument(call.node, "dim")
+    if dim is not None:
+        call.set("output_size", call.outputs[0].shape[dim])
 
 
 def _groups(name: str, slot: int) -> Callable[[_Sizes], None]:
@@ -180,7 +184,8 @@ _FIXES: dict[Any, Callable[[_Sizes], None]] = {
     aten.group_norm.default: _groups("num_groups", 0),
 }
 _FIXES |= dict.fromkeys(
-    (aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.new_zeros.default, aten.new_ones.default,
+    (aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.broadcast_to.default,
+     aten.new_zeros.default, aten.new_ones.default,
      aten.new_full.default, aten.new_empty.default, aten.full.default, aten.zeros.default, aten.ones.default,
      aten.empty.memory_format, aten.rand.default, aten.randn.default, aten.randint.default, aten.randint.low),
     _result_size("size"),

@@ -29,16 +29,18 @@ _UNTAGGED = frozenset(
         aten.logical_not.default, aten.__and__.Tensor, aten.__or__.Tensor, aten.__xor__.Tensor, aten.__and__.Scalar,
         aten.__or__.Scalar, aten.rsub.Tensor, aten.rsub.Scalar, aten.polar.default, aten.complex.default,
         aten.real.default, aten.imag.default, aten.conj.default, aten.log_sigmoid.default, aten.logit.default,
-        aten.hardswish.default, aten.native_dropout.default,
+        aten.hardswish.default, aten.native_dropout.default, aten.multiply.Tensor, aten.divide.Tensor,
+        aten.subtract.Tensor, aten.isclose.default, aten.resolve_conj.default, aten.resolve_neg.default,
     }
 )  # fmt: skip
 # Tagged, but not elementwise.
 _MISTAGGED = frozenset({aten.equal.default})
-_SUMS = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor})
+_SUMS = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.subtract.Tensor, aten.rsub.Tensor})
 _LINEAR_IN_FIRST = frozenset(
     {
         aten.neg.default, aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default,
-        aten.mul.Scalar, aten.div.Scalar, aten.div.Tensor, aten.dropout.default, aten.positive.default,
+        aten.mul.Scalar, aten.div.Scalar, aten.div.Tensor, aten.divide.Tensor, aten.dropout.default,
+        aten.positive.default,
     }
 )  # fmt: skip
 _CASTS = frozenset(
@@ -64,7 +66,7 @@ def _linear_slots(node: fx.Node) -> list[tuple[int, ...]]:
     target, count = node.target, len(tensor_args(node))
     if target in _SUMS:
         return [(0, 1)] if count == 2 else []
-    if target is aten.mul.Tensor:
+    if target in (aten.mul.Tensor, aten.multiply.Tensor):
         return [(slot,) for slot in range(count)]
     if target in _LINEAR_IN_FIRST:
         return [(0,)] if isinstance(node.args[0], fx.Node) else []

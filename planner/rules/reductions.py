@@ -103,7 +103,7 @@ def other_reduction(node: fx.Node) -> list[Strategy]:
 
 def cosine_similarity(node: fx.Node) -> list[Strategy]:
     left, right = shapes(node)
-    if left != right:
+    if left != right or not left:
         return []
     dim = argument(node, "dim") % len(left)
     term: Term = [None if i == dim else f"b{i}" for i in range(len(left))]

@@ -28,7 +28,7 @@ PERMUTES = frozenset(
     {
         aten.transpose.int, aten.permute.default, aten.t.default, aten.movedim.int, aten.numpy_T.default,
         aten.swapaxes.default, aten.swapdims.default, aten.mT.default, aten.movedim.intlist, aten.moveaxis.int,
-        aten.moveaxis.intlist,
+        aten.moveaxis.intlist, aten.mH.default,
     }
 )  # fmt: skip
 

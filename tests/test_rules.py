@@ -30,7 +30,7 @@ def test_rule(names, target, args, kwargs):
     for grads in dict.fromkeys([None, tuple(k == 0 for k in range(count)), (False,) * count]):
         op = op_of(target, *args, grads=grads, **kwargs)
         for strategy in strategies(op.node, inner=True):
-            for size in (2, 4):
+            for size in (2, 4) if grads is None else (2,):
                 mesh = Mesh(("tp",), (size,))
                 if can_run(op, {"tp": strategy}, mesh):
                     verify(op, {"tp": strategy}, mesh)

@@ -120,7 +120,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--devices", default="cpu:2")
     options.add_argument("--steps", type=int, default=60)
-    options.add_argument("--seconds", type=float, default=110.0, help="stop training after this time (plain script)")
+    options.add_argument("--seconds", type=float, default=90.0, help="stop training after this time (plain script)")
     options.add_argument("--batch", type=int, default=16)
     options.add_argument("--seq", type=int, default=128)
     options.add_argument("--memory", help='limit per device, such as "200 MiB"')

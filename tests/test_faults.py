@@ -100,13 +100,12 @@ def test_a_rank_that_is_killed_ends_the_job(tmp_path, plan_file, place):
     assert seconds < 30 or os.getloadavg()[0] > 3
 
 
-def test_script_and_torchrun_train_alike(tmp_path, plan_file):
-    lines = []
-    for launcher, devices in PLACES.values():
-        status, output, _ = job(tmp_path, launcher, plan_file, "well", devices)
-        assert status == 0, output
-        lines += [line for line in output.splitlines() if line.startswith("LOSSES")]
-    assert len(lines) == 2 and lines[0] == lines[1]
+def test_torchrun_trains_as_one_device_does(tmp_path, plan_file):
+    launcher, devices = PLACES["torchrun"]
+    status, output, _ = job(tmp_path, launcher, plan_file, "well", devices)
+    assert status == 0, output
+    lines = [line for line in output.splitlines() if line.startswith("LOSSES")]
+    assert len(lines) == 1
     model, (x, y), loss_fn = targets.mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for found in lines[0].split()[1:]:

@@ -15,7 +15,7 @@ from shardplan.planner.costs.base import Costs
 from shardplan.planner.placement import COLLECTIVES, D, Mesh, Placement, R, S, conversion, fits, local_shape
 from shardplan.planner.propagate import Follow, placed
 from shardplan.planner.rules import Strategy, local_call, strategies
-from shardplan.planner.search.memory import Keeps
+from shardplan.planner.search.memory import Keeps, copies
 from shardplan.planner.search.problem import Option, Price, SegmentProblem, Value, Weights, total_price
 from shardplan.planner.search.segment_ilp import solve_segment
 from shardplan.planner.search.solver import Budget
@@ -276,6 +276,10 @@ class Columns:
                 extra = self._implementation_seconds(strategy, call.inputs[0].nbytes, call.inputs[0].shape, axis)
                 forward, backward = forward + extra[0], backward + extra[1]
         out = sum(result.nbytes for result in call.outputs)
+        if copies(node):  # a local call does not know strides, so this was priced as a view
+            again = self.costs.copy(out, 0)
+            forward += again
+            backward += again if self.training and needs_grad(node) else 0.0
         kept = self.keeps.extra_nbytes(node, out) if self.training else 0.0
         for position, result in enumerate(call.outputs):
             if self.training and self.keeps.is_kept(node, position):

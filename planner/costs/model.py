@@ -163,7 +163,7 @@ class CostModel:
         key = saves.key_of(node)
         found = self._saves.get(key)
         if found is None:
-            found = self._saves[key] = saves.observe(node)
+            found = self._saves[key] = saves.observe(node, self.cluster.devices[0].kind.torch_device)
         return found
 
     # -- moving bytes --------------------------------------------------------------------------------------------------

@@ -20,7 +20,9 @@ aten = torch.ops.aten
 _LINEAR = {aten.linear.default, aten.mm.default, aten.bmm.default, aten.matmul.default, aten.addmm.default,
            aten.baddbmm.default, aten.mv.default, aten.dot.default}  # fmt: skip
 _ADDS_FIRST = {aten.addmm.default, aten.baddbmm.default}
-_CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
+_CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
+                 aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding}  # fmt: skip
+_TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
 _ATTENTION = {aten.scaled_dot_product_attention.default}
 
 # Share of the peak that large matrix products reach. Faster GPUs reach less of it (power, memory): fitted to published
@@ -49,6 +51,9 @@ def flops(call: LocalCall) -> float:
     if call.target in _CONVOLUTIONS:
         weight = call.inputs[1].shape
         return 2.0 * out * math.prod(weight[1:])
+    if call.target in _TRANSPOSED:
+        image, weight = (call.inputs[i].shape for i in range(2))
+        return 2.0 * math.prod(image) * math.prod(weight[1:])
     if call.target in _ATTENTION:
         query, key, value = (call.inputs[i].shape for i in range(3))
         causal = call.kwargs.get("is_causal", call.args[5] if len(call.args) > 5 else False)
@@ -63,7 +68,11 @@ def _einsum(call: LocalCall) -> float:
     terms = str(call.args[0]).replace(" ", "").split("->")[0].split(",")
     sizes: dict[str, int] = {}
     for term, operand in zip(terms, call.inputs):
-        sizes |= dict(zip(term, operand.shape))
+        head, dots, tail = term.partition("...")
+        # Dims under an ellipsis are aligned at its right end and broadcast.
+        hidden = [f".{i}" for i in reversed(range(len(operand.shape) - len(head) - len(tail)))] if dots else []
+        for letter, extent in zip([*head, *hidden, *tail], operand.shape):
+            sizes[letter] = max(sizes.get(letter, 1), extent)
     return 2.0 * math.prod(sizes.values())
 
 

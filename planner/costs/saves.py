@@ -11,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.fx.node import map_arg
 
 from shardplan.planner.costs.base import OpSaves
+from shardplan.planner.rules import schema
 from shardplan.planner.trace import info, infos, is_tensor, needs_grad, tensor_args
 
 
@@ -33,16 +34,36 @@ def key_of(node: fx.Node) -> str:
     return f"{node.target}({text(node.args)},{kwargs})->{[(str(r.dtype), r.needs_grad) for r in infos(node)]}"
 
 
-def observe(node: fx.Node) -> OpSaves:
-    """What the op keeps at its global shapes. Where it cannot be run by itself: arguments and results, all of them."""
+def observe(node: fx.Node, torch_device: str = "cpu") -> OpSaves:
+    """What the op keeps at its global shapes on a kind of device ("cpu" or "cuda"). Where it cannot be run by itself:
+    arguments and results, all of them."""
     arguments = tensor_args(node)
     results = infos(node)
     if not any(result.needs_grad for result in results):
         return OpSaves((False,) * len(arguments), (False,) * len(results))
+    if torch_device == "cuda" and _is_fused_attention(node):
+        return _fused_attention(node)
     try:
         return _observe(node)
     except Exception:
         return OpSaves(tuple(needs_grad(a) for a in arguments), tuple(r.dtype.is_floating_point for r in results))
+
+
+def _is_fused_attention(node: fx.Node) -> bool:
+    """Whether CUDA runs the op without the matrix of scores. Its kernels take dropout and masks, which those of the CPU
+    that are watched here do not all; grouped heads only flash attention takes: half precision, no mask."""
+    if node.target is not torch.ops.aten.scaled_dot_product_attention.default:
+        return False
+    dtype = infos(node)[0].dtype
+    if schema.argument(node, "enable_gqa"):
+        return dtype in (torch.bfloat16, torch.float16) and schema.argument(node, "attn_mask") is None
+    return dtype in (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _fused_attention(node: fx.Node) -> OpSaves:
+    """Operands, result and one fp32 number per row: the logarithm of the sum of exponentials."""
+    result = infos(node)[0]
+    return OpSaves((True,) * len(tensor_args(node)), (True,), 4 / (result.shape[-1] * result.dtype.itemsize))
 
 
 def _observe(node: fx.Node) -> OpSaves:

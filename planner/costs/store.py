@@ -57,6 +57,7 @@ class Store:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = str(path)
         self._lock = threading.Lock()
+        self._may_write = True
         self._connection = self._connect()
 
     @staticmethod
@@ -115,9 +116,15 @@ class Store:
             return []
 
     def _write(self, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        if not self._may_write:
+            return
         try:
             with self._lock, self._connection:
                 self._connection.executemany(statement, rows)
+        except sqlite3.OperationalError as error:
+            # Locked for all of the busy timeout, full, read-only: the next write would wait as long again.
+            self._may_write = False
+            log.warning("%s: %s; measurements of this process are no longer kept", self.path, error)
         except sqlite3.DatabaseError as error:
             self._give_up(error)
 

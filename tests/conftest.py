@@ -1,4 +1,4 @@
-"""Every test leaves no worker process behind, and third-party warnings that are not ours do not fail tests."""
+"""Tests leave no worker process and no measurement behind; warnings of third parties do not fail them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,14 @@ _FOREIGN = ("ignore:.*is deprecated and will be removed.*:DeprecationWarning:tor
 def pytest_configure(config: pytest.Config) -> None:
     for line in _FOREIGN:
         config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Measurements of the tests go into a store of their own, never into the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHARDPLAN_CACHE", str(tmp_path_factory.mktemp("store")))
+        yield
 
 
 def live_workers() -> set[int]:

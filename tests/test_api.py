@@ -21,14 +21,6 @@ def adamw(parameters):
     return torch.optim.AdamW(parameters, lr=1e-3)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def store(tmp_path_factory):
-    """Measurements of these tests, shared by them and nobody else."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SHARDPLAN_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).norm() / expected.norm().clamp(min=1e-12)).item()
 

@@ -89,7 +89,7 @@ class _Follower:
         statistics, or a count that is not known from the inputs alone."""
         if not self.silent or strategy.impl is None:
             return False
-        if strategy.impl == "cross_entropy":
+        if strategy.impl in ("cross_entropy", "nll_loss"):
             return not all(self.from_inputs(argument) for argument in tensor_args(node)[1:])
         return strategy.impl == "batch_norm"
 

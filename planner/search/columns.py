@@ -204,6 +204,8 @@ class Columns:
             if self.case.tp == 1 and strategy.name != "-":
                 continue
             chosen = {**others, "tp": strategy}
+            if len({s.impl for s in chosen.values() if s.impl}) > 1:
+                continue  # an op is replaced by one implementation
             layouts = [
                 (info(argument).shape, tuple(chosen[a].inputs[i] if a in chosen else R for a in mesh.axes))
                 for i, argument in enumerate(tensor_args(node))

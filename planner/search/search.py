@@ -326,7 +326,13 @@ class Search:
                 unfit.append(case)
                 continue
             fits_somewhere = False
-            for prepared in self.prepare(case):
+            try:
+                ready = self.prepare(case)
+            except SolverTimeout:
+                self.tally.timed_out = True
+                self.tally.bound = min(self.tally.bound, floor)
+                continue
+            for prepared in ready:
                 cheapest = [min(c.price.seconds for c in s.columns) for s in prepared.segments]
                 bound = self.bound(case, cheapest)
                 if self._hopeless(bound, best):

@@ -71,8 +71,9 @@ class _Segment:
         solved = solve(self.model, budget, gap=budget.gap, limit_seconds=_LIMIT_SECONDS)
         if solved is None:
             return None
+        values = solved.values
         options = tuple(
-            max(range(len(options)), key=lambda k, o=o: solved.values[f"y_{o}_{k}"])
+            max(range(len(options)), key=lambda k, o=o: values[f"y_{o}_{k}"])
             for o, options in enumerate(self.problem.ops)
         )
         return SegmentChoice(options, max(solved.bound, 0.0) / solved.objective if solved.objective > 0 else 1.0)

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from typing import cast
 
 import pulp
 
@@ -66,7 +67,7 @@ def solve(
         if problem.status == pulp.LpStatusInfeasible:
             return None
         raise SolverTimeout(f"{budget.solver} found no plan within {limit:.0f} s", [], ["raise time_limit"])
-    objective = float(pulp.value(problem.objective) or 0.0)
+    objective = cast(float, pulp.value(problem.objective) or 0.0)
     optimal = status == pulp.LpSolutionOptimal
     bound = _bound(problem, budget.solver)
     if bound is None:

@@ -246,3 +246,38 @@ def test_infeasible_says_by_how_much():
     limit = text.split("memory_limit='")[1].split("'")[0]
     plan = planned(cluster, memory(limit), degrees(dp=2))
     assert max(m.peak_nbytes for m in plan.memory()) <= plan.devices[0].limit_nbytes
+
+
+def test_least_maximum_is_that_of_all_partitions():
+    from shardplan.planner.search.search import _least_maximum
+
+    rng = random.Random(2)
+    for _ in range(100):
+        values = [rng.random() for _ in range(rng.randint(1, 7))]
+        parts = rng.randint(1, len(values))
+        best = min(
+            max(sum(values[a:b]) for a, b in itertools.pairwise((0, *cuts, len(values))))
+            for cuts in itertools.combinations(range(1, len(values)), parts - 1)
+        )
+        assert _least_maximum(values, parts) == pytest.approx(best, rel=1e-6)
+        assert _least_maximum(values, parts) <= best * (1 + 1e-9)
+
+
+def test_bound_holds_when_memory_binds():
+    """A larger pool of columns may find a better plan; no plan may undercut the bound."""
+    cluster = Cluster.cpu(4)
+    free = planned(cluster, degrees(tp=2, pp=2), microbatches=2)
+    peak = max(m.peak_nbytes for m in free.memory())
+    tight = planned(cluster, degrees(tp=2, pp=2), memory(int(peak * 0.72)), microbatches=2)
+    assert tight.status.lower_bound <= free.step_seconds <= tight.step_seconds
+
+
+def test_settings_that_make_no_sense():
+    cluster = Cluster.cpu(2)
+    for wrong in ({"microbatches": 0}, {"microbatches": "some"}, {"objective": "fun"}, {"schedule": "mine"}):
+        with pytest.raises(UsageError):
+            planned(cluster, **wrong)
+    with pytest.raises(ConflictingConstraints):
+        planned(cluster, degrees(tp=1), split("*.up.weight", dim=0))
+    with pytest.raises(ConflictingConstraints):
+        planned(Cluster.cpu(3), degrees(dp=1, pp=1, tp=3), split("*.up.weight", dim=0))

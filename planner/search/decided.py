@@ -35,11 +35,15 @@ class Decided:
     within: set[str] = field(default_factory=set)
     cluster: Cluster | None = None
 
-    def allows(self, case: Case, cluster: Cluster) -> bool:
-        """Whether a case has the fixed degrees and keeps the groups where they belong."""
+    def allows(self, case: Case, trace: Trace, cluster: Cluster) -> bool:
+        """Whether a case has the fixed degrees, can split what is to be split, and keeps groups where they belong."""
         given = {"dp": case.dp, "tp": case.tp, "pp": case.stages}
         if any(given[name] != value for name, value in self.degrees.items()):
             return False
+        for name, placement in self.placements.items():
+            extent = info(trace.node(name)).shape[placement.dim] if placement.is_shard else 0
+            if placement.is_shard and (case.tp == 1 or extent % case.tp):
+                return False
         if self.pinned and max(self.pinned.values()) >= case.stages:
             return False
         return not (

@@ -13,6 +13,7 @@ from shardplan.planner.search.columns import Case
 from shardplan.planner.search.options import SolveOptions
 from shardplan.planner.search.problem import Price
 from shardplan.planner.search.stage_ilp import StageProblem
+from shardplan.planner.trace import info
 
 if TYPE_CHECKING:
     from shardplan.planner.search.search import Search
@@ -103,18 +104,29 @@ def explain_infeasible(search: Search, unfit: list[Case]) -> NoFeasiblePlan:
         return NoFeasiblePlan(f"no plan fits on {kinds}")
     first = smallest.stage * smallest.case.width
     limits = [search.cluster.memory_limit(r) for r in range(len(search.cluster))]
-    factor = 2 + search.options.optimizer_factor
-    parameters = smallest.parameters / factor
     details = [
         f"Smallest reachable peak: {_size(smallest.nbytes)} on device {first}, {_size(smallest.over)} over"
-        f" (parameters {_size(parameters)}, gradients {_size(parameters)},"
-        f" optimizer {_size(parameters * search.options.optimizer_factor)},"
+        f" ({_parameter_parts(search, smallest)},"
         f" activations {_size(smallest.activations)}, buffers {_size(smallest.transient)}), with {smallest.case}.",
         f"Conflict: memory(device {first}) <= {_size(smallest.limit)}"
         + "".join(f" <-> {c}" for c in search.options.constraints if not isinstance(c, MemoryLimit)),
     ]
     title = f"{search.trace.model_name} does not fit on {kinds} ({_range(limits)} usable each)"
     return NoFeasiblePlan(title, details, _hints(search, smallest) if search.options.hints else ())
+
+
+def _parameter_parts(search: Search, smallest: Smallest) -> str:
+    """Parameters, gradients and optimizer state, as the share of trainable parameters gives them."""
+    sources = search.trace.sources.items()
+    sizes = [(info(search.trace.node(n)).nbytes, s.trainable) for n, s in sources if s.kind in ("param", "buffer")]
+    trained = sum(size for size, trainable in sizes if trainable and search.options.training)
+    whole = sum(size for size, _ in sizes)
+    state = trained * search.options.optimizer_factor
+    scale = smallest.parameters / max(whole + trained + state, 1)
+    parts = [f"parameters {_size(whole * scale)}"]
+    if trained:
+        parts += [f"gradients {_size(trained * scale)}", f"optimizer {_size(state * scale)}"]
+    return ", ".join(parts)
 
 
 def _hints(search: Search, smallest: Smallest) -> list[str]:

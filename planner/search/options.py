@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from shardplan.errors import UsageError
+from shardplan.planner import schedules
 from shardplan.planner.constraints import Constraint
 from shardplan.planner.search.solver import SOLVERS
 
@@ -38,6 +39,14 @@ class SolveOptions:
             raise UsageError(f"time_limit={self.time_limit}, gap={self.gap}: seconds > 0 and a gap in [0, 1)")
         if self.rematerialize not in (True, False, "auto"):
             raise UsageError(f"rematerialize={self.rematerialize!r}", [], ['True, False or "auto"'])
+
+        count = self.microbatches
+        if count != "auto" and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            raise UsageError(f"microbatches={count!r}", [], ['"auto" or a number of at least 1'])
+        if self.objective not in ("train", "infer"):
+            raise UsageError(f"objective={self.objective!r}", [], ['"train" or "infer"'])
+        if self.schedule not in ("auto", *schedules.KINDS):
+            raise UsageError(f"schedule={self.schedule!r}", [], [f"auto, {', '.join(schedules.KINDS)}"])
 
     @property
     def training(self) -> bool:

@@ -5,9 +5,16 @@ cheapest of them, and where that bound can still win, the stage program (`stage_
 then scored by the simulator on the very instruction list that will run. Baselines are cases of the same kind, scored
 the same way, so the plan is never worse than one of them.
 
-Bound of a case: every segment costs at least its cheapest column, the slowest stage at least the mean,
+Bound of a case. Fold the once-a-step seconds u of a segment into its microbatches: c = t + u / (S + m - 1). For any
+stages
 
-    sum_i t_i + (m - 1) * max(sum_i t_i / S, max_i t_i)        with t_i = min over columns of the seconds of segment i.
+    sum_s t_s + (m - 1) max_s t_s + max_s u_s  >=  sum_s c_s + (m - 1) max_s c_s,
+
+and the right side is least where every segment runs by the column of least c and the stages are the contiguous
+partition of least maximum (`_least_maximum`). Columns minimise c, memory aside; layouts that do not agree, messages and
+memory can only add. A case whose columns do not fit counts with its bound all the same, unless its parameters alone are
+too large: that no other split of its ops would fit is not proven. Before anything is solved the same holds with c = the
+cheapest split of every op and no conversions.
 """
 
 from __future__ import annotations
@@ -71,7 +78,6 @@ class Tally:
     pruned: int = 0
     infeasible: int = 0
     bound: float = math.inf
-    open_bound: float = math.inf
     timed_out: bool = False
     notes: list[str] = field(default_factory=list)
 
@@ -97,6 +103,8 @@ class Search:
         self.tally = Tally()
         self.follows: dict[tuple[str, int], Follow] = {}
         self.tied = self._tied()
+        if len(self.cluster.kinds()) > 1:
+            self.tally.notes.append("the devices differ; compute is priced as on the first of them")
         self.crossings: list[list[fx.Node]] | None = None
         self.makers: dict[Case, Columns] = {}
 
@@ -124,7 +132,7 @@ class Search:
         found = [
             case
             for case in self._all_cases()
-            if self.decided.allows(case, self.cluster) and case.stages <= len(self.trace.segments)
+            if self.decided.allows(case, self.trace, self.cluster) and case.stages <= len(self.trace.segments)
         ]
         if not found:
             self._no_case()
@@ -212,9 +220,7 @@ class Search:
         return found
 
     def _forced(self, columns: Columns) -> list[dict[str, Placement]]:
-        base = dict(self.decided.placements)
-        if columns.case.tp == 1:
-            base = {}
+        base = self.decided.placements if columns.case.tp > 1 else {}
         options: list[dict[str, Placement]] = [base]
         for name in self.tied:
             if name in base:
@@ -291,10 +297,10 @@ class Search:
         return self.crossings[index]
 
     def bound(self, case: Case, cheapest: list[float]) -> float:
-        """No plan of the case is faster; see the module docstring. cheapest: seconds per segment and microbatch."""
+        """No plan of the case is faster; see the module docstring. cheapest: c per segment."""
         fixed = sum(self.columns(case).op_price(node, None).forward_seconds for node in self._shared_ops())
-        total = sum(cheapest) + fixed * case.stages
-        return total + (case.microbatches - 1) * max(total / case.stages, max(cheapest) + fixed)
+        slowest = _least_maximum(cheapest, case.stages) + fixed
+        return sum(cheapest) + fixed * case.stages + (case.microbatches - 1) * slowest
 
     def memory_floor(self, case: Case) -> float:
         """Bytes that the fullest device of a case holds at least: its share of the parameters with their gradients and
@@ -333,8 +339,9 @@ class Search:
                 self.tally.bound = min(self.tally.bound, floor)
                 continue
             for prepared in ready:
-                cheapest = [min(c.price.seconds for c in s.columns) for s in prepared.segments]
-                bound = self.bound(case, cheapest)
+                once = Weights(once=1.0 / (case.stages + case.microbatches - 1))
+                cheapest = [min(once.of(c.price) for c in s.columns) for s in prepared.segments]
+                bound = max(floor, self.bound(case, cheapest) * prepared.columns.proven)
                 if self._hopeless(bound, best):
                     fits_somewhere = True
                     continue
@@ -343,13 +350,13 @@ class Search:
                     continue
                 fits_somewhere = True
                 self.tally.solved += 1
-                proven = max(floor, candidate.choice.bound * candidate.columns.proven)
-                self.tally.bound = min(self.tally.bound, proven)
+                self.tally.bound = min(self.tally.bound, bound)
                 best = min(best, candidate.choice.objective)
                 found.append(candidate)
                 self._say(f"{case}: {candidate.choice.objective * 1e3:.2f} ms, best {best * 1e3:.2f} ms")
             if not fits_somewhere:
                 self.tally.infeasible += 1
+                self.tally.bound = min(self.tally.bound, floor)
                 unfit.append(case)
         if not found:
             if self.tally.timed_out:
@@ -420,11 +427,8 @@ class Search:
     def memory_weights(self, case: Case, limit: float, flights: int) -> list[Weights]:
         """Objectives that give up speed for memory, mildly and altogether."""
         once = 1.0 / (case.stages + case.microbatches - 1)
-        return [
-            Weights(once=once, in_flight=flights),
-            Weights(once=once, nbytes=0.1 / max(limit, 1.0), in_flight=flights),
-            Weights(once=once, nbytes=1e3 / max(limit, 1.0), in_flight=flights),
-        ]
+        shares = (0.0, 1e-3, 1e-2, 1e-1, 1e3)
+        return [Weights(once=once, nbytes=share / max(limit, 1.0), in_flight=flights) for share in shares]
 
     def _say(self, text: str) -> None:
         if self.options.progress is not None:
@@ -519,7 +523,7 @@ class Search:
             "tensor parallel": Case(1, 1, total, 1),
             "even pipeline": Case(total, 1, 1, 1),
         }[name]
-        if not self.decided.allows(shape, self.cluster):
+        if not self.decided.allows(shape, self.trace, self.cluster):
             return "excluded by the constraints"
         if name == "data parallel" and self.trace.batch_size % total:
             return f"a batch of {self.trace.batch_size} does not divide over {total} replicas"
@@ -527,6 +531,20 @@ class Search:
             return f"{len(self.trace.segments)} segments are too few for {total} stages"
         reason = self.exact(shape)
         return f"not exact with {reason}" if reason else "does not fit into memory"
+
+
+def _least_maximum(values: list[float], parts: int) -> float:
+    """The least possible maximum of sums when the values are cut into `parts` runs (to 1e-9, from below)."""
+    low, high = max(max(values), sum(values) / parts), sum(values)
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        runs, total = 1, 0.0
+        for value in values:
+            total += value
+            if total > middle:
+                runs, total = runs + 1, value
+        low, high = (middle, high) if runs > parts else (low, middle)
+    return low
 
 
 def _divisors(n: int) -> list[int]:

@@ -30,7 +30,8 @@ from shardplan.planner.stages import StageSplit, split_stages
 from shardplan.planner.trace import info, resolve
 
 if TYPE_CHECKING:
-    from shardplan.planner.search.search import Candidate, Search
+    from shardplan.planner.search.candidate import Candidate
+    from shardplan.planner.search.search import Search
 
 _TIGHT = 0.9
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from torch import fx
 
@@ -33,6 +33,8 @@ from shardplan.planner.plan import Alternative, Plan
 from shardplan.planner.propagate import Follow, follow
 from shardplan.planner.rules import strategies
 from shardplan.planner.schedules import in_flight
+from shardplan.planner.search.baselines import NAMES, hand_made, why_missing
+from shardplan.planner.search.candidate import Candidate, Prepared
 from shardplan.planner.search.columns import Case, Columns, SegmentColumns
 from shardplan.planner.search.decided import decide
 from shardplan.planner.search.finish import Finished, finish
@@ -41,33 +43,10 @@ from shardplan.planner.search.memory import Keeps
 from shardplan.planner.search.options import SolveOptions
 from shardplan.planner.search.problem import Price, Weights
 from shardplan.planner.search.solver import Budget
-from shardplan.planner.search.stage_ilp import StageChoice, StageProblem, memory, objective, solve_stages
+from shardplan.planner.search.stage_ilp import StageProblem, solve_stages
 from shardplan.planner.trace import Trace, info, infos, is_tensor, needs_grad, resolve
 
 _RUNNERS_UP = 4
-
-
-@dataclass(slots=True)
-class Candidate:
-    """A case with its problem and the choice that was made in it."""
-
-    case: Case
-    columns: Columns
-    segments: list[SegmentColumns]
-    problem: StageProblem
-    choice: StageChoice
-    schedule: str
-    forced: dict[str, Placement]
-    label: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A case's columns for one placement of the tied parameters."""
-
-    columns: Columns
-    segments: list[SegmentColumns]
-    forced: dict[str, Placement]
 
 
 @dataclass(slots=True)
@@ -101,6 +80,7 @@ class Search:
         self.budget = Budget(options.solver, options.gap / 2, options.time_limit)
         self.keeps = Keeps(trace, costs)
         self.tally = Tally()
+        self.schedule = "1f1b" if options.schedule == "auto" else options.schedule
         self.follows: dict[tuple[str, int], Follow] = {}
         self.tied = self._tied()
         if len(self.cluster.kinds()) > 1:
@@ -392,19 +372,18 @@ class Search:
 
     def _solve_case(self, prepared: Prepared, bound: float) -> Candidate | None:
         """The best choice of a case, with columns that weigh memory if the fastest do not fit. None: does not fit."""
-        schedule = "1f1b" if self.options.schedule == "auto" else self.options.schedule
-        problem = self.problem(prepared.columns, prepared.segments, schedule)
+        problem = self.problem(prepared.columns, prepared.segments, self.schedule)
         try:
             choice = solve_stages(problem, self.budget)
             if choice is None:
-                return self._squeezed(prepared.columns.case, schedule)
+                return self._squeezed(prepared.columns.case, self.schedule)
         except SolverTimeout:
             self.tally.timed_out = True
             self.tally.bound = min(self.tally.bound, bound)
             return None
         self.tally.timed_out |= not choice.optimal
         return Candidate(
-            prepared.columns.case, prepared.columns, prepared.segments, problem, choice, schedule, prepared.forced
+            prepared.columns.case, prepared.columns, prepared.segments, problem, choice, self.schedule, prepared.forced
         )
 
     def _squeezed(self, case: Case, schedule: str) -> Candidate | None:
@@ -436,7 +415,7 @@ class Search:
 
     def _finish(self, found: list[Candidate]) -> Plan:
         found.sort(key=lambda c: (c.choice.objective, str(c.case)))
-        baselines = self._baselines(found)
+        baselines = hand_made(self, found)
         finished: list[Finished] = [finish(self, c) for c in (*found[: 2 + _RUNNERS_UP], *baselines.values())]
         finished.sort(key=lambda f: (f.seconds, str(f.candidate.case)))
         best = finished[0]
@@ -446,91 +425,14 @@ class Search:
             for f in finished
             if id(f.candidate) in names
         }
-        for name in ("single device", "data parallel", "tensor parallel", "even pipeline"):
-            shown.setdefault(name, Alternative(name, None, 0, self._missing(name)))
+        for name in NAMES:
+            shown.setdefault(name, Alternative(name, None, 0, why_missing(self, name)))
         runners = [
             Alternative(str(f.candidate.case), f.seconds, f.peak_nbytes, f.compared(best))
             for f in finished[1:]
             if id(f.candidate) not in names and f.candidate.case != best.candidate.case
         ]
         return best.plan(self, tuple(shown.values()), tuple(runners[:_RUNNERS_UP]))
-
-    def _baselines(self, found: list[Candidate]) -> dict[str, Candidate]:
-        """Hand-made arrangements in the same model; what the constraints exclude or memory forbids is absent."""
-        total = len(self.cluster)
-        wanted = {
-            "single device": lambda c: c.devices == 1,
-            "data parallel": lambda c: total > 1 and c.dp == total,
-            "tensor parallel": lambda c: total > 1 and c.tp == total,
-        }
-        baselines = {}
-        for name, fits_name in wanted.items():
-            mine = [c for c in found if fits_name(c.case)]
-            if not mine:
-                mine = self._solved_late([case for case in self.cases() if fits_name(case)])
-            if mine:
-                baselines[name] = replace(mine[0], label=name)
-        pipelines = [c for c in found if c.case.stages == total > 1]
-        if not pipelines and total > 1:
-            pipelines = self._solved_late([case for case in self.cases() if case.stages == total])
-        if pipelines:
-            even = self._even(pipelines[0])
-            if even is not None:
-                baselines["even pipeline"] = even
-        return baselines
-
-    def _solved_late(self, cases: list[Case]) -> list[Candidate]:
-        """Candidates of cases that the search pruned, for comparison; the first that fits."""
-        ordered = sorted(cases, key=lambda c: abs(c.microbatches - 2 * c.stages if c.stages > 1 else c.microbatches))
-        for case in ordered:
-            if self.exact(case) is not None or self.budget.left() < 1:
-                continue
-            for prepared in self.prepare(case):
-                columns, segments, forced = prepared.columns, prepared.segments, prepared.forced
-                problem = self.problem(columns, segments, "1f1b")
-                try:
-                    choice = solve_stages(problem, self.budget)
-                except SolverTimeout:
-                    return []
-                if choice is not None:
-                    return [Candidate(case, columns, segments, problem, choice, "1f1b", forced)]
-        return []
-
-    def _even(self, candidate: Candidate) -> Candidate | None:
-        """The same pipeline with stages of as equal a number of segments as can be."""
-        count, stages = len(candidate.segments), candidate.case.stages
-        bounds = tuple(count * s // stages for s in range(stages))
-        columns = candidate.choice.columns
-        home = [sum(i >= first for first in bounds) - 1 for i in range(count)]
-        moved = any(home[i] != stage for i, stage in self.decided.pinned.items())
-        if moved or any(len({home[i] for i in group}) > 1 for group in self.decided.together):
-            return None
-        needed = memory(candidate.problem, bounds, columns)
-        if any(n > limit for n, limit in zip(needed, candidate.problem.limits, strict=True)):
-            return None
-        value = objective(candidate.problem, bounds, columns)
-        choice = StageChoice(bounds, columns, value, value, True)
-        return replace(candidate, choice=choice, label="even pipeline")
-
-    def _missing(self, name: str) -> str:
-        """Why a baseline is not among the alternatives."""
-        total = len(self.cluster)
-        if total == 1 and name != "single device":
-            return "there is one device"
-        shape = {
-            "single device": Case(1, 1, 1, 1),
-            "data parallel": Case(1, total, 1, 1),
-            "tensor parallel": Case(1, 1, total, 1),
-            "even pipeline": Case(total, 1, 1, 1),
-        }[name]
-        if not self.decided.allows(shape, self.trace, self.cluster):
-            return "excluded by the constraints"
-        if name == "data parallel" and self.trace.batch_size % total:
-            return f"a batch of {self.trace.batch_size} does not divide over {total} replicas"
-        if name == "even pipeline" and total > len(self.trace.segments):
-            return f"{len(self.trace.segments)} segments are too few for {total} stages"
-        reason = self.exact(shape)
-        return f"not exact with {reason}" if reason else "does not fit into memory"
 
 
 def _least_maximum(values: list[float], parts: int) -> float:

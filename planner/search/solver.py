@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 import pulp
 
@@ -54,26 +54,48 @@ def solve(
     started = time.perf_counter()
     solver = _solver(budget.solver, limit, gap)
     try:
-        problem.solve(solver)
+        answer = problem.solve(solver)
     except pulp.PulpSolverError as error:
         raise SolverUnavailable(f"the solver {budget.solver} failed", [str(error)], ["try another solver"]) from error
     budget.solves += 1
     budget.solver_seconds += time.perf_counter() - started
-    # PuLP says "Optimal" also after a time limit; only sol_status tells an incumbent from nothing.
-    status = problem.sol_status
-    if status in (pulp.LpSolutionInfeasible, pulp.LpSolutionUnbounded):
+    outcome, bound = _outcome_4(answer) if hasattr(answer, "has_solution") else _outcome_3(problem, budget.solver)
+    if outcome == "infeasible":
         return None
-    if status == pulp.LpSolutionNoSolutionFound:
-        if problem.status == pulp.LpStatusInfeasible:
-            return None
+    if outcome == "nothing":
         raise SolverTimeout(f"{budget.solver} found no plan within {limit:.0f} s", [], ["raise time_limit"])
     objective = cast(float, pulp.value(problem.objective) or 0.0)
-    optimal = status == pulp.LpSolutionOptimal
-    bound = _bound(problem, budget.solver)
-    if bound is None:
+    optimal = outcome == "optimal"
+    if bound is None or not math.isfinite(bound):
         bound = objective * (1 - gap) if optimal else -math.inf
     values = {variable.name: float(variable.varValue or 0.0) for variable in problem.variables()}
     return Solved(values, objective, min(bound, objective), optimal)
+
+
+def _outcome_3(problem: pulp.LpProblem, name: str) -> tuple[str, float | None]:
+    """PuLP 3. It says "Optimal" also after a time limit; only sol_status tells an incumbent from nothing."""
+    if problem.sol_status == pulp.LpSolutionOptimal:
+        outcome = "optimal"
+    elif problem.sol_status == pulp.LpSolutionIntegerFeasible:
+        outcome = "feasible"
+    elif pulp.LpStatusInfeasible in (problem.status, problem.sol_status):
+        outcome = "infeasible"
+    else:
+        outcome = "nothing" if problem.sol_status == pulp.LpSolutionNoSolutionFound else "infeasible"
+    if name != "highs" or outcome not in ("optimal", "feasible"):
+        return outcome, None
+    bound = float(problem.solverModel.getInfo().mip_dual_bound)  # type: ignore[union-attr]
+    constant = float(problem.objective.constant) if problem.objective is not None else 0.0
+    return outcome, bound + constant  # HiGHS is not told the constant
+
+
+def _outcome_4(answer: Any) -> tuple[str, float | None]:
+    """PuLP 4: `solve` returns what there is to know. A model of ours is never unbounded, so "unbounded or infeasible",
+    which is "Undefined", means infeasible."""
+    reason = answer.status.name
+    if answer.has_solution:
+        return "optimal" if reason in ("Optimal", "GapLimit") else "feasible", answer.best_bound
+    return "infeasible" if reason in ("Infeasible", "Unbounded", "Undefined") else "nothing", None
 
 
 @cache
@@ -111,12 +133,3 @@ def _solver(name: str, limit: float, gap: float) -> pulp.LpSolver:
     if not solver.available():
         raise SolverUnavailable(f"the solver {name} is not installed", [], ["pip install highspy", "solver='highs'"])
     return solver
-
-
-def _bound(problem: pulp.LpProblem, name: str) -> float | None:
-    if name != "highs":
-        return None
-    information = problem.solverModel.getInfo()  # type: ignore[union-attr]
-    bound = float(information.mip_dual_bound)
-    constant = float(problem.objective.constant) if problem.objective is not None else 0.0  # PuLP keeps it to itself
-    return bound + constant if math.isfinite(bound) else None

@@ -11,10 +11,10 @@ stages
     sum_s t_s + (m - 1) max_s t_s + max_s u_s  >=  sum_s c_s + (m - 1) max_s c_s,
 
 and the right side is least where every segment runs by the column of least c and the stages are the contiguous
-partition of least maximum (`_least_maximum`). Columns minimise c, memory aside; layouts that do not agree, messages and
-memory can only add. A case whose columns do not fit counts with its bound all the same, unless its parameters alone are
-too large: that no other split of its ops would fit is not proven. Before anything is solved the same holds with c = the
-cheapest split of every op and no conversions.
+partition of least maximum (`_least_maximum`); the sum is taken along layouts that agree (`_cheapest_path`). Columns
+minimise c, memory aside; messages and memory can only add. A case whose columns do not fit counts with its bound all the
+same, unless its parameters alone are too large: that no other split of its ops would fit is not proven. Before anything
+is solved the same holds with c = the cheapest split of every op and no conversions.
 """
 
 from __future__ import annotations
@@ -276,11 +276,15 @@ class Search:
                         self.crossings[i].append(node)
         return self.crossings[index]
 
-    def bound(self, case: Case, cheapest: list[float]) -> float:
-        """No plan of the case is faster; see the module docstring. cheapest: c per segment."""
+    def bound(self, case: Case, cheapest: list[float], path: float | None = None) -> float:
+        """No plan of the case is faster; see the module docstring.
+
+        cheapest: c per segment. path: least sum of c over columns whose layouts agree, where columns are known.
+        """
         fixed = sum(self.columns(case).op_price(node, None).forward_seconds for node in self._shared_ops())
-        slowest = _least_maximum(cheapest, case.stages) + fixed
-        return sum(cheapest) + fixed * case.stages + (case.microbatches - 1) * slowest
+        total = max(sum(cheapest), path or 0.0)
+        slowest = max(_least_maximum(cheapest, case.stages), total / case.stages) + fixed
+        return total + fixed * case.stages + (case.microbatches - 1) * slowest
 
     def memory_floor(self, case: Case) -> float:
         """Bytes that the fullest device of a case holds at least: its share of the parameters with their gradients and
@@ -321,7 +325,8 @@ class Search:
             for prepared in ready:
                 once = Weights(once=1.0 / (case.stages + case.microbatches - 1))
                 cheapest = [min(once.of(c.price) for c in s.columns) for s in prepared.segments]
-                bound = max(floor, self.bound(case, cheapest) * prepared.columns.proven)
+                path = _cheapest_path(prepared.segments, once)
+                bound = max(floor, self.bound(case, cheapest, path) * prepared.columns.proven)
                 if self._hopeless(bound, best):
                     fits_somewhere = True
                     continue
@@ -433,6 +438,19 @@ class Search:
             if id(f.candidate) not in names and f.candidate.case != best.candidate.case
         ]
         return best.plan(self, tuple(shown.values()), tuple(runners[:_RUNNERS_UP]))
+
+
+def _cheapest_path(segments: list[SegmentColumns], weights: Weights) -> float:
+    """Least sum of weighted column prices where every segment takes the layout that the one before it leaves."""
+    reached: dict[int, float] = {0: 0.0}
+    for segment in segments:
+        following: dict[int, float] = {}
+        for column in segment.columns:
+            if column.enters in reached:
+                total = reached[column.enters] + weights.of(column.price)
+                following[column.leaves] = min(total, following.get(column.leaves, math.inf))
+        reached = following
+    return min(reached.values(), default=math.inf)
 
 
 def _least_maximum(values: list[float], parts: int) -> float:

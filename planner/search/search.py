@@ -12,9 +12,9 @@ stages
 
 and the right side is least where every segment runs by the column of least c and the stages are the contiguous
 partition of least maximum (`_least_maximum`); the sum is taken along layouts that agree (`_cheapest_path`). Columns
-minimise c, memory aside; messages and memory can only add. A case whose columns do not fit counts with its bound all the
-same, unless its parameters alone are too large: that no other split of its ops would fit is not proven. Before anything
-is solved the same holds with c = the cheapest split of every op and no conversions.
+minimise c, memory aside; messages and memory can only add. A case whose columns do not fit counts with its bound all
+the same, unless its parameters alone are too large: that no other split of its ops would fit is not proven. Before
+anything is solved the same holds with c = the cheapest split of every op and no conversions.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from shardplan.errors import NotTraceable, UsageError
 from shardplan.planner.custom_backward import is_plain
+from shardplan.planner.passes.draft import way_out
 from shardplan.planner.shadow import fake_like
 
 PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
@@ -362,7 +363,7 @@ def explain(error: BaseException, model: nn.Module) -> NotTraceable:
         what = "calls an autograd.Function with a backward of its own"
     details = [f"{place}: {text}"] if place else []
     details.append(f"{type(error).__name__}: {message}")
-    return NotTraceable(where + what, details, [f'constraints=[leaf("{path}")]'] if path else [])
+    return NotTraceable(where + what, details, way_out(path))
 
 
 def _tb(error: BaseException) -> TracebackType | None:

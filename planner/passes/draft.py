@@ -102,10 +102,19 @@ def location(node: fx.Node) -> tuple[str, str]:
     return f"{file}:{line}", text.strip()
 
 
+def way_out(path: str) -> list[str]:
+    """Hints for a module that no graph can hold. Keeping it whole by ``leaf("path")`` is still to come, and says so."""
+    if not path:
+        return []
+    return [
+        f"choose with torch.where or torch.cond in {path}, or move that part out of the model;"
+        f' constraints=[leaf("{path}")] is not available yet'
+    ]
+
+
 def not_traceable(node: fx.Node, what: str) -> NotTraceable:
-    """The error for a node that cannot be part of a trace: where it came from, and which module to make a leaf."""
+    """The error for a node that cannot be part of a trace: where it came from, and what can be done."""
     place, text = location(node)
     path = module_path(node)
     details = [f"{place}: {text}"] if place else []
-    hints = [f'constraints=[leaf("{path}")]'] if path else []
-    return NotTraceable(f"{path or 'the model'} {what}", details, hints)
+    return NotTraceable(f"{path or 'the model'} {what}", details, way_out(path))

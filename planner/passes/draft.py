@@ -102,7 +102,7 @@ def location(node: fx.Node) -> tuple[str, str]:
     return f"{file}:{line}", text.strip()
 
 
-def way_out(path: str) -> list[str]:
+def way_out(path: str | None) -> list[str]:
     """Hints for a module that no graph can hold. Keeping it whole by ``leaf("path")`` is still to come, and says so."""
     if not path:
         return []

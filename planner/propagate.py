@@ -8,13 +8,26 @@ says which op is in the way.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import fx
 
-from shardplan.planner.placement import COLLECTIVES, MICROBATCH_AXIS, D, Mesh, P, Placement, R, S, conversion, divides
+from shardplan.planner.placement import (
+    COLLECTIVES,
+    MICROBATCH_AXIS,
+    D,
+    Mesh,
+    P,
+    Placement,
+    R,
+    S,
+    conversion,
+    divides,
+    fits,
+)
 from shardplan.planner.rules import Strategy, strategies
-from shardplan.planner.trace import Trace, info, infos, is_tensor, needs_grad, resolve, tensor_args
+from shardplan.planner.trace import Trace, info, infos, is_tensor, mutated, needs_grad, resolve, tensor_args
 
 
 @dataclass(slots=True)
@@ -34,6 +47,21 @@ def placed(strategy: Strategy | None, index: int) -> Placement:
 def follow(trace: Trace, axis: str, mesh: Mesh) -> Follow:
     """The batch-split strategy of every node on `axis` ("dp" or "mb")."""
     return _Follower(trace, axis, mesh.size(axis)).run()
+
+
+def carry(
+    trace: Trace,
+    axis: str,
+    mesh: Mesh,
+    given: Callable[[fx.Node], Strategy | None],
+    beside: Mapping[str, Mapping[str, Strategy]],
+) -> dict[str, Strategy]:
+    """The strategy of every node on `axis` of a mesh whose other axes are split as in `beside` (axis -> node name ->
+    Strategy): the given one where it is legal here, else the one that converts its arguments at the least cost.
+
+    Placeholders without a given strategy are replicated. Buffers lie as given: an op that writes to one reads it so.
+    """
+    return _Carrier(trace, axis, mesh, given, beside).run().strategies
 
 
 class _Follower:
@@ -168,3 +196,46 @@ class _Follower:
         if self.result.reason is None:
             states = ", ".join(f"{a.name} {self.state(a)}" for a in arguments)
             self.result.reason = f"{node.name} ({node.target}) mixes the whole batch: its arguments stand as {states}"
+
+
+class _Carrier(_Follower):
+    def __init__(
+        self,
+        trace: Trace,
+        axis: str,
+        mesh: Mesh,
+        given: Callable[[fx.Node], Strategy | None],
+        beside: Mapping[str, Mapping[str, Strategy]],
+    ) -> None:
+        super().__init__(trace, axis, mesh.size(axis))
+        self.mesh = mesh
+        self.given = given
+        self.beside = beside
+
+    def source(self, node: fx.Node) -> Placement:
+        strategy = self.given(node)
+        if strategy is None or not self.divisible(node, (), strategy):
+            return R
+        return strategy.outputs[0]
+
+    def op(self, node: fx.Node) -> None:
+        strategy, arguments = self.given(node), tensor_args(node)
+        if strategy in strategies(node) and self.divisible(node, arguments, strategy):
+            self.chosen[node.name] = strategy  # nothing is pulled: what makes the arguments was given as well
+        else:
+            super().op(node)
+
+    def divisible(self, node: fx.Node, arguments: tuple[fx.Node, ...], strategy: Strategy) -> bool:
+        others = {axis: of[node.name] for axis, of in self.beside.items() if node.name in of}
+
+        def whole(shape: tuple[int, ...], place: Callable[[Strategy], Placement]) -> bool:
+            by_axis = {**{axis: place(other) for axis, other in others.items()}, self.axis: place(strategy)}
+            return fits(shape, tuple(by_axis.get(axis, R) for axis in self.mesh.axes), self.mesh)
+
+        written = mutated(node)
+        for index, argument in enumerate(arguments):
+            if argument in written and strategy.inputs[index] != self.state(argument):
+                return False
+            if is_tensor(argument) and not whole(info(argument).shape, lambda s, i=index: s.inputs[i]):
+                return False
+        return all(whole(made.shape, lambda s, i=index: placed(s, i)) for index, made in enumerate(infos(node)))

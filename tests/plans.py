@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from torch import fx
 
 from shardplan.planner import schedules
+from shardplan.planner.describe import describe_nodes
 from shardplan.planner.placement import Mesh, R, fits
 from shardplan.planner.plan import DeviceSummary, Memory, Plan, StagePlan, Status, input_texts
 from shardplan.planner.propagate import follow
@@ -123,4 +124,5 @@ def random_plan(
         splits=splits,
         step_seconds=0.0,
         status=Status("given", 0.0, 0.0, "none", 0.0),
+        nodes=describe_nodes(trace, split_),
     )

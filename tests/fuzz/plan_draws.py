@@ -1,0 +1,82 @@
+"""Random legal plans: meshes, stage cuts, schedules, recomputed segments and a strategy for every op."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+
+from shardplan.planner import schedules
+from shardplan.planner.placement import Mesh
+from shardplan.planner.plan import Plan
+from shardplan.planner.propagate import follow
+from shardplan.planner.stages import split_stages
+from shardplan.planner.trace import Trace
+from tests.fuzz.builder import Draws
+from tests.plans import random_plan
+
+MESHES = (
+    (1, 2, 1), (2, 1, 1), (1, 1, 2), (2, 2, 1), (1, 2, 2), (2, 1, 2), (1, 4, 1), (1, 3, 1), (4, 1, 1), (2, 2, 2),
+    (1, 2, 3), (1, 1, 4), (3, 1, 1), (2, 4, 1), (1, 1, 3),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Degrees of a plan and the seed of everything else that is drawn."""
+
+    dp: int
+    tp: int
+    pp: int
+    microbatches: int
+    schedule: str
+    split: float
+    recompute: int
+    outputs: bool
+    seed: int
+
+    def __str__(self) -> str:
+        return (
+            f"dp{self.dp} tp{self.tp} pp{self.pp} mb{self.microbatches} {self.schedule} split {self.split} "
+            f"recompute {self.recompute} seed {self.seed}"
+        )
+
+
+def draw_choice(data: bytes) -> Choice:
+    draws = Draws(data)
+    dp, tp, pp = draws.one(MESHES)
+    return Choice(
+        dp, tp, pp, draws.one((1, 2, 1, 4, 3)), draws.one(("1f1b", "gpipe")), draws.one((0.9, 0.5, 1.0, 0.2)),
+        draws.one((0, 0, 1, 2)), draws.chance(3), draws.below(256),
+    )  # fmt: skip
+
+
+def draw_plan(trace: Trace, choice: Choice) -> Plan | None:
+    """The plan of a choice, with degrees lowered where the graph does not allow them; None where nothing is left."""
+    rng = random.Random(choice.seed)
+    pp = min(choice.pp, len(trace.segments))
+    if pp < 1:
+        return None
+    dp, microbatches = choice.dp, choice.microbatches
+    if trace.batch_size % dp:
+        dp = 1
+    if trace.batch_size % (dp * microbatches) or not _exact(trace, "mb", dp, microbatches, choice.tp):
+        microbatches = 1
+    if dp > 1 and not _exact(trace, "dp", dp, microbatches, choice.tp):
+        return None
+    starts = sorted(rng.sample(range(1, len(trace.segments)), pp - 1))
+    names = [s.name for s in trace.segments]
+    recomputed = [[], names, [n for n in names if rng.random() < 0.5]][choice.recompute]
+    plan = random_plan(
+        trace, dp=dp, tp=choice.tp, pp=pp, microbatches=microbatches, seed=choice.seed, split_bias=choice.split,
+        bounds=(0, *starts), rematerialize=recomputed,
+    )  # fmt: skip
+    if choice.schedule == plan.schedule:
+        return plan
+    split = split_stages(trace, (0, *starts))
+    instructions = schedules.build(choice.schedule, pp, microbatches, split.edges(), grad_edges=split.grad_edges())
+    return replace(plan, schedule=choice.schedule, instructions=instructions)
+
+
+def _exact(trace: Trace, axis: str, dp: int, microbatches: int, tp: int) -> bool:
+    """Whether the batch can be split exactly on the axis."""
+    return follow(trace, axis, Mesh(("dp", "mb", "tp"), (dp, microbatches, tp))).reason is None

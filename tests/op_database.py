@@ -1,7 +1,7 @@
 """Calls of ATen ops as PyTorch's own operator database makes them: material to prove rules and discovery on.
 
-Every sample of the database is traced to ATen calls on real tensors; `examine` runs each of them split in every way that
-its rule gives, and says which ops have no rule and which rule is wrong.
+Every sample of the database is traced to ATen calls on real tensors; `examine` runs each of them split in every way
+that its rule gives, and says which ops have no rule and which rule is wrong.
 
     python -m tests.op_database            all of it: a few minutes
     python -m tests.op_database softmax    entries of that name only
@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -114,9 +113,9 @@ def calls_of(entry: Any, most: int = 12) -> list[Call]:
             try:
                 module = make_fx(function, pre_dispatch=True)(*tensors)
                 _Recorder(module, found).run(*tensors)
-            except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError, DynamicOutputShapeException):
+            except Exception:  # a sample that needs the database's own sizes, or that cannot be traced
                 continue
-    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
+    except Exception:  # the same, while samples are made
         return found
     return found
 

@@ -18,11 +18,13 @@ from collections import defaultdict, deque
 from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
 
-from shardplan.errors import Deadlock, NotSupported, UsageError
+from shardplan.errors import Deadlock, UsageError
 from shardplan.planner.instructions import Instruction, Op, Schedule, schedule_text
 
 KINDS = ("gpipe", "1f1b")
-_LATER = ("interleaved", "zb")
+"""What plans use: one stage a position, whole backwards."""
+SIMULATED = (*KINDS, "interleaved", "zb")
+"""What can be built, checked and simulated."""
 _BACKWARDS = (Op.BACKWARD, Op.BACKWARD_INPUT)
 
 Edge = tuple[int, int]
@@ -36,20 +38,19 @@ def build(
     edges: Collection[Edge],
     training: bool = True,
     grad_edges: Collection[Edge] | None = None,
+    chunks: int = 1,
 ) -> Schedule:
-    """The instruction list of a step, one line per stage (stage s is position s).
+    """The instruction list of a step, one line per position; stage s is at position s mod (stages / chunks).
 
-    kind: "gpipe" or "1f1b"; without training both are the same list of forwards. edges: which stages send activations
-    to which, skip edges included; a message carries every tensor of one microbatch between two stages. grad_edges:
-    those whose gradients go back (target to source), default all. In training every stage ends with ``REDUCE_GRADS``
-    and ``OPTIMIZER_STEP``.
+    kind: one of `SIMULATED`; without training all are the same list of forwards, "interleaved" excepted. edges: which
+    stages send activations to which, skip edges included; a message carries every tensor of one microbatch between two
+    stages. grad_edges: those whose gradients go back (target to source), default all. chunks: stages of a position,
+    more than one only under "interleaved". In training every stage ends with ``REDUCE_GRADS`` and ``OPTIMIZER_STEP``.
 
-    Raises UsageError on a kind, count or edge that makes no sense, NotSupported on a schedule of a later version.
+    Raises UsageError on a kind, count or edge that makes no sense.
     """
-    if kind in _LATER:
-        raise NotSupported(f"schedule {kind!r} is not available yet", hints=[f"use one of {', '.join(KINDS)}"])
-    if kind not in KINDS:
-        raise UsageError(f"unknown schedule {kind!r}", hints=[f"use one of {', '.join(KINDS)}"])
+    if kind not in SIMULATED:
+        raise UsageError(f"unknown schedule {kind!r}", hints=[f"use one of {', '.join(SIMULATED)}"])
     if stages < 1 or microbatches < 1:
         raise UsageError(f"a schedule needs a stage and a microbatch, not {stages} and {microbatches}")
     wrong = sorted(edge for edge in edges if not 0 <= edge[0] < edge[1] < stages)
@@ -58,26 +59,59 @@ def build(
     if grad_edges is not None and not set(grad_edges) <= set(edges):
         raise UsageError(f"gradients without activations: {sorted(set(grad_edges) - set(edges))}")
     back = frozenset(edges if grad_edges is None else grad_edges) if training else frozenset[Edge]()
-    return _build(kind, stages, microbatches, frozenset(edges), training, back)
+    _check_chunks(kind, stages, microbatches, chunks)
+    return _build(kind, stages, microbatches, frozenset(edges), training, back, chunks)
+
+
+def _check_chunks(kind: str, stages: int, microbatches: int, chunks: int) -> None:
+    if chunks == 1:
+        return
+    if kind != "interleaved":
+        raise UsageError(f"schedule {kind!r} has one stage a position, not {chunks}")
+    if chunks < 1 or stages % chunks or stages == chunks:
+        raise UsageError(f"{stages} stages do not make {chunks} chunks of at least two positions")
+    if microbatches % (stages // chunks):
+        raise UsageError(f"interleaving needs a multiple of {stages // chunks} microbatches, not {microbatches}")
 
 
 @lru_cache(maxsize=32)
 def _build(
-    kind: str, stages: int, microbatches: int, edges: frozenset[Edge], training: bool, grad_edges: frozenset[Edge]
+    kind: str,
+    stages: int,
+    microbatches: int,
+    edges: frozenset[Edge],
+    training: bool,
+    grad_edges: frozenset[Edge],
+    chunks: int,
 ) -> Schedule:
-    orders = [compute_order(kind, stage, stages, microbatches, training) for stage in range(stages)]
+    positions = stages // chunks
+    orders = compute_orders(kind, positions, microbatches, chunks, training)
     lines = weave(orders, edges, grad_edges)
+    if chunks > 1:
+        lines = post_earlier(lines)
     if not training:
         return lines
+    once = (Op.REDUCE_GRADS, Op.OPTIMIZER_STEP)
     return tuple(
-        (*line, Instruction(Op.REDUCE_GRADS, stage), Instruction(Op.OPTIMIZER_STEP, stage))
-        for stage, line in enumerate(lines)
+        (*line, *(Instruction(op, stage) for op in once for stage in range(position, stages, positions)))
+        for position, line in enumerate(lines)
     )
 
 
 def in_flight(kind: str, stage: int, stages: int, microbatches: int) -> int:
-    """Most microbatches whose activations a stage holds at once in training."""
-    return microbatches if kind == "gpipe" else min(microbatches, stages - stage)
+    """Most microbatches whose activations a stage of its own position holds at once in training."""
+    if kind == "gpipe":
+        return microbatches
+    return min(microbatches, stages if kind == "zb" else stages - stage)
+
+
+def compute_orders(
+    kind: str, positions: int, microbatches: int, chunks: int = 1, training: bool = True
+) -> list[tuple[Instruction, ...]]:
+    """The compute order of every position."""
+    if chunks > 1:
+        return [interleaved_order(p, positions, chunks, microbatches, training) for p in range(positions)]
+    return [compute_order(kind, stage, positions, microbatches, training) for stage in range(positions)]
 
 
 def compute_order(kind: str, stage: int, stages: int, microbatches: int, training: bool) -> tuple[Instruction, ...]:
@@ -85,16 +119,61 @@ def compute_order(kind: str, stage: int, stages: int, microbatches: int, trainin
 
     "1f1b" (Narayanan et al. 2019, PipeDream-flush): ``stages - 1 - stage`` forwards ahead, then one forward and one
     backward in turn, then the backwards that are left. "gpipe" (Huang et al. 2019): all forwards, all backwards.
+    "interleaved" with a single chunk is "1f1b". "zb" (Qi et al. 2023, ZB-H1): 1F1B with backwards in two parts; stage s
+    puts off the weights' part by s microbatches, so that every stage holds as many as the first, and the gaps of the
+    last backwards are filled with it.
     """
     forwards = [Instruction(Op.FORWARD, stage, microbatch) for microbatch in range(microbatches)]
     if not training:
         return tuple(forwards)
+    if kind == "zb":
+        return _zero_bubble_order(stage, stages, forwards)
     backwards = [Instruction(Op.BACKWARD, stage, microbatch) for microbatch in range(microbatches)]
     ahead = microbatches if kind == "gpipe" else min(microbatches, stages - 1 - stage)
     order = forwards[:ahead]
     for forward, backward in zip(forwards[ahead:], backwards):
         order += (forward, backward)
     return (*order, *backwards[microbatches - ahead :])
+
+
+def _zero_bubble_order(stage: int, stages: int, forwards: list[Instruction]) -> tuple[Instruction, ...]:
+    microbatches = len(forwards)
+    ahead = min(microbatches, stages - 1 - stage)
+    order = forwards[:ahead]
+    done = 0  # weights' parts
+    for microbatch in range(microbatches):
+        order += forwards[microbatch + ahead : microbatch + ahead + 1]
+        order.append(Instruction(Op.BACKWARD_INPUT, stage, microbatch))
+        if microbatch - done >= stage or microbatch + ahead >= microbatches:
+            order.append(Instruction(Op.BACKWARD_WEIGHT, stage, done))
+            done += 1
+    order += (Instruction(Op.BACKWARD_WEIGHT, stage, microbatch) for microbatch in range(done, microbatches))
+    return tuple(order)
+
+
+def interleaved_order(
+    position: int, positions: int, chunks: int, microbatches: int, training: bool
+) -> tuple[Instruction, ...]:
+    """Interleaved 1F1B (Narayanan et al. 2021, section 2.2): chunk c of a position is stage c x positions + position;
+    microbatches go through a chunk in groups of `positions`, first chunk first, in backward last chunk first.
+    microbatches: a multiple of positions."""
+    work = [
+        (chunk, group * positions + i)
+        for group in range(microbatches // positions)
+        for chunk in range(chunks)
+        for i in range(positions)
+    ]
+    forwards = [Instruction(Op.FORWARD, chunk * positions + position, i) for chunk, i in work]
+    if not training:
+        return tuple(forwards)
+    backwards = [Instruction(Op.BACKWARD, (chunks - 1 - chunk) * positions + position, i) for chunk, i in work]
+    ahead = min(len(work), 2 * (positions - 1 - position) + (chunks - 1) * positions)
+    if microbatches == positions:
+        ahead = len(work)
+    order = forwards[:ahead]
+    for forward, backward in zip(forwards[ahead:], backwards):
+        order += (forward, backward)
+    return (*order, *backwards[len(work) - ahead :])
 
 
 def weave(

@@ -1,0 +1,154 @@
+"""Communication of a row: which ranks talk, over which links, for how long.
+
+Ranks are numbered as Megatron-LM does: tensor parallel fastest, then context, data, and pipeline parallel slowest, so
+that the group that talks most sits on the fewest nodes. Stage s stands on the ranks s n .. (s+1) n - 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from shardplan.errors import UsageError
+from shardplan.planner.analytic.row import Row
+from shardplan.planner.cluster import Cluster, DeviceKind, Wiring
+from shardplan.planner.costs.links import LinkModel
+
+_OWN_LINKS = ("nvls", "nvswitch", "nvlink")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Network:
+    """A row's ranks on a cluster."""
+
+    cluster: Cluster
+    model: LinkModel
+    row: Row
+
+    def kinds(self, stage: int) -> tuple[DeviceKind, ...]:
+        """Kinds of device that a stage stands on."""
+        size = self.row.ranks // self.row.pp
+        return _kinds(self.cluster, stage * size, (stage + 1) * size)
+
+    def _group(self, stage: int, stride: int, size: int) -> tuple[int, ...]:
+        first = stage * (self.row.ranks // self.row.pp)
+        return tuple(range(first, first + stride * size, stride))
+
+    def _slowest(self, kind: str, nbytes: float, groups: Sequence[tuple[int, ...]]) -> float:
+        return max(self.model.collective(kind, round(nbytes), ranks) for ranks in groups)
+
+    def tensor(self, kind: str, nbytes: float, stage: int) -> float:
+        """Seconds of a collective among the tensor-parallel ranks."""
+        return self._slowest(kind, nbytes, [self._group(stage, 1, self.row.tp)]) if self.row.tp > 1 else 0.0
+
+    def data(self, kind: str, nbytes: float, stage: int) -> float:
+        """Among the ranks that hold the same parameters: data and context parallel."""
+        return self._slowest(kind, nbytes, [self._group(stage, self.row.tp, self.row.dp * self.row.cp)])
+
+    def expert_data(self, kind: str, nbytes: float, stage: int) -> float:
+        """Among the ranks that hold the same experts."""
+        row = self.row
+        size = max(1, row.dp * row.cp * row.tp // (row.ep * expert_tp(row)))
+        return self._slowest(kind, nbytes, [self._group(stage, row.ep * expert_tp(row), size)])
+
+    def expert(self, nbytes: float, stage: int) -> float:
+        """All-to-all among the ranks that share out the experts."""
+        row = self.row
+        return self._slowest("all_to_all", nbytes, [self._group(stage, expert_tp(row), row.ep)]) if row.ep > 1 else 0.0
+
+    def context(self, nbytes: float, stage: int) -> float:
+        """All-gather of keys and values among the context-parallel ranks."""
+        row = self.row
+        return self._slowest("all_gather", nbytes, [self._group(stage, row.tp, row.cp)]) if row.cp > 1 else 0.0
+
+    def send(self, nbytes: float, stage: int) -> float:
+        """From a stage to the next one (the last: back to the first, between chunks)."""
+        size = self.row.ranks // self.row.pp
+        source, target = stage * size, (stage + 1) % self.row.pp * size
+        return self.model.p2p(round(nbytes), source, target)
+
+
+def expert_tp(row: Row) -> int:
+    """How many ranks split one expert: the tensor-parallel ones, unless expert parallelism needs them too."""
+    return row.tp if (row.dp * row.cp) % row.ep == 0 else 1
+
+
+def network(row: Row, cluster: Cluster | None) -> tuple[Network, tuple[str, ...]]:
+    """The row's ranks on the row's devices or on the given cluster, and notes on what was understood.
+
+    Raises UsageError where devices are unknown or too few.
+    """
+    notes: list[str] = []
+    if cluster is None:
+        assert row.devices is not None
+        listed = tuple(row.devices.items()) if isinstance(row.devices, dict) else row.devices
+        cluster, model, notes = _described(
+            listed,
+            row.gpus_per_node,
+            row.intra_node_bytes_per_s,
+            row.inter_node_bytes_per_s,
+            row.inter_node_per,
+        )
+    else:
+        model = _model(cluster)
+    if row.ranks > len(cluster):
+        raise UsageError(
+            f"devices: tp x pp x dp x cp = {row.tp} x {row.pp} x {row.dp} x {row.cp} = {row.ranks} ranks, but there "
+            f"are {len(cluster)} devices"
+        )
+    if row.ranks < len(cluster):
+        notes = [*notes, f"uses {row.ranks} of {len(cluster)} devices"]
+    return Network(cluster, model, row), tuple(notes)
+
+
+@lru_cache(maxsize=64)
+def _described(
+    devices: str | tuple[tuple[str, int], ...],
+    per_node: int | None,
+    intra: float | None,
+    inter: float | None,
+    inter_per: str,
+) -> tuple[Cluster, LinkModel, list[str]]:
+    cluster = Cluster.parse(dict(devices) if isinstance(devices, tuple) else devices, per_node)
+    notes: list[str] = []
+    wiring: list[Wiring] = []
+    changed: dict[Wiring, Wiring] = {}
+    for wires in cluster.wiring:
+        if wires not in changed:
+            link, uplink = wires.link, wires.uplink
+            if intra is not None:
+                rate = intra
+                if link.fabric in _OWN_LINKS and rate > link.bytes_per_s:
+                    notes.append(
+                        f"intra_node_bandwidth: {rate / 1e9:g} GB/s is more than one direction of the device's links "
+                        f"({link.bytes_per_s / 1e9:g} GB/s), which is used"
+                    )
+                    rate = link.bytes_per_s
+                link = replace(link, bytes_per_s=rate, source="row")
+            if inter is not None:
+                fabric = uplink.fabric if uplink.fabric == "rdma" or inter < 10e9 else "rdma"
+                uplink = replace(uplink, bytes_per_s=inter, per=inter_per, fabric=fabric, source="row")
+            changed[wires] = Wiring(link, uplink)
+        wiring.append(changed[wires])
+    cluster = replace(cluster, wiring=tuple(wiring))
+    return cluster, LinkModel(cluster), sorted(set(notes))
+
+
+_MODELS: dict[int, tuple[Cluster, LinkModel]] = {}
+
+
+def _model(cluster: Cluster) -> LinkModel:
+    """The prices of a cluster, kept for the rows that follow."""
+    kept = _MODELS.get(id(cluster))
+    if kept is None:
+        _MODELS.clear()
+        kept = _MODELS[id(cluster)] = (cluster, LinkModel(cluster))
+    return kept[1]
+
+
+def _kinds(cluster: Cluster, first: int, last: int) -> tuple[DeviceKind, ...]:
+    """Distinct kinds among devices first .. last - 1."""
+    if len(cluster.kinds()) == 1:
+        return (cluster.devices[0].kind,)
+    return tuple({device.kind.name: device.kind for device in cluster.devices[first:last]}.values())

@@ -1,0 +1,85 @@
+"""Seconds of the operations of a transformer on one device: matrix products, attention, elementwise traffic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shardplan.planner.analytic.constants import Architecture, Constants, architecture
+from shardplan.planner.cluster import DeviceKind
+
+
+@dataclass(frozen=True, slots=True)
+class Chip:
+    """A device kind at work in one precision. peak: operations per second of matrix products; peak16: of attention,
+    which is never in 8 bits. item: bytes of an activation."""
+
+    kind: DeviceKind
+    of: Architecture
+    constants: Constants
+    precision: str
+    peak: float
+    peak16: float
+    item: int
+
+    @staticmethod
+    def of_kind(kind: DeviceKind, precision: str, constants: Constants) -> Chip:
+        item = 4 if precision == "fp32" else 2
+        high = "bf16" if precision == "fp8" else precision
+        # Frameworks let matrix products of fp32 tensors run in TF32 only when asked to; training scripts do ask.
+        high = "tf32" if precision == "fp32" and "tf32" in kind.flops else high
+        peak16 = kind.peak_flops(high)
+        peak = kind.peak_flops("fp8") if precision == "fp8" else peak16
+        return Chip(kind, constants.architectures[architecture(kind)], constants, precision, peak, peak16, item)
+
+    def product(self, m: float, n: float, k: float, count: float = 1.0, high: bool = False) -> float:
+        """`count` products of [m, k] and [k, n], run as one grouped kernel. high: in 16 bits even under fp8.
+
+        Arithmetic at the speed that such a shape reaches, or its traffic, whichever is longer.
+        """
+        if min(m, n, k, count) <= 0:
+            return 0.0
+        of, fp8 = self.of, self.precision == "fp8" and not high
+        reach = (of.math_fp8 if fp8 else of.math) / (1 + of.half_m / m + of.half_n / n + of.half_k / k)
+        arithmetic = 2.0 * m * n * k * count / ((self.peak if fp8 else self.peak16) * reach)
+        item = 1 if fp8 else self.item
+        moved = (item * (m * k + k * n) + self.item * m * n) * count
+        # Casting to 8 bits reads and writes the operand once more.
+        moved_to_cast = 3.0 * m * k * count if fp8 else 0.0
+        return max(arithmetic, self._moving(moved)) + self._moving(moved_to_cast) + of.launch_seconds
+
+    def traffic(self, nbytes: float) -> float:
+        """An elementwise kernel that reads and writes so many bytes."""
+        return self._moving(nbytes) + self.of.launch_seconds if nbytes > 0 else 0.0
+
+    def _moving(self, nbytes: float) -> float:
+        return nbytes / (self.kind.memory_bytes_per_s * self.of.traffic)
+
+    def attention(self, batch: float, heads: float, queries: float, keys: float, dim: float, flash: bool) -> float:
+        """Forward of causal attention, without its projections."""
+        if flash:
+            work = 2.0 * batch * heads * queries * keys * dim  # two products, half of each masked
+            reach = self.of.attention / (1 + self.of.half_seq / keys) * min(1.0, (dim + 32) / 160)
+            return work / (self.peak16 * reach) + self.of.launch_seconds
+        scores = batch * heads * queries * keys
+        products = 2 * self._batched(batch * heads, queries, keys, dim)
+        # Scaled and masked softmax, dropout with its mask.
+        return products + self.traffic(2 * self.item * scores) + self.traffic((2 * self.item + 1) * scores)
+
+    def attention_backward(
+        self, batch: float, heads: float, queries: float, keys: float, dim: float, flash: bool
+    ) -> float:
+        """Backward of the same: five products instead of two where it is fused (scores are made again), else four."""
+        if flash:
+            work = 5.0 * batch * heads * queries * keys * dim
+            reach = self.of.attention_backward / (1 + self.of.half_seq / keys) * min(1.0, (dim + 32) / 160)
+            return work / (self.peak16 * reach) + self.of.launch_seconds
+        scores = batch * heads * queries * keys
+        products = 4 * self._batched(batch * heads, queries, keys, dim)
+        return products + self.traffic(3 * self.item * scores) + self.traffic((2 * self.item + 1) * scores)
+
+    def _batched(self, count: float, queries: float, keys: float, dim: float) -> float:
+        """One batched product with [queries, keys] scores on one side."""
+        of = self.of
+        reach = of.math / (1 + of.half_m / queries + of.half_n / keys + of.half_k / dim)
+        arithmetic = 2.0 * count * queries * keys * dim / (self.peak16 * reach)
+        return max(arithmetic, self._moving(self.item * count * (queries * keys + 2 * queries * dim))) + of.launch_seconds

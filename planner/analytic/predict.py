@@ -1,0 +1,234 @@
+"""A row's prediction.
+
+    step = pipeline + gradients that are still on their way + optimizer + what a step takes beside
+
+`pipeline` runs the schedule with the stages' seconds; a stage on mixed devices is as slow as its slowest one. Data
+parallel gradients travel behind the last backward (`Constants.dp_overlap` of it); under ZeRO 3 every microbatch gathers
+the parameters of every layer twice and scatters their gradients, behind the layer's own arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shardplan.planner.analytic import memory, pipeline, shapes
+from shardplan.planner.analytic.constants import DEFAULT, Constants
+from shardplan.planner.analytic.layer import NOTHING, Seconds, embedding_seconds, head_seconds, layer_seconds, uses_flash
+from shardplan.planner.analytic.links import Network, network
+from shardplan.planner.analytic.ops import Chip
+from shardplan.planner.analytic.row import Row, Shape, read_row
+from shardplan.planner.cluster import Cluster
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """tflops_per_device and mfu: model FLOPs (no recomputation; `shapes.model_flops_per_token`);
+    hardware_tflops_per_device with it. mfu: of the peak in the row's precision. peak_memory_nbytes: of one rank, per
+    stage. bubble_fraction: idle share of the pipeline's time. None where only a schedule was simulated."""
+
+    id: str
+    step_seconds: float
+    tokens_per_second: float | None
+    tflops_per_device: float | None
+    hardware_tflops_per_device: float | None
+    mfu: float | None
+    peak_memory_nbytes: tuple[int, ...] | None
+    fits: bool | None
+    bubble_fraction: float
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a line of JSON has it."""
+        data: dict[str, Any] = {
+            "id": self.id,
+            "step_seconds": self.step_seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "tflops_per_device": self.tflops_per_device,
+            "hardware_tflops_per_device": self.hardware_tflops_per_device,
+            "mfu": self.mfu,
+            "peak_memory_bytes": None if self.peak_memory_nbytes is None else list(self.peak_memory_nbytes),
+            "fits": self.fits,
+            "bubble_fraction": self.bubble_fraction,
+        }
+        return data | ({"notes": list(self.notes)} if self.notes else {})
+
+
+def predict_row(data: Mapping[str, Any], cluster: Cluster | None = None, default_id: str = "1") -> dict[str, Any]:
+    """The prediction of a row as JSON has it (SURFACE, ``simulate --rows``). cluster: in place of its devices.
+
+    Raises UsageError where the row is wrong.
+    """
+    row = read_row(data, default_id, None if cluster is None else len(cluster))
+    return predict(row, cluster).to_dict()
+
+
+def predict(row: Row, cluster: Cluster | None = None, constants: Constants = DEFAULT) -> Prediction:
+    """The prediction of a checked row. Raises UsageError where its devices are unknown or too few."""
+    net: Network | None = None
+    notes: tuple[str, ...] = ()
+    if row.devices is not None or cluster is not None:
+        net, notes = network(row, cluster)
+    if row.stage_seconds is not None:
+        return _schedule_only(row, net, notes)
+    assert row.shape is not None and net is not None
+    shape = row.shape
+    chunks = shapes.layers_of_chunks(row, shape)
+    times = [_chunk(row, shape, net, constants, chunk, layers) for chunk, layers in enumerate(chunks)]
+    item = 4 if row.precision == "fp32" else 2
+    message = item * row.micro_batch * shape.seq_len / row.cp * shape.hidden / row.tp
+    sends = [net.send(message, stage) for stage in range(row.pp)] if row.pp > 1 else [0.0]
+    piped = pipeline.run(row.schedule, row.pp, row.microbatches, times, sends)
+    if row.pp == 1:
+        seconds = row.full_microbatches * (times[0].forward + times[0].backward)
+        piped = pipeline.Piped(seconds, 0.0)
+    per_stage = [_once(row, shape, net, constants, stage, chunks, times) for stage in range(row.pp)]
+    step = piped.seconds + max(per_stage) + constants.step_seconds
+    tokens = row.global_batch * shape.seq_len
+    flops = tokens * shapes.model_flops_per_token(shape)
+    more = tokens * shapes.recomputed_flops_per_token(row, shape)
+    peak = _peak_flops(row, net)
+    nbytes = _peaks(row, shape, net, constants, chunks)
+    fits = all(amount <= limit for amount, limit in zip(nbytes, _limits(row, net), strict=True))
+    return Prediction(
+        id=row.id,
+        step_seconds=step,
+        tokens_per_second=tokens / step,
+        tflops_per_device=flops / step / row.ranks / 1e12,
+        hardware_tflops_per_device=(flops + more) / step / row.ranks / 1e12,
+        mfu=flops / step / peak,
+        peak_memory_nbytes=nbytes,
+        fits=fits,
+        bubble_fraction=piped.idle_share,
+        notes=notes,
+    )
+
+
+def _schedule_only(row: Row, net: Network | None, notes: tuple[str, ...]) -> Prediction:
+    """Given stage seconds: those of a position and microbatch; interleaved chunks share them."""
+    given = row.stage_seconds
+    assert given is not None
+    stages = [
+        Seconds(given.forward[p], given.backward_input[p], given.backward_weight[p]).times(1 / row.interleave)
+        for _ in range(row.interleave)
+        for p in range(row.pp)
+    ]
+    piped = pipeline.run(row.schedule, row.pp, row.microbatches, stages, [given.send] * row.pp)
+    tokens = tflops = hardware = mfu = nbytes = fits = None
+    if row.shape is not None:
+        count = row.global_batch * row.shape.seq_len
+        flops = count * shapes.model_flops_per_token(row.shape)
+        more = count * shapes.recomputed_flops_per_token(row, row.shape)
+        tokens = count / piped.seconds
+        tflops = flops / piped.seconds / row.ranks / 1e12
+        hardware = (flops + more) / piped.seconds / row.ranks / 1e12
+        if net is not None:
+            mfu = flops / piped.seconds / _peak_flops(row, net)
+            nbytes = _peaks(row, row.shape, net, DEFAULT, shapes.layers_of_chunks(row, row.shape))
+            fits = all(amount <= limit for amount, limit in zip(nbytes, _limits(row, net), strict=True))
+    return Prediction(
+        row.id, piped.seconds, tokens, tflops, hardware, mfu, nbytes, fits, piped.idle_share, notes
+    )
+
+
+def _chips(row: Row, net: Network, constants: Constants, stage: int) -> list[Chip]:
+    return [Chip.of_kind(kind, row.precision, constants) for kind in net.kinds(stage)]
+
+
+def _chunk(row: Row, shape: Shape, net: Network, constants: Constants, chunk: int, layers: int) -> Seconds:
+    """One chunk on the slowest of its stage's devices."""
+    stage = chunk % row.pp
+    found: list[Seconds] = []
+    for chip in _chips(row, net, constants, stage):
+        layer = layer_seconds(row, shape, chip, net, stage)
+        if row.zero >= 3:
+            layer = _gathered(row, shape, chip, net, stage, layer)
+        total = layer.times(layers)
+        if chunk == 0:
+            total += embedding_seconds(row, shape, chip, net, stage)
+        if chunk == row.pp * row.interleave - 1:
+            total += head_seconds(row, shape, chip, net, stage)
+        found.append(total)
+    return max(found, key=lambda seconds: seconds.forward + seconds.backward, default=NOTHING)
+
+
+def _gathered(row: Row, shape: Shape, chip: Chip, net: Network, stage: int, layer: Seconds) -> Seconds:
+    """A layer whose parameters are gathered and whose gradients are scattered behind its arithmetic."""
+    mine = memory.held(row, shape, 1, False, False)
+    each = memory.recipe(row)
+    gather = net.data("all_gather", each.weight * mine.dense, stage)
+    scatter = net.data("reduce_scatter", each.gradient * mine.dense, stage)
+    if mine.experts:
+        gather += net.expert_data("all_gather", each.weight * mine.experts, stage)
+        scatter += net.expert_data("reduce_scatter", each.gradient * mine.experts, stage)
+    slack = chip.constants.fsdp_slack
+    ahead = _both(layer.forward, gather, slack)
+    back = _both(layer.backward, gather + scatter, slack)
+    return Seconds(ahead, layer.backward_input + back - layer.backward, layer.backward_weight)
+
+
+def _both(compute: float, talk: float, slack: float) -> float:
+    """Of two things at the same time."""
+    return max(compute, talk) + slack * min(compute, talk)
+
+
+def _once(
+    row: Row, shape: Shape, net: Network, constants: Constants, stage: int, chunks: list[int], times: list[Seconds]
+) -> float:
+    """Seconds of a stage's gradient reduction that stay visible, and of its optimizer."""
+    layers = sum(chunks[stage :: row.pp])
+    mine = memory.held(row, shape, layers, stage == 0, stage == row.pp - 1)
+    each = memory.recipe(row)
+    replicas = row.dp * row.cp
+    exposed = 0.0
+    if replicas > 1 and row.zero < 3:
+        kinds = (("all_reduce", each.gradient),) if not row.zero else (
+            ("reduce_scatter", each.gradient),
+            ("all_gather", each.weight),
+        )  # fmt: skip
+        talk = sum(net.data(kind, size * mine.dense, stage) for kind, size in kinds)
+        talk += sum(net.expert_data(kind, size * mine.experts, stage) for kind, size in kinds if mine.experts)
+        window = sum(seconds.backward for seconds in times[stage :: row.pp])
+        exposed = max(0.0, talk - constants.dp_overlap * window) + (1 - constants.dp_overlap) * min(talk, window)
+    shared = mine.total / (replicas if row.zero else 1)
+    nbytes = shared * (2 * each.gradient + 2 * each.optimizer + each.weight)
+    chips = _chips(row, net, constants, stage)
+    return exposed + max(chip.traffic(nbytes) for chip in chips)
+
+
+def _peak_flops(row: Row, net: Network) -> float:
+    """Of all the ranks together, in the row's precision."""
+    size = row.ranks // row.pp
+    if len(net.kinds(0)) == 1 and row.pp == 1:
+        return row.ranks * net.kinds(0)[0].peak_flops(row.precision)
+    if len(net.cluster.kinds()) == 1:
+        return row.ranks * net.cluster.devices[0].kind.peak_flops(row.precision)
+    return sum(net.cluster.devices[rank].kind.peak_flops(row.precision) for rank in range(size * row.pp))
+
+
+def _peaks(row: Row, shape: Shape, net: Network, constants: Constants, chunks: list[int]) -> tuple[int, ...]:
+    """The most bytes of a rank, per stage."""
+    flash = [uses_flash(row, shape, _chips(row, net, constants, stage)[0]) for stage in range(row.pp)]
+    last = len(chunks) - 1
+    kept = [
+        layers * memory.layer_nbytes(row, shape, flash[chunk % row.pp])
+        + memory.end_nbytes(row, shape, chunk == 0, chunk == last)
+        for chunk, layers in enumerate(chunks)
+    ]
+    held = pipeline.held_nbytes(row.schedule, row.pp, row.microbatches, kept)
+    peaks = []
+    for stage in range(row.pp):
+        layers = sum(chunks[stage :: row.pp])
+        first, end = stage == 0, stage == row.pp - 1
+        state = memory.state_nbytes(row, shape, memory.held(row, shape, layers, first, end), layers)
+        peaks.append(round(state + held[stage] + memory.working_nbytes(row, shape, flash[stage], end)))
+    return tuple(peaks)
+
+
+def _limits(row: Row, net: Network) -> list[int]:
+    """Bytes that a rank of every stage may use: the least of its devices."""
+    size = row.ranks // row.pp
+    if len(net.cluster.kinds()) == 1 and not net.cluster.limits:
+        return [net.cluster.memory_limit(0)] * row.pp
+    return [min(net.cluster.memory_limit(rank) for rank in range(s * size, (s + 1) * size)) for s in range(row.pp)]

@@ -8,13 +8,15 @@ import torch
 from torch import fx
 
 from shardplan.planner.placement import D, P, R, S
-from shardplan.planner.rules import families, sections, views
+from shardplan.planner.rules import discovery, families, sections, views
 from shardplan.planner.rules.letters import whole_strategies
 from shardplan.planner.rules.localize import LocalCall, Slot, local_call
 from shardplan.planner.rules.strategy import Strategy
 from shardplan.planner.trace import info, infos, is_tensor, resolve, tensor_args
 
-__all__ = ["LocalCall", "Slot", "Strategy", "has_rule", "local_call", "strategies"]
+__all__ = [
+    "LocalCall", "Slot", "Strategy", "has_rule", "is_discovered", "local_call", "strategies", "why_whole",
+]  # fmt: skip
 
 
 def strategies(node: fx.Node, inner: bool = False) -> tuple[Strategy, ...]:
@@ -35,8 +37,22 @@ def strategies(node: fx.Node, inner: bool = False) -> tuple[Strategy, ...]:
 
 
 def has_rule(node: fx.Node) -> bool:
-    """Whether the op has a rule; one without is computed whole on every rank of an axis."""
-    return node.op != "call_function" or resolve(node)[0] is not node or families.rule_of(node) is not None
+    """Whether the op has a rule, written or discovered; one without is computed whole on every rank of an axis."""
+    if node.op != "call_function" or resolve(node)[0] is not node or families.rule_of(node) is not None:
+        return True
+    return is_discovered(node)
+
+
+def is_discovered(node: fx.Node) -> bool:
+    """Whether the op has no written rule, but running it has shown how it may be split."""
+    if node.op != "call_function" or resolve(node)[0] is not node or families.rule_of(node) is not None:
+        return False
+    return bool(discovery.discovered(node))
+
+
+def why_whole(node: fx.Node) -> str:
+    """Why an op without a rule could not be tried; empty where it was, and cannot be split."""
+    return discovery.answer(node).reason
 
 
 def _plain(node: fx.Node, inner: bool) -> tuple[Strategy, ...]:
@@ -56,8 +72,8 @@ def _op(node: fx.Node) -> list[Strategy]:
         return []
     found = whole_strategies(node)
     rule = families.rule_of(node)
-    if rule is not None and not families.unsplittable(node):
-        found += rule(node)
+    if not families.unsplittable(node):
+        found += rule(node) if rule is not None else discovery.discovered(node)
     return [strategy for strategy in found if _sensible(node, strategy)]
 
 

@@ -31,6 +31,7 @@ def trace_model(
     loss_fn: Callable[..., Any] | None = None,
     target: Any = None,
     training: bool = True,
+    evaluate: bool | None = None,
 ) -> Trace:
     """Trace one call ``model(*args, **kwargs)`` with its loss, without running it on data or copying its weights.
 
@@ -39,7 +40,9 @@ def trace_model(
         dim 0 has that size carries the batch.
     loss_fn, target: the loss is ``loss_fn(output, target)``, else the model's own (scalar output, attribute or key
         "loss").
-    training: trace the model in the mode it is in, with a loss; False: in eval mode, the loss may be missing (None).
+    training: with a loss and gradients; False: the loss may be missing (None).
+    evaluate: put the model in eval mode, rather than trace it in the mode that its modules are in; default: where it is
+        not trained.
 
     Raises UsageError for wrong arguments or a missing loss, NotTraceable for what cannot be one graph.
     """
@@ -48,7 +51,8 @@ def trace_model(
     _check_arguments(model, args, kwargs, loss_fn, target, training)
     fake_mode = make_fake_mode()
     inputs = pytree.tree_map_only(torch.Tensor, lambda t: fake_like(fake_mode, t), (args, kwargs, target))
-    captured = _capture(model, inputs, loss_fn, training, fake_mode)
+    evaluate = not training if evaluate is None else evaluate
+    captured = _capture(model, inputs, loss_fn, training, evaluate, fake_mode)
     notes = [*captured.notes, *dict.fromkeys(captured.wrapper.packing.remarks)]
     if training and not model.training:
         notes.append("the model is in eval mode: dropout is off and running statistics are used, not updated")
@@ -95,13 +99,13 @@ def _batch_size(inputs: Any) -> int:
     return next(int(leaf.shape[0]) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim)
 
 
-def _capture(model: nn.Module, inputs: Any, loss_fn: Any, training: bool, fake_mode: Any) -> Captured:
+def _capture(model: nn.Module, inputs: Any, loss_fn: Any, training: bool, evaluate: bool, fake_mode: Any) -> Captured:
     """Trace a copy of the modules; the model itself where it cannot be copied or the loss function holds on to it."""
     own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
     for copied in (True, False):
         try:
             with shadow(model, fake_mode, copied) as traced, without_caches(traced):
-                if not training:
+                if evaluate:
                     traced.eval()
                 found = capture(Wrapper(traced, loss_fn, training), inputs, fake_mode)
         except CannotCopy:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from shardplan.errors import CheckpointError, NotSupported, UsageError
-from shardplan.planner.placement import local_slices
+from shardplan.planner.placement import D, Layout, R, local_slices
 from shardplan.rewrite.program import Program, TensorSpec
 from shardplan.runtime import checkpoint, measuring, optim
 from shardplan.runtime.dtensors import Distributed, whole_of
@@ -25,7 +25,8 @@ Batch = Mapping[str, torch.Tensor]
 class Engine:
     """One rank of a job. torch.distributed has to be initialised, with the ranks that the programs name.
 
-    programs: by kind ("train", "forward"); all of one plan. optimizer_factory: makes an optimizer of this rank's local
+    programs: by key; "train" or "forward" is the planned call, `use` adds others (a smaller batch, another length) under
+    keys of their own. In all of them parameters and buffers lie alike. optimizer_factory: makes an optimizer of this rank's local
     parameters. clip: largest global norm of the gradients, or None. seed: of random ops.
     """
 
@@ -71,21 +72,26 @@ class Engine:
             sharded = any(p.is_shard for spec in self.shards.mine() for p in spec.layout)
             self.optimizer = optim.make(self.optimizer_factory, trainable, sharded)
 
-    def use(self, kind: str, program: Program) -> None:
-        """Add a program of the same plan, or replace the one of that kind."""
-        programs = {**self.programs, kind: program}
+    def use(self, key: str, program: Program) -> None:
+        """Add a program, or replace the one of that key. Raises NotSupported where its parameters lie differently."""
+        programs = {**self.programs, key: program}
         _with_all_buffers(programs)
         self.programs = programs
         if self._executors:
-            self._executors[kind] = Executor(
-                program, self.rank, self.device, self.shards.tensors(), self.groups, self.seed, f"{kind} "
+            self._executors[key] = Executor(
+                program, self.rank, self.device, self.shards.tensors(), self.groups, self.seed, f"{key} "
             )
 
-    def executor(self, kind: str) -> Executor:
-        """The executor of a program kind. Raises UsageError where there is none or no parameters were loaded."""
-        found = self._executors.get(kind)
+    def drop(self, key: str) -> None:
+        """Forget a program that `use` added."""
+        self.programs.pop(key, None)
+        self._executors.pop(key, None)
+
+    def executor(self, key: str) -> Executor:
+        """The executor of a program. Raises UsageError where there is none or no parameters were loaded."""
+        found = self._executors.get(key)
         if found is None:
-            raise UsageError(f"this job has no {kind} program" if self._executors else "no parameters were loaded")
+            raise UsageError(f"this job has no {key} program" if self._executors else "no parameters were loaded")
         return found
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -98,21 +104,21 @@ class Engine:
         for parameter in self.shards.parameters.values():
             parameter.grad = None
 
-    def train_step(self, batch: Batch) -> torch.Tensor:
+    def train_step(self, batch: Batch, key: str = "train") -> torch.Tensor:
         """Gradients of the global batch and an optimizer step. -> loss [], the same on every rank."""
         if self.optimizer_factory is None:
             raise UsageError(
                 "train_step needs an optimizer", [], ["pass optimizer=lambda params: torch.optim.AdamW(...)"]
             )
         self.zero_grad()
-        return self._train(batch, self._optimize)
+        return self._train(batch, self._optimize, key)
 
-    def step(self, batch: Batch) -> torch.Tensor:
+    def step(self, batch: Batch, key: str = "train") -> torch.Tensor:
         """Gradients of the global batch are added to those in place. -> loss [], the same on every rank."""
-        return self._train(batch, None)
+        return self._train(batch, None, key)
 
-    def _train(self, batch: Batch, optimizer_step: Callable[[], None] | None) -> torch.Tensor:
-        executor = self.executor("train")
+    def _train(self, batch: Batch, optimizer_step: Callable[[], None] | None, key: str) -> torch.Tensor:
+        executor = self.executor(key)
         earlier = None
         if optimizer_step is None and any(p.grad is not None for p in self.shards.parameters.values()):
             # The sum over ranks is taken of this step's gradients only; the earlier ones are summed already.
@@ -134,12 +140,14 @@ class Engine:
         if self.optimizer is not None:
             self.optimizer.step()
 
-    def forward(self, batch: Batch, training: bool = False, everywhere: bool = True) -> dict[int, torch.Tensor]:
+    def forward(
+        self, batch: Batch, training: bool = True, everywhere: bool = True, key: str = "forward"
+    ) -> dict[int, torch.Tensor]:
         """Outputs of the model on the global batch: position in the traced outputs -> whole tensor.
 
         everywhere: on every rank, else on rank 0 only ({} on the others).
         """
-        executor = self.executor("forward")
+        executor = self.executor(key)
         with torch.no_grad():
             _, held = executor.run(batch, training, None, self.steps)
             return collect_outputs(executor.program, self.rank, self.device, held, everywhere)
@@ -269,12 +277,12 @@ class Engine:
 
     # -- measuring -----------------------------------------------------------------------------------------------------
 
-    def measure(self, batch: Batch, steps: int = 5) -> dict[str, Any]:
+    def measure(self, batch: Batch, steps: int = 5, key: str = "train") -> dict[str, Any]:
         """Timed steps without changing anything: gradients are computed and dropped. See `runtime.measuring`."""
         gradients = {name: p.grad for name, p in self.shards.parameters.items()}
         buffers = {name: b.clone() for name, b in self.shards.buffers.items()}
         try:
-            return measuring.measure(self.executor("train"), batch, steps, self.steps, self.zero_grad)
+            return measuring.measure(self.executor(key), batch, steps, self.steps, self.zero_grad)
         finally:
             for name, parameter in self.shards.parameters.items():
                 parameter.grad = gradients[name]
@@ -294,12 +302,17 @@ def _with_all_buffers(programs: Mapping[str, Program]) -> Program:
     """The program whose specs say where tensors lie: "train" where there is one; all programs have to agree."""
     main = programs.get("train") or next(iter(programs.values()))
     for program in programs.values():
-        mine = {s.name: (s.layout, s.stages) for s in (*main.parameters, *main.buffers)}
+        mine = {s.name: (_stored(s), s.stages) for s in (*main.parameters, *main.buffers)}
         read = {a.name for code in program.stages for a in code.arguments if a.kind in ("param", "buffer")}
         for spec in (*program.parameters, *program.buffers):
             if spec.name not in read:
                 continue
             layout, stages = mine[spec.name]
-            if layout != spec.layout or not set(spec.stages) <= set(stages):
+            if layout != _stored(spec) or not set(spec.stages) <= set(stages):
                 raise NotSupported(f"{spec.name} lies differently in the programs of this job")
     return main
+
+
+def _stored(spec: TensorSpec) -> Layout:
+    """Where the elements lie: a replicated parameter is the same whether or not its gradient is a sum over ranks."""
+    return tuple(R if placement == D else placement for placement in spec.layout)

@@ -103,25 +103,29 @@ def engine_of(session: Session) -> Engine:
     return session.values[_ENGINE]
 
 
-def use(session: Session, kind: str, program: Program) -> None:
-    engine_of(session).use(kind, program)
+def use(session: Session, key: str, program: Program) -> None:
+    engine_of(session).use(key, program)
 
 
-def train_step(session: Session, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    return engine_of(session).train_step(batch)
+def drop(session: Session, key: str) -> None:
+    engine_of(session).drop(key)
 
 
-def step(session: Session, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    return engine_of(session).step(batch)
+def train_step(session: Session, batch: dict[str, torch.Tensor], key: str) -> torch.Tensor:
+    return engine_of(session).train_step(batch, key)
+
+
+def step(session: Session, batch: dict[str, torch.Tensor], key: str) -> torch.Tensor:
+    return engine_of(session).step(batch, key)
 
 
 def zero_grad(session: Session) -> None:
     engine_of(session).zero_grad()
 
 
-def forward(session: Session, batch: dict[str, torch.Tensor], training: bool, everywhere: bool) -> Any:
+def forward(session: Session, batch: dict[str, torch.Tensor], everywhere: bool, key: str) -> Any:
     """everywhere: give the outputs on all ranks, else on rank 0 only ({} elsewhere)."""
-    return engine_of(session).forward(batch, training=training, everywhere=everywhere)
+    return engine_of(session).forward(batch, everywhere=everywhere, key=key)
 
 
 def full_state_dict(session: Session) -> dict[str, torch.Tensor]:
@@ -140,5 +144,5 @@ def restore(session: Session, path: str) -> dict[str, Any]:
     return engine_of(session).load(path)
 
 
-def measure(session: Session, batch: dict[str, torch.Tensor], steps: int) -> dict[str, Any]:
-    return engine_of(session).measure(batch, steps)
+def measure(session: Session, batch: dict[str, torch.Tensor], steps: int, key: str) -> dict[str, Any]:
+    return engine_of(session).measure(batch, steps, key)

@@ -7,7 +7,7 @@ A call is put into one form first: whatever ``forward`` names is passed by name,
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from shardplan.errors import InputMismatch, UsageError
 from shardplan.planner.plan import input_texts
-from shardplan.planner.trace import Trace, info
+from shardplan.planner.trace import TensorInfo, Trace, info
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,83 +85,91 @@ def canonical(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     return Batch(tuple(positional), named, target)
 
 
+Signature = tuple[tuple[str, str], ...]
+
+
+def signature(batch: Batch) -> Signature:
+    """What tells calls apart: path and shape or value of every leaf."""
+    return tuple((path, _text(leaf)) for path, leaf in _leaves_of_call(batch).items() if leaf is not None)
+
+
 class Inputs:
     """The inputs that a trace was made for; checks batches and takes them apart."""
 
     def __init__(self, trace: Trace, example: Batch, traced_target: Any) -> None:
-        self._expected = {s.name: info(trace.node(n)) for n, s in trace.sources.items() if s.kind == "input"}
+        self._infos = {s.name: info(trace.node(n)) for n, s in trace.sources.items() if s.kind == "input"}
+        self._carriers = {s.name for s in trace.sources.values() if s.kind == "input" and s.batch_dim == 0}
         self._by_leaf = {s.leaf: s.name for s in trace.sources.values() if s.kind == "input" and s.leaf >= 0}
-        self._example = _leaves(example.args, example.kwargs)
-        self._positions = {path: index for index, path in enumerate(self._example)}
+        self._example = _leaves_of_call(Batch(example.args, example.kwargs))
+        self._positions = {path: index for index, path in enumerate(_leaves(example.args, example.kwargs))}
         self._has_target = traced_target is not None
+        self.signature = signature(Batch(example.args, example.kwargs, traced_target))
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of all tensor inputs, the target's included."""
-        return tuple(self._expected)
+        return tuple(self._infos)
 
     def texts(self) -> dict[str, str]:
         """As `Plan.inputs` writes them."""
         return input_texts(
-            (name, held.shape, str(held.dtype).removeprefix("torch.")) for name, held in self._expected.items()
+            (name, held.shape, str(held.dtype).removeprefix("torch.")) for name, held in self._infos.items()
         )
 
-    def bind(self, batch: Batch, partial: bool = False) -> dict[str, torch.Tensor]:
-        """Input name -> tensor of a batch.
+    def check(self, batch: Batch, training: bool) -> None:
+        """Whether a batch can be a call of the same model, perhaps of other sizes.
 
-        partial: inputs of the example (labels, a target) may be missing. Raises InputMismatch, which names the input
-        and both shapes; devices may differ.
+        Raises InputMismatch, which names the input: another dtype or number of dims, inputs that carry different
+        numbers of samples, and in training inputs that are missing.
         """
-        found: dict[str, torch.Tensor] = {}
-        given = _leaves(batch.args, batch.kwargs)
-        for path, value in given.items():
-            if path not in self._positions:
-                if value is None:
-                    continue
-                raise InputMismatch(
-                    f"input {path} was not in the example that was planned for", [f"planned for: {self._names()}"]
-                )
-            expected = self._example[path]
-            if not isinstance(expected, torch.Tensor):
-                if isinstance(value, torch.Tensor) or value != expected:
-                    raise InputMismatch(f"input {path} is {_text(value)}, planned for the constant {expected!r}")
-                continue
-            if value is None and partial:
-                continue
-            name = self._by_leaf.get(self._positions[path])
-            checked = self._check(name or path, value, expected)
-            if name is not None:
-                found[name] = checked
-        for path, expected in self._example.items():
-            if isinstance(expected, torch.Tensor) and given.get(path) is None and not partial:
-                raise InputMismatch(f"input {path} is missing", [f"planned for {_text(expected)}"])
-        if batch.target is not None or not partial:
-            self._bind_target(batch.target, found)
-        return found
-
-    def _bind_target(self, target: Any, found: dict[str, torch.Tensor]) -> None:
-        if (target is not None) != self._has_target:
+        if training and (batch.target is not None) != self._has_target:
             raise InputMismatch(
                 "target is missing" if self._has_target else "target is given, but the plan has no loss_fn",
                 hints=["train_step(*inputs, target=y)"] if self._has_target else ["pass loss_fn= to auto_parallel"],
             )
-        for path, value in _leaves_of(target).items():
-            name = f"target.{path}" if path else "target"
-            if name in self._expected:
-                expected = self._expected[name]
-                example = torch.empty(expected.shape, dtype=expected.dtype, device="meta")
-                found[name] = self._check(name, value, example)
-
-    def _check(self, name: str, value: Any, expected: torch.Tensor) -> torch.Tensor:
-        if not isinstance(value, torch.Tensor) or (value.shape, value.dtype) != (expected.shape, expected.dtype):
+        given = {name: value for name, value in self._named(batch)}
+        samples: dict[int, str] = {}
+        for name, planned in self._infos.items():
+            value = given.get(name)
+            if value is None:
+                if training:
+                    raise InputMismatch(f"input {name} is missing", [f"planned for {_of(planned)}"])
+                continue
+            if not isinstance(value, torch.Tensor) or (value.dtype, value.ndim) != (planned.dtype, len(planned.shape)):
+                raise InputMismatch(f"input {name} is {_text(value)}, planned for {_of(planned)}")
+            if name in self._carriers:
+                samples.setdefault(value.shape[0], name)
+        if len(samples) > 1:
             raise InputMismatch(
-                f"input {name} is {_text(value)}, planned for {_text(expected)}",
-                hints=["a plan holds for one global batch shape; call auto_parallel with an example of the new one"],
+                "the inputs carry different numbers of samples",
+                [f"{name}: {count}" for count, name in samples.items()],
             )
-        return value
 
-    def _names(self) -> str:
-        return ", ".join(self._example) or "none"
+    def part_of(self, batch: Batch) -> frozenset[str] | None:
+        """Names of the batch's tensors, if it is the planned call, perhaps without some inputs (labels); else None."""
+        mine = dict(self.signature)
+        given = signature(batch)
+        if any(mine.get(path) != text for path, text in given):
+            return None
+        constants = {p for p, leaf in self._example.items() if leaf is not None and not isinstance(leaf, torch.Tensor)}
+        if constants - {path for path, _ in given}:
+            return None
+        return frozenset(name for name, value in self._named(batch) if value is not None)
+
+    def bind(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Input name -> tensor, for a batch of this very call; devices may differ."""
+        return {name: value for name, value in self._named(batch) if value is not None}
+
+    def _named(self, batch: Batch) -> Iterator[tuple[str, Any]]:
+        """(input name, value) of what the trace reads; values that were tensors in the example may be anything."""
+        for path, value in _leaves(batch.args, batch.kwargs).items():
+            name = self._by_leaf.get(self._positions.get(path, -1))
+            if name is not None:
+                yield name, value
+        for path, value in _leaves_of(batch.target).items():
+            name = f"target.{path}" if path else "target"
+            if name in self._infos:
+                yield name, value
 
 
 def rebuild_output(trace: Trace, outputs: Mapping[int, torch.Tensor]) -> Any:
@@ -182,12 +190,21 @@ def _leaves(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {".".join(map(_key, path[0 if path[0].idx == 0 else 1 :])): leaf for path, leaf in paths}  # type: ignore[attr-defined]
 
 
+def _leaves_of_call(batch: Batch) -> dict[str, Any]:
+    target = {f"target.{path}" if path else "target": leaf for path, leaf in _leaves_of(batch.target).items()}
+    return _leaves(batch.args, batch.kwargs) | (target if batch.target is not None else {})
+
+
 def _leaves_of(value: Any) -> dict[str, Any]:
     return {".".join(map(_key, path)): leaf for path, leaf in pytree.tree_flatten_with_path(value)[0]}
 
 
 def _key(key: Any) -> str:
     return str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))))
+
+
+def _of(value: TensorInfo) -> str:
+    return _text(torch.empty(value.shape, dtype=value.dtype, device="meta"))
 
 
 def _text(value: Any) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from shardplan.batch import Batch, Inputs, canonical, example_batch, move, rebuild_output
+from shardplan.calls import Call, Calls
 from shardplan.errors import NotRunnableHere, NotSupported, UsageError
 from shardplan.planner.plan import Plan
 from shardplan.planner.report.measured import Measured
@@ -100,7 +101,9 @@ class Settings:
 class ParallelModel:
     """Made by `shardplan.auto_parallel`. Calls take the *global* batch, positional or by name, and the target by name.
 
-    In a driver (plain script) the ranks are worker processes and this process holds no parameters; under torchrun every
+    A call may differ from the planned one: fewer samples (a last batch), another length, other optional inputs, the
+    other mode (`eval`). It is traced once and runs under the same plan (see `shardplan.calls`); samples that do not
+    divide by the number of replicas are computed by all of them. In a driver (plain script) the ranks are worker processes and this process holds no parameters; under torchrun every
     process calls the same methods at the same time. Raises InputMismatch where a batch is not shaped as planned,
     NotRunnableHere where the devices are only described, WorkerFailed and WorkerTimeout as `runtime.launch` says.
     """
@@ -110,8 +113,7 @@ class ParallelModel:
         self._settings = settings
         self._planner = planner
         self._planned: Planned | None = None
-        self._forward_inputs: frozenset[str] | None = None
-        self._mode = model.training
+        self._calls: Calls | None = None
         self._closed = False
 
     # -- planning and loading ------------------------------------------------------------------------------------------
@@ -138,11 +140,18 @@ class ParallelModel:
                 f"{len(missing)} parameters of the model are on the meta device ({missing[0]}, ...) and have no values",
                 hints=["build the model with values to run it; a meta model can be planned: shardplan.plan(...)"],
             )
-        kind = "train" if planned.trace.training else "forward"
+        self._calls = Calls(
+            self._model,
+            self._settings.loss_fn,
+            planned.plan,
+            planned.trace,
+            planned.inputs,
+            quiet=ranks.in_place and os.environ.get("RANK") != "0",
+        )
+        kind = self._calls.planned.key
         programs = {kind: compile_program(planned.trace, planned.plan, kind)}
         job = Job(programs, self._settings.optimizer, self._settings.clip_norm, self._settings.seed)
         ranks.load(job, _whole(self._model))
-        self._forward_inputs = None if kind == "train" else frozenset(planned.inputs.names)
 
     @property
     def plan(self) -> Plan:
@@ -166,6 +175,15 @@ class ParallelModel:
 
     # -- running -------------------------------------------------------------------------------------------------------
 
+    def train(self, mode: bool = True) -> ParallelModel:
+        """Put the model in training mode (or evaluation mode), as `torch.nn.Module.train` does."""
+        self._model.train(mode)
+        return self
+
+    def eval(self) -> ParallelModel:
+        """Put the model in evaluation mode: dropout off, running statistics used."""
+        return self.train(False)
+
     def train_step(self, *inputs: Any, target: Any = None, **kwargs: Any) -> torch.Tensor:
         """Gradients of the global batch from zero, clipping, optimizer step. -> loss [] of the global batch."""
         if self._settings.optimizer is None:
@@ -173,23 +191,20 @@ class ParallelModel:
                 "train_step needs an optimizer",
                 hints=["auto_parallel(..., optimizer=lambda params: torch.optim.AdamW(params, lr=3e-4))"],
             )
-        return self._run(rank_calls.train_step, inputs, kwargs, target)
+        return self._train(rank_calls.train_step, inputs, kwargs, target)
 
     def step(self, *inputs: Any, target: Any = None, **kwargs: Any) -> torch.Tensor:
         """Forward and backward only; gradients are added to what is there. -> loss [] of the global batch."""
-        return self._run(rank_calls.step, inputs, kwargs, target)
+        return self._train(rank_calls.step, inputs, kwargs, target)
 
     def zero_grad(self) -> None:
         """Drop the gradients on all ranks."""
         self._ranks().call(rank_calls.zero_grad)
 
-    def _run(self, function: Callable[..., Any], inputs: Any, kwargs: Any, target: Any) -> torch.Tensor:
+    def _train(self, function: Callable[..., Any], inputs: Any, kwargs: Any, target: Any) -> torch.Tensor:
         batch = self._batch(inputs, kwargs, target)
-        planned = self._ready()
-        if not planned.trace.training:
-            raise UsageError('this model was planned for objective="infer"', hints=['objective="train"'])
-        bound = planned.inputs.bind(batch)
-        return self._ranks().call(function, bound)
+        call = self._call(batch, training=True)
+        return self._ranks().call(function, call.inputs.bind(batch), call.key)
 
     def _batch(self, inputs: Any, kwargs: Any, target: Any) -> Batch:
         batch = canonical(self._model, tuple(inputs), kwargs, target)
@@ -197,31 +212,40 @@ class ParallelModel:
             self._prepare(batch)
         return batch
 
+    def _call(self, batch: Batch, training: bool) -> Call:
+        """The call that a batch is; its program is on the ranks."""
+        planned, ranks = self._ready(), self._ranks()
+        if training and not planned.trace.training:
+            raise UsageError('this model was planned for objective="infer"', hints=['objective="train"'])
+        assert self._calls is not None
+        call, program, dropped = self._calls.find(batch, training)
+        if dropped is not None:
+            ranks.call(rank_calls.drop, dropped)
+        if program is not None:
+            ranks.call(rank_calls.use, call.key, program)
+        return call
+
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
-        """Forward without gradients, in the mode that the model was in. -> whole output, built as the model builds it;
+        """Forward without gradients, in the mode that the model is in. -> whole output, built as the model builds it;
         what needs inputs that are not given (a loss without labels) is None."""
         batch = self._batch(inputs, kwargs, None)
-        planned, ranks = self._ready(), self._ranks()
-        bound = planned.inputs.bind(batch, partial=True)
-        if self._forward_inputs != frozenset(bound):
-            program = compile_program(planned.trace, planned.plan, "forward", frozenset(bound))
-            ranks.call(rank_calls.use, "forward", program)
-            self._forward_inputs = frozenset(bound)
-        outputs = ranks.call(rank_calls.forward, bound, self._mode, ranks.in_place)
-        return rebuild_output(planned.trace, outputs)
+        call, ranks = self._call(batch, training=False), self._ranks()
+        outputs = ranks.call(rank_calls.forward, call.inputs.bind(batch), ranks.in_place, call.key)
+        return rebuild_output(call.trace, outputs)
 
     def measure(self, *inputs: Any, steps: int = 5, target: Any = None, **kwargs: Any) -> Measured:
         """Time forward, backward and gradient reduction on this batch without changing anything.
 
         The optimizer step is not run. ``plan.report(path, measured)`` sets the result beside the prediction.
         """
-        bound = self._ready().inputs.bind(self._batch(inputs, kwargs, target))
-        found = self._ranks().call(rank_calls.measure, bound, steps)
+        batch = self._batch(inputs, kwargs, target)
+        call = self._call(batch, training=True)
+        found = self._ranks().call(rank_calls.measure, call.inputs.bind(batch), steps, call.key)
         each = [m.get("forward", 0.0) + m.get("backward", 0.0) for m in found["stages"]]
         once = [m.get("reduce", 0.0) for m in found["stages"]]
         return Measured(
             step_seconds=found["step_seconds"],
-            stage_seconds=tuple(self.plan.microbatches * a + b for a, b in zip(each, once, strict=True)),
+            stage_seconds=tuple(call.plan.microbatches * a + b for a, b in zip(each, once, strict=True)),
             peak_nbytes=tuple(found["peak_nbytes"]) if any(found["peak_nbytes"]) else (),
             steps=steps,
             timeline=found.get("timeline"),

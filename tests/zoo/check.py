@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
@@ -105,7 +106,14 @@ class Subject:
 
     @property
     def batch(self) -> dict[str, torch.Tensor]:
-        return {s.name: self.case.batch[s.name] for s in self.trace.sources.values() if s.kind == "input"}
+        return {s.name: self.given(s.name) for s in self.trace.sources.values() if s.kind == "input"}
+
+    def given(self, name: str) -> torch.Tensor:
+        """The tensor of the batch that an input's name means ("target.boxes" is in the dict "target")."""
+        found: Any = self.case.batch
+        for key in name.split("."):
+            found = found[key if isinstance(found, dict) else int(key)]
+        return found
 
 
 def check(

@@ -15,10 +15,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch.utils import _pytree as pytree
 
 from tests.models import Case
 
-FAMILIES = ("decoders",)
+FAMILIES = (
+    "decoders",
+    "vision",
+    "audio",
+    "multimodal",
+    "diffusion",
+    "recurrent",
+    "graphs",
+    "recommendation",
+    "plain",
+    "generative",
+    "routing",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +67,9 @@ class Entry:
             torch.manual_seed(seed)
             case = self.make()
         case.model.train().to(self.dtype)
-        batch = {
-            name: value.to(self.dtype) if torch.is_tensor(value) and value.is_floating_point() else value
-            for name, value in case.batch.items()
-        }
+        batch = pytree.tree_map_only(
+            torch.Tensor, lambda t: t.to(self.dtype) if t.is_floating_point() else t, case.batch
+        )
         return replace(case, batch=batch)
 
 

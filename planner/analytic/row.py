@@ -262,8 +262,8 @@ def _check(row: Row) -> None:
             raise UsageError(f"layers_per_stage: lists {len(row.layers_per_stage)} of {row.pp} stages")
         if sum(row.layers_per_stage) != shape.layers:
             raise UsageError(f"layers_per_stage: adds up to {sum(row.layers_per_stage)} of {shape.layers} layers")
-    elif shape.layers < chunks:
-        raise UsageError(f"layers: {shape.layers} are fewer than pp x interleave = {chunks}")
+    elif shape.layers < max(row.pp, chunks - 2):  # the chunks with embedding and head may have none
+        raise UsageError(f"layers: {shape.layers} are too few for pp x interleave = {chunks} chunks")
     if shape.heads % row.tp:
         raise UsageError(f"tp: {row.tp} does not divide heads = {shape.heads}")
     if shape.seq_len % row.cp:

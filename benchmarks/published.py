@@ -1,0 +1,178 @@
+"""How well `shardplan simulate` predicts published training throughput, and the fit of its constants.
+
+    python benchmarks/published.py            # predicted against published, row by row, and errors of both sets
+    python benchmarks/published.py --summary  # only the errors, per source
+    python benchmarks/published.py --fit      # fit the constants to the sources of the fit set, print them
+
+Each file in ``benchmarks/published`` is one source: ``columns`` and ``rows`` of the table, ``common`` fields, ``models``
+by name, and whether constants may be fitted to it (``set``). A source is in one set as a whole. The published column is
+one of `PUBLISHED`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from shardplan.planner.analytic.constants import DEFAULT, Architecture, Constants
+from shardplan.planner.analytic.predict import Prediction, predict
+from shardplan.planner.analytic.row import Row, read_row
+
+FOLDER = Path(__file__).parent / "published"
+PUBLISHED = ("step_seconds", "tokens_per_second_per_device", "tflops_per_device", "hardware_tflops_per_device")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One published figure. what: the column it is in; value: the figure."""
+
+    source: str
+    set: str
+    row: Row
+    what: str
+    value: float
+
+    def error(self, constants: Constants = DEFAULT) -> float:
+        """log(predicted seconds / published seconds)."""
+        ratio = value_of(predict(self.row, None, constants), self) / self.value
+        return math.log(ratio if self.what == "step_seconds" else 1 / ratio)
+
+
+def value_of(found: Prediction, case: Case) -> float:
+    """The prediction in the unit of the published column."""
+    if case.what == "tokens_per_second_per_device":
+        assert found.tokens_per_second is not None
+        return found.tokens_per_second / case.row.ranks
+    value = getattr(found, case.what)
+    assert value is not None
+    return value
+
+
+def load(folder: Path = FOLDER) -> list[Case]:
+    """Every figure of every source."""
+    return [case for path in sorted(folder.glob("*.toml")) for case in _cases(path)]
+
+
+def _cases(path: Path) -> Iterable[Case]:
+    data = tomllib.loads(path.read_text())
+    for index, values in enumerate(data["rows"]):
+        given: dict[str, Any] = {"id": f"{path.stem} {index + 1}", **data.get("common", {})}
+        listed = dict(zip(data["columns"], values, strict=True))
+        if (model := listed.pop("model", None)) is not None:
+            given |= data["models"][model] | {"id": f"{model} {index + 1}"}
+        given |= listed
+        what = next(name for name in PUBLISHED if name in given)
+        value = float(given.pop(what))
+        kind, gpus = given.pop("kind", None), given.pop("gpus", None)
+        split = math.prod(given.get(name, 1) for name in ("tp", "pp", "cp"))
+        if gpus is not None:
+            given["dp"] = gpus // split
+        if kind is not None:
+            given["devices"] = f"{split * given.get('dp', 1)}x{kind}"
+        yield Case(path.stem, data["set"], read_row(given), what, value)
+
+
+def show(cases: Sequence[Case], rows: bool) -> None:
+    """Prints the errors per row and source, then of both sets."""
+    errors: dict[tuple[str, str], list[float]] = {}
+    for case in cases:
+        error = case.error()
+        errors.setdefault((case.set, case.source), []).append(error)
+        if rows:
+            found = value_of(predict(case.row), case)
+            print(f"{case.source:22} {case.row.id:28} {case.what:28} {case.value:10.4g} {found:10.4g} {error:+7.1%}")
+    print(f"{'set':9} {'source':24} {'rows':>4} {'median':>8} {'worst':>8} {'bias':>8}")
+    for (set_, source), found in sorted(errors.items()):
+        print(f"{set_:9} {source:24} {len(found):4} {_summary(found)}")
+    for wanted in ("fit", "hold-out"):
+        found = [error for (set_, _), group in errors.items() if set_ == wanted for error in group]
+        print(f"{wanted:9} {'all':24} {len(found):4} {_summary(found)}")
+
+
+def _summary(errors: Sequence[float]) -> str:
+    sizes = [abs(math.expm1(error)) for error in errors]
+    return f"{statistics.median(sizes):8.1%} {max(sizes):8.1%} {math.expm1(statistics.fmean(errors)):+8.1%}"
+
+
+# -- fit --------------------------------------------------------------------------------------------------------------
+
+_FITTED = {
+    "ampere": ("math", "half_k", "attention", "attention_backward", "half_seq"),
+    "hopper": ("math", "math_fp8", "half_k", "attention", "attention_backward", "half_seq"),
+    "": ("tp_overlap", "tp_overlap_backward", "dp_overlap", "fsdp_slack", "pointwise_forward", "pointwise_backward"),
+}
+_BOUNDS = {
+    "math": (0.4, 0.9),
+    "math_fp8": (0.3, 0.8),
+    "half_k": (10, 800),
+    "attention": (0.2, 0.75),
+    "attention_backward": (0.15, 0.65),
+    "half_seq": (50, 3000),
+    "tp_overlap": (0.0, 0.8),
+    "tp_overlap_backward": (0.0, 0.9),
+    "dp_overlap": (0.3, 1.0),
+    "fsdp_slack": (0.0, 0.4),
+    "pointwise_forward": (1.0, 2.5),
+    "pointwise_backward": (1.0, 2.5),
+}
+
+
+def fit(cases: Sequence[Case]) -> Constants:
+    """Coordinate descent on the mean absolute log error, every source weighing as the root of its rows."""
+    weights = {case.source: 1 / math.sqrt(sum(c.source == case.source for c in cases)) for case in cases}
+
+    def loss(constants: Constants) -> float:
+        total = sum(weights[case.source] * abs(case.error(constants)) for case in cases)
+        return total / sum(weights[case.source] for case in cases)
+
+    best, least = DEFAULT, loss(DEFAULT)
+    step = 0.2
+    while step > 0.01:
+        improved = False
+        for group, names in _FITTED.items():
+            for name in names:
+                for factor in (1 + step, 1 / (1 + step)):
+                    tried = _changed(best, group, name, factor)
+                    found = loss(tried)
+                    if found < least - 1e-6:
+                        best, least, improved = tried, found, True
+        print(f"step {step:.3f} error {least:.4f}", flush=True)
+        if not improved:
+            step /= 2
+    return best
+
+
+def _changed(constants: Constants, group: str, name: str, factor: float) -> Constants:
+    low, high = _BOUNDS[name]
+    holder: Any = constants.architectures[group] if group else constants
+    value = getattr(holder, name)
+    value = min(max(value * factor if value > 0.02 else (0.05 if factor > 1 else 0.0), low), high)
+    if not group:
+        return replace(constants, **{name: value})
+    changed: Architecture = replace(constants.architectures[group], **{name: value})
+    return replace(constants, architectures=constants.architectures | {group: changed})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--summary", action="store_true")
+    parser.add_argument("--fit", action="store_true")
+    options = parser.parse_args()
+    cases = load()
+    if options.fit:
+        found = fit([case for case in cases if case.set == "fit"])
+        for name, arch in found.architectures.items():
+            print(name, {field.name: round(getattr(arch, field.name), 4) for field in fields(Architecture)})
+        print({f.name: round(getattr(found, f.name), 4) for f in fields(Constants) if f.name != "architectures"})
+        return
+    show(cases, not options.summary)
+
+
+if __name__ == "__main__":
+    main()

@@ -18,6 +18,7 @@ from shardplan.runtime.executor import Executor
 from shardplan.runtime.groups import Groups
 from shardplan.runtime.optim import OptimizerFactory
 from shardplan.runtime.parameters import Shards, collect, collect_outputs, owners
+from shardplan.runtime.supply import Supply
 
 Batch = Mapping[str, torch.Tensor]
 
@@ -25,9 +26,9 @@ Batch = Mapping[str, torch.Tensor]
 class Engine:
     """One rank of a job. torch.distributed has to be initialised, with the ranks that the programs name.
 
-    programs: by key; "train" or "forward" is the planned call, `use` adds others (a smaller batch, another length) under
-    keys of their own. In all of them parameters and buffers lie alike. optimizer_factory: makes an optimizer of this rank's local
-    parameters. clip: largest global norm of the gradients, or None. seed: of random ops.
+    programs: by key; "train" or "forward" is the planned call, `use` adds others (a smaller batch, another length)
+    under keys of their own. In all of them parameters and buffers lie alike. optimizer_factory: makes an optimizer of
+    this rank's local parameters. clip: largest global norm of the gradients, or None. seed: of random ops.
     """
 
     def __init__(
@@ -55,10 +56,13 @@ class Engine:
 
     # -- parameters ----------------------------------------------------------------------------------------------------
 
-    def load_full(self, whole: Mapping[str, torch.Tensor] | Callable[[str], torch.Tensor]) -> None:
+    def load_full(self, whole: Mapping[str, torch.Tensor]) -> None:
         """Take this rank's parts of whole parameters and buffers, given by name."""
-        get = whole.__getitem__ if isinstance(whole, Mapping) else whole
-        self.shards.load(get)
+        self.load_parts(Supply(whole))
+
+    def load_parts(self, supply: Supply) -> None:
+        """Make or read this rank's parts of parameters and buffers, and no more than those."""
+        self.shards.load(supply)
         self._ready()
 
     def _ready(self) -> None:
@@ -208,7 +212,7 @@ class Engine:
         def read(reader: checkpoint.Reader) -> None:
             tensors = self.shards.tensors()
             for spec in self.shards.mine():
-                reader.read(f"model/{spec.name}", spec.shape, self._pieces(spec), tensors[spec.name].data)
+                reader.read(f"model/{spec.name}", spec.shape, self.shards.pieces(spec), tensors[spec.name].data)
             if self.optimizer is not None:
                 self._load_optimizer(self.optimizer, reader)
 
@@ -223,10 +227,6 @@ class Engine:
     def _names(self) -> dict[int, str]:
         return {id(parameter): name for name, parameter in self.shards.parameters.items()}
 
-    def _pieces(self, spec: TensorSpec) -> checkpoint.Pieces:
-        placement = self.shards.program.placement[self.shards.stage]
-        return local_slices(spec.shape, spec.layout, placement.mesh, placement.coordinate(self.rank))
-
     def _owned(self) -> Iterator[TensorSpec]:
         """Specs of the tensors of which this rank writes its part: every element is written once."""
         for spec in self.shards.mine():
@@ -237,7 +237,7 @@ class Engine:
     def _parts(self) -> Iterator[checkpoint.Part]:
         tensors = self.shards.tensors()
         for spec in self._owned():
-            pieces = self._pieces(spec)
+            pieces = self.shards.pieces(spec)
             yield checkpoint.Part(f"model/{spec.name}", tensors[spec.name], spec.shape, pieces)
             parameter = self.shards.parameters.get(spec.name)
             if self.optimizer is None or parameter is None:
@@ -270,7 +270,7 @@ class Engine:
                 full = f"optimizer/{name}/{key}"
                 if reader.shape(full) == spec.shape and spec.shape:
                     state[key] = torch.empty(parameter.shape, dtype=reader.dtype(full), device=parameter.device)
-                    reader.read(full, spec.shape, self._pieces(spec), state[key])
+                    reader.read(full, spec.shape, self.shards.pieces(spec), state[key])
                 else:
                     state[key] = reader.scalar(full)
             optim.restore(optimizer, parameter, state)

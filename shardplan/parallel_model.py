@@ -103,7 +103,9 @@ class ParallelModel:
 
     A call may differ from the planned one: fewer samples (a last batch), another length, other optional inputs, the
     other mode (`eval`). It is traced once and runs under the same plan (see `shardplan.calls`); samples that do not
-    divide by the number of replicas are computed by all of them. In a driver (plain script) the ranks are worker processes and this process holds no parameters; under torchrun every
+    divide by the number of replicas are computed by all of them.
+
+    In a driver (plain script) the ranks are worker processes and this process holds no parameters; under torchrun every
     process calls the same methods at the same time. Raises InputMismatch where a batch is not shaped as planned,
     NotRunnableHere where the devices are only described, WorkerFailed and WorkerTimeout as `runtime.launch` says.
     """

@@ -103,9 +103,10 @@ def _summary(errors: Sequence[float]) -> str:
 # -- fit --------------------------------------------------------------------------------------------------------------
 
 _FITTED = {
-    "ampere": ("math", "half_k", "attention", "attention_backward", "half_seq"),
-    "hopper": ("math", "math_fp8", "half_k", "attention", "attention_backward", "half_seq"),
-    "": ("tp_overlap", "tp_overlap_backward", "dp_overlap", "fsdp_slack", "pointwise_forward", "pointwise_backward"),
+    "ampere": ("math", "half_k", "attention", "attention_backward", "half_seq", "eager"),
+    "hopper": ("math", "math_fp8", "half_k", "attention", "attention_backward", "half_seq", "eager"),
+    "fused": ("tp_overlap", "tp_overlap_backward", "dp_overlap", "pointwise_forward", "pointwise_backward"),
+    "sharded": ("gather_slack", "pointwise_forward", "pointwise_backward", "step_seconds"),
 }
 _BOUNDS = {
     "math": (0.4, 0.9),
@@ -114,12 +115,14 @@ _BOUNDS = {
     "attention": (0.2, 0.75),
     "attention_backward": (0.15, 0.65),
     "half_seq": (50, 3000),
+    "eager": (0.1, 1.0),
     "tp_overlap": (0.0, 0.8),
     "tp_overlap_backward": (0.0, 0.9),
     "dp_overlap": (0.3, 1.0),
-    "fsdp_slack": (0.0, 0.4),
-    "pointwise_forward": (1.0, 2.5),
-    "pointwise_backward": (1.0, 2.5),
+    "gather_slack": (0.0, 0.4),
+    "pointwise_forward": (1.0, 3.0),
+    "pointwise_backward": (1.0, 3.0),
+    "step_seconds": (0.0, 0.2),
 }
 
 
@@ -150,13 +153,18 @@ def fit(cases: Sequence[Case]) -> Constants:
 
 def _changed(constants: Constants, group: str, name: str, factor: float) -> Constants:
     low, high = _BOUNDS[name]
-    holder: Any = constants.architectures[group] if group else constants
+    holder: Any = constants.architectures.get(group) or getattr(constants, group)
     value = getattr(holder, name)
-    value = min(max(value * factor if value > 0.02 else (0.05 if factor > 1 else 0.0), low), high)
-    if not group:
-        return replace(constants, **{name: value})
-    changed: Architecture = replace(constants.architectures[group], **{name: value})
-    return replace(constants, architectures=constants.architectures | {group: changed})
+    value = value * factor if value > 0.01 else 0.02 if factor > 1 else 0.0
+    changed = replace(holder, **{name: min(max(value, low), high)})
+    if isinstance(changed, Architecture):
+        return replace(constants, architectures=constants.architectures | {group: changed})
+    return replace(constants, **{group: changed})
+
+
+def _text(holder: Any) -> str:
+    values = ", ".join(f"{getattr(holder, f.name):.3g}" if f.type != "bool" else str(getattr(holder, f.name)) for f in fields(holder))
+    return f"{type(holder).__name__}({values})"
 
 
 def main() -> None:
@@ -168,8 +176,8 @@ def main() -> None:
     if options.fit:
         found = fit([case for case in cases if case.set == "fit"])
         for name, arch in found.architectures.items():
-            print(name, {field.name: round(getattr(arch, field.name), 4) for field in fields(Architecture)})
-        print({f.name: round(getattr(found, f.name), 4) for f in fields(Constants) if f.name != "architectures"})
+            print(f'    "{name}": {_text(arch)},')
+        print(f"    fused: System = {_text(found.fused)}\n    sharded: System = {_text(found.sharded)}")
         return
     show(cases, not options.summary)
 

@@ -18,7 +18,8 @@ class Architecture:
 
     half_m, half_n, half_k: size of a dim at which a product reaches half of that. attention: share of the peak that
     fused attention reaches in forward, attention_backward in backward, both for long sequences (causal work counted
-    half); half_seq: sequence length at which they reach half. traffic: share of the memory bandwidth that elementwise
+    half); half_seq: sequence length at which they reach half. eager: share of that which the kernels of eager PyTorch
+    reach, which were mostly written for the generation before. traffic: share of the memory bandwidth that elementwise
     kernels reach. launch_seconds: of one kernel.
     """
 
@@ -30,39 +31,55 @@ class Architecture:
     attention: float
     attention_backward: float
     half_seq: float
+    eager: float
     traffic: float
     launch_seconds: float
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "volta": Architecture(0.66, 0.66, 60, 60, 60, 0.40, 0.30, 512, 0.78, 8e-6),
-    "ampere": Architecture(0.80, 0.80, 60, 60, 90, 0.50, 0.42, 512, 0.75, 6e-6),
-    "ada": Architecture(0.70, 0.60, 60, 60, 90, 0.45, 0.38, 512, 0.75, 6e-6),
-    "hopper": Architecture(0.70, 0.58, 120, 120, 180, 0.50, 0.42, 700, 0.72, 6e-6),
-    "blackwell": Architecture(0.68, 0.55, 200, 200, 300, 0.50, 0.40, 1000, 0.70, 6e-6),
+    "volta": Architecture(0.66, 0.66, 60, 60, 60, 0.40, 0.30, 512, 1.0, 0.78, 8e-6),
+    "ampere": Architecture(0.80, 0.80, 60, 60, 90, 0.50, 0.42, 512, 0.75, 0.75, 6e-6),
+    "ada": Architecture(0.70, 0.60, 60, 60, 90, 0.45, 0.38, 512, 0.75, 0.75, 6e-6),
+    "hopper": Architecture(0.70, 0.58, 120, 120, 180, 0.50, 0.42, 700, 0.4, 0.72, 6e-6),
+    "blackwell": Architecture(0.68, 0.55, 200, 200, 300, 0.50, 0.40, 1000, 0.4, 0.70, 6e-6),
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Constants:
-    """architectures: by name. Of the systems:
+class System:
+    """What a kind of training system adds.
 
     tp_overlap, tp_overlap_backward: share of a layer's tensor-parallel communication that hides behind its matrix
-    products. dp_overlap: share of a backward behind which gradients may be reduced; fsdp_slack: share of the shorter of
-    computation and parameter gathering that stays visible although they overlap. step_seconds: what a step takes
-    beside. imbalance: tokens of the busiest expert over the mean. pointwise_forward, pointwise_backward: bytes moved
-    by norms, residuals and activations, as a multiple of the least that fused kernels move.
+    products. dp_overlap: share of a backward (of a forward) behind which gradients may be reduced (parameters gathered).
+    gather_slack: share of the shorter of computation and parameter gathering that stays visible although they overlap
+    (ZeRO 3). pointwise_forward, pointwise_backward: bytes moved by norms, residuals and activations, as a multiple of
+    the least that fused kernels move. eager: runs PyTorch's attention kernels. step_seconds: what a step takes beside.
     """
 
+    tp_overlap: float
+    tp_overlap_backward: float
+    dp_overlap: float
+    gather_slack: float
+    pointwise_forward: float
+    pointwise_backward: float
+    eager: bool
+    step_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Constants:
+    """architectures: by name. fused: systems like Megatron-LM, which share at most the optimizer (ZeRO 0 and 1);
+    sharded: those like PyTorch FSDP and DeepSpeed (ZeRO 2 and 3). imbalance: tokens of the busiest expert over the
+    mean."""
+
     architectures: dict[str, Architecture] = field(default_factory=lambda: dict(ARCHITECTURES), hash=False)
-    tp_overlap: float = 0.0
-    tp_overlap_backward: float = 0.5
-    dp_overlap: float = 0.7
-    fsdp_slack: float = 0.15
+    fused: System = System(0.0, 0.5, 0.8, 0.1, 1.3, 1.3, False, 0.01)
+    sharded: System = System(0.0, 0.5, 0.8, 0.1, 1.6, 1.6, True, 0.05)
     imbalance: float = 1.1
-    pointwise_forward: float = 1.3
-    pointwise_backward: float = 1.3
-    step_seconds: float = 0.01
+
+    def system(self, zero: int) -> System:
+        """The kind of system that trains at this ZeRO level."""
+        return self.sharded if zero >= 2 else self.fused
 
 
 DEFAULT = Constants()

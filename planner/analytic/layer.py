@@ -77,10 +77,10 @@ def layer_seconds(row: Row, shape: Shape, chip: Chip, net: Network, stage: int) 
 
     forward_traffic, backward_traffic = _traffic(row, shape, chip, tokens, local)
     pair = _tensor_parallel(row, chip.item * tokens * h, net, stage)
-    constants = chip.constants
-    ahead = forward + mlp.forward + core + forward_traffic + 2 * pair * (1 - constants.tp_overlap)
+    system = chip.system
+    ahead = forward + mlp.forward + core + forward_traffic + 2 * pair * (1 - system.tp_overlap)
     back = by_input + mlp.backward_input + core_backward + backward_traffic
-    back += 2 * pair * (1 - constants.tp_overlap_backward)
+    back += 2 * pair * (1 - system.tp_overlap_backward)
     if row.recompute == "full":
         back += ahead
     elif row.recompute == "selective":
@@ -114,7 +114,7 @@ def _experts(row: Row, shape: Shape, chip: Chip, net: Network, stage: int) -> Se
     split = expert_tp(row)
     owned = shape.experts / row.ep
     # Where experts are not split, sequence parallelism leaves every rank its own tokens.
-    routed = tokens * shape.top_k / (row.tp / split) * chip.constants.imbalance
+    routed = tokens * shape.top_k / (row.tp / split) * chip.imbalance
     rows = routed / owned if row.ep == 1 else routed * row.ep / shape.experts
     width = shape.ffn / split
     shapes = [(width * (2 if shape.gated else 1), shape.hidden), (shape.hidden, width)]
@@ -130,7 +130,7 @@ def _experts(row: Row, shape: Shape, chip: Chip, net: Network, stage: int) -> Se
 
 def _traffic(row: Row, shape: Shape, chip: Chip, tokens: float, local: float) -> tuple[float, float]:
     """Forward and backward seconds of norms, residuals with dropout, rotary positions and activations."""
-    e, h, constants = chip.item, shape.hidden, chip.constants
+    e, h, system = chip.item, shape.hidden, chip.system
     mask = 1 if shape.dropout else 0
     width = shape.ffn * shape.top_k / row.tp
     norm, norm_back = 2 * e * local * h, 3 * e * local * h
@@ -141,7 +141,7 @@ def _traffic(row: Row, shape: Shape, chip: Chip, tokens: float, local: float) ->
     ahead = 2 * chip.traffic(norm) + 2 * chip.traffic(residual) + chip.traffic(rotary) + chip.traffic(active)
     back = 2 * chip.traffic(norm_back) + 2 * chip.traffic(residual_back) + chip.traffic(rotary)
     back += chip.traffic(active_back)
-    return ahead * constants.pointwise_forward, back * constants.pointwise_backward
+    return ahead * system.pointwise_forward, back * system.pointwise_backward
 
 
 def embedding_seconds(row: Row, shape: Shape, chip: Chip, net: Network, stage: int) -> Seconds:

@@ -43,13 +43,13 @@ class Recipe:
 def recipe(row: Row) -> Recipe:
     """How the precision is trained.
 
-    bf16 and fp8: 16-bit weights (8-bit copies beside them in fp8), gradients added up in 32 bits, a 32-bit copy and two
-    moments (Megatron-LM's recipe, 18 bytes). fp16, and bf16 under ZeRO 2 and 3: 16-bit gradients (DeepSpeed, FSDP;
-    16 bytes). fp32: 16 bytes.
+    bf16: 16-bit weights, gradients added up in 32 bits, a 32-bit copy and two moments (Megatron-LM's recipe, 18 bytes).
+    fp16, and bf16 under ZeRO 2 and 3: 16-bit gradients (DeepSpeed, FSDP; 16 bytes). fp8: 8-bit copies of the weights
+    and their transposes beside the 16-bit ones, 16-bit gradients (Transformer Engine in NeMo; 18 bytes). fp32: 16.
     """
     if row.precision == "fp32":
         return Recipe(4, 4, 8)
-    gradient = 2 if row.precision == "fp16" or row.zero >= 2 else 4
+    gradient = 2 if row.precision in ("fp16", "fp8") or row.zero >= 2 else 4
     return Recipe(4 if row.precision == "fp8" else 2, gradient, 12)
 
 

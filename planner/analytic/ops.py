@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shardplan.planner.analytic.constants import Architecture, Constants, architecture
+from shardplan.planner.analytic.constants import Architecture, Constants, System, architecture
 from shardplan.planner.cluster import DeviceKind
 
 
@@ -15,21 +15,23 @@ class Chip:
 
     kind: DeviceKind
     of: Architecture
-    constants: Constants
+    system: System
+    imbalance: float
     precision: str
     peak: float
     peak16: float
     item: int
 
     @staticmethod
-    def of_kind(kind: DeviceKind, precision: str, constants: Constants) -> Chip:
+    def of_kind(kind: DeviceKind, precision: str, zero: int, constants: Constants) -> Chip:
         item = 4 if precision == "fp32" else 2
         high = "bf16" if precision == "fp8" else precision
         # Frameworks let matrix products of fp32 tensors run in TF32 only when asked to; training scripts do ask.
         high = "tf32" if precision == "fp32" and "tf32" in kind.flops else high
         peak16 = kind.peak_flops(high)
         peak = kind.peak_flops("fp8") if precision == "fp8" else peak16
-        return Chip(kind, constants.architectures[architecture(kind)], constants, precision, peak, peak16, item)
+        of = constants.architectures[architecture(kind)]
+        return Chip(kind, of, constants.system(zero), constants.imbalance, precision, peak, peak16, item)
 
     def product(self, m: float, n: float, k: float, count: float = 1.0, high: bool = False) -> float:
         """`count` products of [m, k] and [k, n], run as one grouped kernel. high: in 16 bits even under fp8.
@@ -58,8 +60,7 @@ class Chip:
         """Forward of causal attention, without its projections."""
         if flash:
             work = 2.0 * batch * heads * queries * keys * dim  # two products, half of each masked
-            reach = self.of.attention / (1 + self.of.half_seq / keys) * min(1.0, (dim + 32) / 160)
-            return work / (self.peak16 * reach) + self.of.launch_seconds
+            return self._fused(work, self.of.attention, keys, dim)
         scores = batch * heads * queries * keys
         products = 2 * self._batched(batch * heads, queries, keys, dim)
         # Scaled and masked softmax, dropout with its mask.
@@ -71,11 +72,16 @@ class Chip:
         """Backward of the same: five products instead of two where it is fused (scores are made again), else four."""
         if flash:
             work = 5.0 * batch * heads * queries * keys * dim
-            reach = self.of.attention_backward / (1 + self.of.half_seq / keys) * min(1.0, (dim + 32) / 160)
-            return work / (self.peak16 * reach) + self.of.launch_seconds
+            return self._fused(work, self.of.attention_backward, keys, dim)
         scores = batch * heads * queries * keys
         products = 4 * self._batched(batch * heads, queries, keys, dim)
         return products + self.traffic(3 * self.item * scores) + self.traffic((2 * self.item + 1) * scores)
+
+    def _fused(self, work: float, reach: float, keys: float, dim: float) -> float:
+        """Fused attention; heads narrower than 128 fill the units less (64: nine tenths)."""
+        reach *= min(1.0, 1.125 * dim / (dim + 16)) / (1 + self.of.half_seq / keys)
+        reach *= self.of.eager if self.system.eager else 1.0
+        return work / (self.peak16 * reach) + self.of.launch_seconds
 
     def _batched(self, count: float, queries: float, keys: float, dim: float) -> float:
         """One batched product with [queries, keys] scores on one side."""

@@ -3,7 +3,7 @@
     step = pipeline + gradients that are still on their way + optimizer + what a step takes beside
 
 `pipeline` runs the schedule with the stages' seconds; a stage on mixed devices is as slow as its slowest one. Data
-parallel gradients travel behind the last backward (`Constants.dp_overlap` of it); under ZeRO 3 every microbatch gathers
+parallel gradients travel behind the last backwards (`System.dp_overlap`); under ZeRO 3 every microbatch gathers
 the parameters of every layer twice and scatters their gradients, behind the layer's own arithmetic.
 """
 
@@ -84,7 +84,7 @@ def predict(row: Row, cluster: Cluster | None = None, constants: Constants = DEF
         seconds = row.full_microbatches * (times[0].forward + times[0].backward)
         piped = pipeline.Piped(seconds, 0.0)
     per_stage = [_once(row, shape, net, constants, stage, chunks, times) for stage in range(row.pp)]
-    step = piped.seconds + max(per_stage) + constants.step_seconds
+    step = piped.seconds + max(per_stage) + constants.system(row.zero).step_seconds
     tokens = row.global_batch * shape.seq_len
     flops = tokens * shapes.model_flops_per_token(shape)
     more = tokens * shapes.recomputed_flops_per_token(row, shape)
@@ -133,7 +133,7 @@ def _schedule_only(row: Row, net: Network | None, notes: tuple[str, ...]) -> Pre
 
 
 def _chips(row: Row, net: Network, constants: Constants, stage: int) -> list[Chip]:
-    return [Chip.of_kind(kind, row.precision, constants) for kind in net.kinds(stage)]
+    return [Chip.of_kind(kind, row.precision, row.zero, constants) for kind in net.kinds(stage)]
 
 
 def _chunk(row: Row, shape: Shape, net: Network, constants: Constants, chunk: int, layers: int) -> Seconds:
@@ -162,7 +162,7 @@ def _gathered(row: Row, shape: Shape, chip: Chip, net: Network, stage: int, laye
     if mine.experts:
         gather += net.expert_data("all_gather", each.weight * mine.experts, stage)
         scatter += net.expert_data("reduce_scatter", each.gradient * mine.experts, stage)
-    slack = chip.constants.fsdp_slack
+    slack = chip.system.gather_slack
     ahead = _both(layer.forward, gather, slack)
     back = _both(layer.backward, gather + scatter, slack)
     return Seconds(ahead, layer.backward_input + back - layer.backward, layer.backward_weight)
@@ -176,25 +176,36 @@ def _both(compute: float, talk: float, slack: float) -> float:
 def _once(
     row: Row, shape: Shape, net: Network, constants: Constants, stage: int, chunks: list[int], times: list[Seconds]
 ) -> float:
-    """Seconds of a stage's gradient reduction that stay visible, and of its optimizer."""
+    """Seconds of a stage's gradient reduction and parameter gathering that stay visible, and of its optimizer.
+
+    They hide behind the last backward and the first forward; interleaved chunks finish one after the other, each a
+    pipeline's length before the next.
+    """
     layers = sum(chunks[stage :: row.pp])
     mine = memory.held(row, shape, layers, stage == 0, stage == row.pp - 1)
     each = memory.recipe(row)
     replicas = row.dp * row.cp
     exposed = 0.0
     if replicas > 1 and row.zero < 3:
-        kinds = (("all_reduce", each.gradient),) if not row.zero else (
-            ("reduce_scatter", each.gradient),
-            ("all_gather", each.weight),
-        )  # fmt: skip
-        talk = sum(net.data(kind, size * mine.dense, stage) for kind, size in kinds)
-        talk += sum(net.expert_data(kind, size * mine.experts, stage) for kind, size in kinds if mine.experts)
-        window = sum(seconds.backward for seconds in times[stage :: row.pp])
-        exposed = max(0.0, talk - constants.dp_overlap * window) + (1 - constants.dp_overlap) * min(talk, window)
+        mine_times = times[stage :: row.pp]
+        behind = constants.system(row.zero).dp_overlap * (row.pp if row.interleave > 1 else 1)
+        backward = behind * sum(seconds.backward for seconds in mine_times)
+        forward = behind * sum(seconds.forward for seconds in mine_times)
+        if row.zero:
+            exposed += max(0.0, _among_replicas("reduce_scatter", each.gradient, mine, net, stage) - backward)
+            exposed += max(0.0, _among_replicas("all_gather", each.weight, mine, net, stage) - forward)
+        else:
+            exposed += max(0.0, _among_replicas("all_reduce", each.gradient, mine, net, stage) - backward)
     shared = mine.total / (replicas if row.zero else 1)
     nbytes = shared * (2 * each.gradient + 2 * each.optimizer + each.weight)
     chips = _chips(row, net, constants, stage)
     return exposed + max(chip.traffic(nbytes) for chip in chips)
+
+
+def _among_replicas(kind: str, item: int, mine: memory.Held, net: Network, stage: int) -> float:
+    """A collective over a stage's parameters (or their gradients) among the ranks that hold the same."""
+    experts = net.expert_data(kind, item * mine.experts, stage) if mine.experts else 0.0
+    return net.data(kind, item * mine.dense, stage) + experts
 
 
 def _peak_flops(row: Row, net: Network) -> float:

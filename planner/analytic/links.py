@@ -20,16 +20,20 @@ _OWN_LINKS = ("nvls", "nvswitch", "nvlink")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Network:
-    """A row's ranks on a cluster."""
+    """A row's ranks on a cluster. uniform: the only kind of device there is, None where there are several."""
 
     cluster: Cluster
     model: LinkModel
+    uniform: DeviceKind | None
     row: Row
 
     def kinds(self, stage: int) -> tuple[DeviceKind, ...]:
         """Kinds of device that a stage stands on."""
         size = self.row.ranks // self.row.pp
-        return _kinds(self.cluster, stage * size, (stage + 1) * size)
+        if self.uniform is not None:
+            return (self.uniform,)
+        members = self.cluster.devices[stage * size : (stage + 1) * size]
+        return tuple({device.kind.name: device.kind for device in members}.values())
 
     def _group(self, stage: int, stride: int, size: int) -> tuple[int, ...]:
         first = stage * (self.row.ranks // self.row.pp)
@@ -83,7 +87,7 @@ def network(row: Row, cluster: Cluster | None) -> tuple[Network, tuple[str, ...]
     if cluster is None:
         assert row.devices is not None
         listed = tuple(row.devices.items()) if isinstance(row.devices, dict) else row.devices
-        cluster, model, notes = _described(
+        site, notes = _described(
             listed,
             row.gpus_per_node,
             row.intra_node_bytes_per_s,
@@ -91,7 +95,8 @@ def network(row: Row, cluster: Cluster | None) -> tuple[Network, tuple[str, ...]
             row.inter_node_per,
         )
     else:
-        model = _model(cluster)
+        site = _given(cluster)
+    cluster = site.cluster
     if row.ranks > len(cluster):
         raise UsageError(
             f"devices: tp x pp x dp x cp = {row.tp} x {row.pp} x {row.dp} x {row.cp} = {row.ranks} ranks, but there "
@@ -99,7 +104,16 @@ def network(row: Row, cluster: Cluster | None) -> tuple[Network, tuple[str, ...]
         )
     if row.ranks < len(cluster):
         notes = [*notes, f"uses {row.ranks} of {len(cluster)} devices"]
-    return Network(cluster, model, row), tuple(notes)
+    return Network(cluster, site.model, site.uniform, row), tuple(notes)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Site:
+    """A cluster with its prices and the only kind of its devices."""
+
+    cluster: Cluster
+    model: LinkModel
+    uniform: DeviceKind | None
 
 
 @lru_cache(maxsize=64)
@@ -109,7 +123,7 @@ def _described(
     intra: float | None,
     inter: float | None,
     inter_per: str,
-) -> tuple[Cluster, LinkModel, list[str]]:
+) -> tuple[_Site, list[str]]:
     cluster = Cluster.parse(dict(devices) if isinstance(devices, tuple) else devices, per_node)
     notes: list[str] = []
     wiring: list[Wiring] = []
@@ -132,23 +146,15 @@ def _described(
             changed[wires] = Wiring(link, uplink)
         wiring.append(changed[wires])
     cluster = replace(cluster, wiring=tuple(wiring))
-    return cluster, LinkModel(cluster), sorted(set(notes))
+    return _site(cluster), sorted(set(notes))
 
 
-_MODELS: dict[int, tuple[Cluster, LinkModel]] = {}
+@lru_cache(maxsize=8)
+def _given(cluster: Cluster) -> _Site:
+    """The site of a cluster that is given for many rows."""
+    return _site(cluster)
 
 
-def _model(cluster: Cluster) -> LinkModel:
-    """The prices of a cluster, kept for the rows that follow."""
-    kept = _MODELS.get(id(cluster))
-    if kept is None:
-        _MODELS.clear()
-        kept = _MODELS[id(cluster)] = (cluster, LinkModel(cluster))
-    return kept[1]
-
-
-def _kinds(cluster: Cluster, first: int, last: int) -> tuple[DeviceKind, ...]:
-    """Distinct kinds among devices first .. last - 1."""
-    if len(cluster.kinds()) == 1:
-        return (cluster.devices[0].kind,)
-    return tuple({device.kind.name: device.kind for device in cluster.devices[first:last]}.values())
+def _site(cluster: Cluster) -> _Site:
+    kinds = cluster.kinds()
+    return _Site(cluster, LinkModel(cluster), next(iter(kinds)) if len(kinds) == 1 else None)

@@ -210,12 +210,9 @@ def _among_replicas(kind: str, item: int, mine: memory.Held, net: Network, stage
 
 def _peak_flops(row: Row, net: Network) -> float:
     """Of all the ranks together, in the row's precision."""
-    size = row.ranks // row.pp
-    if len(net.kinds(0)) == 1 and row.pp == 1:
-        return row.ranks * net.kinds(0)[0].peak_flops(row.precision)
-    if len(net.cluster.kinds()) == 1:
-        return row.ranks * net.cluster.devices[0].kind.peak_flops(row.precision)
-    return sum(net.cluster.devices[rank].kind.peak_flops(row.precision) for rank in range(size * row.pp))
+    if net.uniform is not None:
+        return row.ranks * net.uniform.peak_flops(row.precision)
+    return sum(device.kind.peak_flops(row.precision) for device in net.cluster.devices[: row.ranks])
 
 
 def _peaks(row: Row, shape: Shape, net: Network, constants: Constants, chunks: list[int]) -> tuple[int, ...]:
@@ -240,6 +237,6 @@ def _peaks(row: Row, shape: Shape, net: Network, constants: Constants, chunks: l
 def _limits(row: Row, net: Network) -> list[int]:
     """Bytes that a rank of every stage may use: the least of its devices."""
     size = row.ranks // row.pp
-    if len(net.cluster.kinds()) == 1 and not net.cluster.limits:
+    if net.uniform is not None and not net.cluster.limits:
         return [net.cluster.memory_limit(0)] * row.pp
     return [min(net.cluster.memory_limit(rank) for rank in range(s * size, (s + 1) * size)) for s in range(row.pp)]

@@ -121,10 +121,15 @@ def calls_of(entry: Any, most: int = 12) -> list[Call]:
 
 
 def splittable(call: Call) -> bool:
-    """Whether the call is one that a trace can hold: no writes, some tensor made, nothing drawn at random."""
+    """Whether the call is one that a trace can hold and that gives numbers to compare: no writes, nothing sparse or
+    uninitialised, no rounding to half precision, no nested results."""
     schema = call.target._schema
     tensors = [a for a in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(a, torch.Tensor)]
     plain = all(t.layout == torch.strided and not t.is_quantized for t in tensors)
+    rough = any(a in (torch.float16, torch.bfloat16) for a in pytree.tree_leaves((call.args, call.kwargs)))
+    meaningless = "empty" in call.target._opname or call.target._opname in ("chalf", "histogramdd")
+    if rough or meaningless or "sparse" in call.target._opname:
+        return False
     return plain and bool(tensors) and not schema.is_mutable and bool(schema.returns)
 
 

@@ -15,6 +15,7 @@ from shardplan.planner.trace import TensorInfo
 _BASES = ((2, 3, 5, 7, 11, 13, 17, 19, 23), (1, 2, 3, 5, 7, 11, 13, 17, 19))
 """Two sets of sizes, in units of `_UNIT`; prime, so that sizes are not related by accident."""
 _UNIT = 4
+SHARDS = (2, 4)
 _MOST_ELEMENTS = 1 << 17
 _WIDEST_CONSTANT = 64
 
@@ -28,8 +29,9 @@ def scalings(question: Question, variant: int) -> Iterator[Question]:
     constants = sorted({c for c in _integers((question.args, question.kwargs)) if c > 1})
     seen: list[Question] = []
     for mapping in (
-        _related(extents, constants, _BASES[variant], sums=True),
-        _related(extents, constants, _BASES[variant], sums=False),
+        _related(extents, constants, _BASES[variant], sums=True, multiples=False),
+        _related(extents, constants, _BASES[variant], sums=True, multiples=True),
+        _related(extents, constants, _BASES[variant], sums=False, multiples=False),
         _divided(extents, _BASES[variant][0] * _UNIT),
         {e: e for e in extents},
     ):
@@ -40,6 +42,18 @@ def scalings(question: Question, variant: int) -> Iterator[Question]:
                 yield small
 
 
+def shard_counts(question: Question) -> tuple[int, ...]:
+    """Numbers of shards to try: two, four, and what a constant that divides a size is divided by, which shows whether
+    the dim consists of groups that must stay together."""
+    extents = [e for t in question.tensors for e in t.shape]
+    primes = {
+        next(p for p in range(2, c + 1) if c % p == 0)
+        for c in _integers((question.args, question.kwargs))
+        if 2 <= c <= _WIDEST_CONSTANT and any(e % c == 0 for e in extents)
+    }
+    return (*SHARDS, *sorted(primes - set(SHARDS)))
+
+
 def _integers(value: Any) -> Iterator[int]:
     if isinstance(value, int) and not isinstance(value, bool):
         yield value
@@ -48,14 +62,20 @@ def _integers(value: Any) -> Iterator[int]:
             yield from _integers(item)
 
 
-def _related(extents: list[int], constants: list[int], base: tuple[int, ...], sums: bool) -> dict[int, int]:
-    """New sizes that keep products (and sums) of sizes, and divisibility by constants that are no sizes."""
+def _related(
+    extents: list[int], constants: list[int], base: tuple[int, ...], sums: bool, multiples: bool
+) -> dict[int, int]:
+    """New sizes that keep products (and sums) of sizes, and divisibility by constants that are no sizes.
+
+    multiples: a size that is so many times another as a constant says stays that. Otherwise shards of the new size are
+    no multiples of the constant, if it can be helped, which refutes splits that cut its groups.
+    """
     found: dict[int, int] = {}
     fresh = iter(base)
     factors = {c: c for c in constants if c not in extents}
     for extent in extents:
         image = None
-        known = {**factors, **found}
+        known = {**factors, **found} if multiples else found
         for a in found:
             if extent % a == 0 and extent // a in known and extent // a > 1:
                 image = found[a] * known[extent // a]

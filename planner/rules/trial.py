@@ -21,13 +21,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from shardplan.planner.placement import D, P, Placement, R, S
-from shardplan.planner.rules.draws import DRAWS, Draw, scalings
+from shardplan.planner.rules.draws import DRAWS, SHARDS, scalings, shard_counts
 from shardplan.planner.rules.question import Question, fill
 from shardplan.planner.rules.strategy import Strategy
 
-SHARDS = (2, 4)
 MOST_CANDIDATES = 3000
 LEAST_DRAWS = 2
 
@@ -103,7 +103,7 @@ def _both(before: list[tuple[Placement, ...]], now: list[tuple[Placement, ...]])
 def run(target: Any, question: Question, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Tensor results of the op. Raises whatever it raises."""
     result = fill(target, question, values)
-    leaves = torch.utils._pytree.tree_leaves(result)
+    leaves = pytree.tree_leaves(result)
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
@@ -167,10 +167,7 @@ def close(mine: torch.Tensor, wanted: torch.Tensor) -> bool:
 def attempt(target: Any, whole: Whole, candidate: Candidate, shards: int, backward: bool) -> None:
     """Run the op on shards and narrow the candidate down. Raises _Refuted, or what the op raises."""
     question = whole.question
-    if any(
-        p is not None and p.is_shard and v.shape[p.dim] % shards
-        for v, p in zip(whole.values, candidate.placements, strict=True)
-    ):
+    if not _divide(whole, candidate, shards):
         raise _Refuted
     parts = [_parts(v, p, shards) for v, p in zip(whole.values, candidate.placements, strict=True)]
     leaves, results = [], []
@@ -184,7 +181,7 @@ def attempt(target: Any, whole: Whole, candidate: Candidate, shards: int, backwa
     states = [
         _states_of_result([r[i].detach() for r in results], wanted, candidate) for i, wanted in enumerate(whole.results)
     ]
-    arguments = [(p,) if p is not None else (D, R) for p in candidate.placements]
+    arguments: list[tuple[Placement, ...]] = [(p or R,) for p in candidate.placements]
     states = _both(candidate.results, states)
     if backward:
         cotangents = [
@@ -201,6 +198,11 @@ def attempt(target: Any, whole: Whole, candidate: Candidate, shards: int, backwa
             for i, (wanted, p) in enumerate(zip(whole.gradients, candidate.placements, strict=True))
         ]
     candidate.narrow(states, arguments)
+
+
+def _divide(whole: Whole, candidate: Candidate, shards: int) -> bool:
+    pairs = zip(whole.values, candidate.placements, strict=True)
+    return not any(p is not None and p.is_shard and v.shape[p.dim] % shards for v, p in pairs)
 
 
 def _parts(value: torch.Tensor, placement: Placement | None, shards: int) -> list[torch.Tensor]:
@@ -374,8 +376,9 @@ def _prove(target: Any, trials: list[list[Whole]], candidate: Candidate) -> Cand
         candidate.arguments = []
         for trial in trials:
             for whole in trial:
-                for shards in SHARDS:
-                    attempt(target, whole, candidate, shards, flows)
+                for shards in shard_counts(whole.question):
+                    if shards in SHARDS or _divide(whole, candidate, shards):
+                        attempt(target, whole, candidate, shards, flows)
     except (_Refuted, *_FAILURES):
         return None
     return candidate
@@ -396,6 +399,3 @@ def _minimal(found: list[Strategy]) -> list[Strategy]:
         ):
             kept.append(strategy)
     return kept
-
-
-__all__ = ["Answer", "Draw", "search"]

@@ -163,7 +163,9 @@ def _changed(constants: Constants, group: str, name: str, factor: float) -> Cons
 
 
 def _text(holder: Any) -> str:
-    values = ", ".join(f"{getattr(holder, f.name):.3g}" if f.type != "bool" else str(getattr(holder, f.name)) for f in fields(holder))
+    values = ", ".join(
+        f"{getattr(holder, f.name):.3g}" if f.type != "bool" else str(getattr(holder, f.name)) for f in fields(holder)
+    )
     return f"{type(holder).__name__}({values})"
 
 

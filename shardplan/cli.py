@@ -1,4 +1,4 @@
-"""The command line: ``shardplan plan | report | run | diff | cluster``.
+"""The command line: ``shardplan plan | report | run | diff | simulate | cluster``.
 
 torch is imported by the commands, not here, so that ``--help`` is fast. Facts go to stdout (with ``--json`` one object
 and nothing else), everything else to stderr.
@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from shardplan.cli_simulate import simulate_command
 from shardplan.errors import ShardplanError
 
 app = typer.Typer(
@@ -221,6 +222,9 @@ def run_command(
         _write(report.render_html if path is html else report.render_trace, found.plan, path, found.measured)
     if json:
         print(found.to_json())
+
+
+app.command("simulate")(simulate_command)
 
 
 @cluster_app.command("detect")

@@ -82,7 +82,10 @@ def state_nbytes(row: Row, shape: Shape, mine: Held, layers: int) -> float:
     r = recipe(row)
     replicas = row.dp * row.cp
     total = 0.0
-    for params, copies in ((mine.dense, replicas), (mine.experts, max(1.0, replicas * row.tp / row.ep / expert_tp(row)))):
+    for params, copies in (
+        (mine.dense, replicas),
+        (mine.experts, max(1.0, replicas * row.tp / row.ep / expert_tp(row))),
+    ):
         weight = r.weight / copies if row.zero >= 3 else r.weight
         gradient = r.gradient / copies if row.zero >= 2 else r.gradient
         optimizer = r.optimizer / copies if row.zero >= 1 else r.optimizer

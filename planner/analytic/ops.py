@@ -88,4 +88,6 @@ class Chip:
         of = self.of
         reach = of.math / (1 + of.half_m / queries + of.half_n / keys + of.half_k / dim)
         arithmetic = 2.0 * count * queries * keys * dim / (self.peak16 * reach)
-        return max(arithmetic, self._moving(self.item * count * (queries * keys + 2 * queries * dim))) + of.launch_seconds
+        return (
+            max(arithmetic, self._moving(self.item * count * (queries * keys + 2 * queries * dim))) + of.launch_seconds
+        )

@@ -72,7 +72,11 @@ def _orders(kind: str, positions: int, microbatches: int, chunks: int) -> list[t
 
 @lru_cache(maxsize=4096)
 def _seconds(
-    kind: str, positions: int, microbatches: int, times: tuple[tuple[float, float, float], ...], sends: tuple[float, ...]
+    kind: str,
+    positions: int,
+    microbatches: int,
+    times: tuple[tuple[float, float, float], ...],
+    sends: tuple[float, ...],
 ) -> float:
     if positions == 1:
         return microbatches * sum(map(sum, times))
@@ -85,7 +89,11 @@ def _seconds(
 
 
 def _recur(
-    kind: str, positions: int, microbatches: int, times: tuple[tuple[float, float, float], ...], sends: tuple[float, ...]
+    kind: str,
+    positions: int,
+    microbatches: int,
+    times: tuple[tuple[float, float, float], ...],
+    sends: tuple[float, ...],
 ) -> float:
     count = len(times)
     orders = _orders(kind, positions, microbatches, count // positions)

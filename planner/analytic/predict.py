@@ -15,7 +15,14 @@ from typing import Any
 
 from shardplan.planner.analytic import memory, pipeline, shapes
 from shardplan.planner.analytic.constants import DEFAULT, Constants
-from shardplan.planner.analytic.layer import NOTHING, Seconds, embedding_seconds, head_seconds, layer_seconds, uses_flash
+from shardplan.planner.analytic.layer import (
+    NOTHING,
+    Seconds,
+    embedding_seconds,
+    head_seconds,
+    layer_seconds,
+    uses_flash,
+)
 from shardplan.planner.analytic.links import Network, network
 from shardplan.planner.analytic.ops import Chip
 from shardplan.planner.analytic.row import Row, Shape, read_row
@@ -55,23 +62,31 @@ class Prediction:
         return data | ({"notes": list(self.notes)} if self.notes else {})
 
 
-def predict_row(data: Mapping[str, Any], cluster: Cluster | None = None, default_id: str = "1") -> dict[str, Any]:
-    """The prediction of a row as JSON has it (SURFACE, ``simulate --rows``). cluster: in place of its devices.
+def predict_row(
+    data: Mapping[str, Any], cluster: Cluster | None = None, limit_nbytes: int | None = None, default_id: str = "1"
+) -> dict[str, Any]:
+    """The prediction of a row as JSON has it (``simulate --rows``). cluster: in place of its devices. limit_nbytes: of
+    every device, in place of what it has less its reserve.
 
     Raises UsageError where the row is wrong.
     """
     row = read_row(data, default_id, None if cluster is None else len(cluster))
-    return predict(row, cluster).to_dict()
+    return predict(row, cluster, DEFAULT, limit_nbytes).to_dict()
 
 
-def predict(row: Row, cluster: Cluster | None = None, constants: Constants = DEFAULT) -> Prediction:
+def predict(
+    row: Row,
+    cluster: Cluster | None = None,
+    constants: Constants = DEFAULT,
+    limit_nbytes: int | None = None,
+) -> Prediction:
     """The prediction of a checked row. Raises UsageError where its devices are unknown or too few."""
     net: Network | None = None
     notes: tuple[str, ...] = ()
     if row.devices is not None or cluster is not None:
         net, notes = network(row, cluster)
     if row.stage_seconds is not None:
-        return _schedule_only(row, net, notes)
+        return _schedule_only(row, net, notes, limit_nbytes)
     assert row.shape is not None and net is not None
     shape = row.shape
     chunks = shapes.layers_of_chunks(row, shape)
@@ -90,7 +105,7 @@ def predict(row: Row, cluster: Cluster | None = None, constants: Constants = DEF
     more = tokens * shapes.recomputed_flops_per_token(row, shape)
     peak = _peak_flops(row, net)
     nbytes = _peaks(row, shape, net, constants, chunks)
-    fits = all(amount <= limit for amount, limit in zip(nbytes, _limits(row, net), strict=True))
+    fits = all(amount <= limit for amount, limit in zip(nbytes, _limits(row, net, limit_nbytes), strict=True))
     return Prediction(
         id=row.id,
         step_seconds=step,
@@ -105,7 +120,7 @@ def predict(row: Row, cluster: Cluster | None = None, constants: Constants = DEF
     )
 
 
-def _schedule_only(row: Row, net: Network | None, notes: tuple[str, ...]) -> Prediction:
+def _schedule_only(row: Row, net: Network | None, notes: tuple[str, ...], limit_nbytes: int | None) -> Prediction:
     """Given stage seconds: those of a position and microbatch; interleaved chunks share them."""
     given = row.stage_seconds
     assert given is not None
@@ -126,10 +141,8 @@ def _schedule_only(row: Row, net: Network | None, notes: tuple[str, ...]) -> Pre
         if net is not None:
             mfu = flops / piped.seconds / _peak_flops(row, net)
             nbytes = _peaks(row, row.shape, net, DEFAULT, shapes.layers_of_chunks(row, row.shape))
-            fits = all(amount <= limit for amount, limit in zip(nbytes, _limits(row, net), strict=True))
-    return Prediction(
-        row.id, piped.seconds, tokens, tflops, hardware, mfu, nbytes, fits, piped.idle_share, notes
-    )
+            fits = all(amount <= limit for amount, limit in zip(nbytes, _limits(row, net, limit_nbytes), strict=True))
+    return Prediction(row.id, piped.seconds, tokens, tflops, hardware, mfu, nbytes, fits, piped.idle_share, notes)
 
 
 def _chips(row: Row, net: Network, constants: Constants, stage: int) -> list[Chip]:
@@ -234,8 +247,10 @@ def _peaks(row: Row, shape: Shape, net: Network, constants: Constants, chunks: l
     return tuple(peaks)
 
 
-def _limits(row: Row, net: Network) -> list[int]:
+def _limits(row: Row, net: Network, limit_nbytes: int | None) -> list[int]:
     """Bytes that a rank of every stage may use: the least of its devices."""
+    if limit_nbytes is not None:
+        return [limit_nbytes] * row.pp
     size = row.ranks // row.pp
     if net.uniform is not None and not net.cluster.limits:
         return [net.cluster.memory_limit(0)] * row.pp

@@ -18,6 +18,7 @@ from typing import Any
 
 from shardplan.errors import UsageError
 from shardplan.planner import units
+from shardplan.planner.cluster import Cluster
 
 FAMILIES = ("gpt", "llama", "moe")
 SCHEDULES = ("1f1b", "gpipe", "interleaved", "zb")
@@ -29,10 +30,10 @@ _GB_PER_S_BELOW = 1e5
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A decoder-only transformer. ffn: width of the MLP, of one expert in a mixture. heads_dim: width of one head.
+    """A decoder-only transformer. ffn: width of the MLP, of one expert in a mixture.
 
-    gated: the MLP has a gate (SwiGLU). experts: 0 for dense models; top_k: experts that a token visits.
-    dropout: whether masks of dropout are kept (GPT of the Megatron line, not Llama). norm_bias: LayerNorm and biases.
+    gated: the MLP has a gate (SwiGLU). experts: 0 for dense models; top_k: experts that a token visits. flash: whether
+    attention is one fused kernel, None where the row does not say.
     """
 
     family: str
@@ -58,6 +59,7 @@ class Shape:
 
     @property
     def dropout(self) -> bool:
+        """Whether dropout keeps masks (GPT of the Megatron line, not Llama)."""
         return self.family == "gpt"
 
 
@@ -144,6 +146,8 @@ def read_row(data: Mapping[str, Any], default_id: str = "1", sized: int | None =
     if devices is not None and not isinstance(devices, (str, Mapping)):
         raise UsageError(f'devices: {_short(devices)} is neither "64xa100-80g" nor {{"h100": 4, "a10g": 4}}')
     tp, pp, cp = (reader.count(name, 1) for name in ("tp", "pp", "cp"))
+    dp = reader.count("dp", 0) or (1 if timed else _replicas(devices, sized, tp * pp * cp))
+    micro_batch = reader.count("micro_batch", 1)
     inter, per = reader.bandwidth("inter_node_bandwidth", "node")
     row = Row(
         id=str(row_id),
@@ -155,13 +159,13 @@ def read_row(data: Mapping[str, Any], default_id: str = "1", sized: int | None =
         inter_node_per=per,
         tp=tp,
         pp=pp,
-        dp=reader.count("dp", 1),
+        dp=dp,
         cp=cp,
         ep=reader.count("ep", 1),
         interleave=reader.count("interleave", 1),
         schedule=_schedule(reader),
-        micro_batch=reader.count("micro_batch", 1),
-        global_batch=reader.count("global_batch", reader.given.get("micro_batch", 1)),
+        micro_batch=micro_batch,
+        global_batch=reader.count("global_batch", micro_batch * dp),
         zero=reader.whole("zero", 0, 0, 3),
         sequence_parallel=reader.flag("sequence_parallel", False),
         recompute=reader.word("recompute", RECOMPUTES, "none"),
@@ -171,6 +175,14 @@ def read_row(data: Mapping[str, Any], default_id: str = "1", sized: int | None =
     )
     _check(row)
     return row
+
+
+def _replicas(devices: str | Mapping[str, int] | None, sized: int | None, ranks: int) -> int:
+    """Data parallel degree that uses all devices, where the row does not say."""
+    count = len(Cluster.parse(devices)) if sized is None and devices is not None else sized or 1
+    if count < ranks or count % ranks:
+        raise UsageError(f"dp: is missing, and tp x pp x cp = {ranks} does not divide {count} devices")
+    return count // ranks
 
 
 def _shape(reader: _Reader) -> Shape:

@@ -4,9 +4,9 @@
     python benchmarks/published.py --summary  # only the errors, per source
     python benchmarks/published.py --fit      # fit the constants to the sources of the fit set, print them
 
-Each file in ``benchmarks/published`` is one source: ``columns`` and ``rows`` of the table, ``common`` fields, ``models``
-by name, and whether constants may be fitted to it (``set``). A source is in one set as a whole. The published column is
-one of `PUBLISHED`.
+Each file in ``benchmarks/published`` is one source: ``columns`` and ``rows`` of the table, ``common`` fields,
+``models`` by name, and whether constants may be fitted to it (``set``); a source is in one set as a whole. The
+published column is one of `PUBLISHED`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardplan.errors import Deadlock, NotSupported, UsageError
+from shardplan.errors import Deadlock, UsageError
 from shardplan.planner.deadlock import check
 from shardplan.planner.instructions import Instruction, Op, Schedule, parse_schedule, schedule_text
 from shardplan.planner.schedules import build, in_flight
@@ -78,7 +78,7 @@ def test_random_pipelines_are_sound(case: tuple[str, int, int, set[tuple[int, in
                 assert done == max(needed - 1, 0)
 
 
-@pytest.mark.parametrize("kind", ["gpipe", "1f1b"])
+@pytest.mark.parametrize("kind", ["gpipe", "1f1b", "zb"])
 def test_in_flight_is_what_the_simulator_sees(kind: str) -> None:
     for stages, microbatches in itertools.product(range(1, 5), range(1, 7)):
         schedule = build(kind, stages, microbatches, chain(stages))
@@ -86,9 +86,52 @@ def test_in_flight_is_what_the_simulator_sees(kind: str) -> None:
         assert seen == {s: in_flight(kind, s, stages, microbatches) for s in range(stages)}
 
 
+def test_interleaved_pipelines_are_sound_and_divide_the_bubble() -> None:
+    """Narayanan et al. 2021, section 2.2: bubble (p - 1)(f + b)/v."""
+    for positions, chunks, groups in itertools.product((2, 3, 4), (2, 3), (1, 2, 4)):
+        stages, microbatches = positions * chunks, groups * positions
+        schedule = build("interleaved", stages, microbatches, chain(stages), chunks=chunks)
+        check(schedule, chain(stages))
+        assert parse_schedule(schedule_text(schedule)) == schedule
+        assert [{i.stage % positions for i in line} for line in schedule] == [{p} for p in range(positions)]
+        found = simulate(schedule, [StageTimes(1.0 / chunks, 2.0 / chunks)] * stages).step_seconds
+        assert found == pytest.approx(3 * microbatches + 3 * (positions - 1) / chunks)
+
+
+def test_golden_interleaved() -> None:
+    lines = build("interleaved", 4, 2, chain(4), chunks=2)
+    computes = [" ".join(str(i) for i in line if i.peer < 0 and i.microbatch >= 0) for line in lines]
+    assert computes == ["0F0 0F1 2F0 2F1 2B0 2B1 0B0 0B1", "1F0 1F1 3F0 3F1 3B0 3B1 1B0 1B1"]
+
+
+def test_zero_bubble_keeps_the_memory_of_1f1b_and_a_third_of_its_bubble() -> None:
+    """Qi et al. 2023, table 1: bubble (p - 1)(F + B - W) of ZB-H1, activations as the first stage of 1F1B."""
+    for stages, more in itertools.product(range(1, 7), (0, 1, 5)):
+        microbatches = stages + more
+        schedule = build("zb", stages, microbatches, chain(stages))
+        check(schedule, chain(stages))
+        found = simulate(schedule, [StageTimes(1.0, 2.0, 1.0)] * stages)
+        assert found.step_seconds == pytest.approx(3 * microbatches + stages - 1)
+        assert max(found.peak_microbatches.values()) == stages
+
+
+def test_zero_bubble_with_published_times() -> None:
+    """Qi et al. 2023, table 4 (1.5B on 8 stages, 24 microbatches): bubble 0.2431 under 1F1B, 0.1585 under ZB-H1."""
+    forward, by_input, by_weight, send = 18.522, 18.086, 9.337, 0.601
+    links = {pair: send for s in range(7) for pair in ((s, s + 1), (s + 1, s))}
+    for kind, bubble in (("1f1b", 0.2431), ("zb", 0.1585)):
+        times = [StageTimes(forward, by_input + by_weight, by_weight)] * 8
+        found = simulate(build(kind, 8, 24, chain(8)), times, links)
+        assert found.bubble_share == pytest.approx(bubble, abs=1e-3)
+
+
 def test_wrong_arguments() -> None:
-    with pytest.raises(NotSupported, match="interleaved"):
-        build("interleaved", 2, 2, {(0, 1)})
+    with pytest.raises(UsageError, match="one stage a position"):
+        build("zb", 4, 2, chain(4), chunks=2)
+    with pytest.raises(UsageError, match="two positions"):
+        build("interleaved", 2, 2, chain(2), chunks=2)
+    with pytest.raises(UsageError, match="multiple of 2"):
+        build("interleaved", 4, 3, chain(4), chunks=2)
     with pytest.raises(UsageError, match="unknown schedule"):
         build("1f2b", 2, 2, {(0, 1)})
     with pytest.raises(UsageError, match="later stages"):

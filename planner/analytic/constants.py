@@ -50,10 +50,11 @@ class System:
     """What a kind of training system adds.
 
     tp_overlap, tp_overlap_backward: share of a layer's tensor-parallel communication that hides behind its matrix
-    products. dp_overlap: share of a backward (of a forward) behind which gradients may be reduced (parameters gathered).
-    gather_slack: share of the shorter of computation and parameter gathering that stays visible although they overlap
-    (ZeRO 3). pointwise_forward, pointwise_backward: bytes moved by norms, residuals and activations, as a multiple of
-    the least that fused kernels move. eager: runs PyTorch's attention kernels. step_seconds: what a step takes beside.
+    products. dp_overlap: share of a backward (of a forward) behind which gradients may be reduced (parameters be
+    gathered). gather_slack: share of the shorter of computation and parameter gathering that stays visible although
+    they overlap (ZeRO 3). pointwise_forward, pointwise_backward: bytes moved by norms, residuals and activations, as a
+    multiple of the least that fused kernels move. eager: runs PyTorch's attention kernels. step_seconds: what a step
+    takes beside.
     """
 
     tp_overlap: float

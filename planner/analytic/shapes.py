@@ -51,8 +51,8 @@ def model_flops_per_token(shape: Shape) -> float:
     """Forward and backward, without recomputation: 6 per parameter that multiplies (head included, embedding not) and
     12 layers x hidden x sequence for attention, masked half counted as well.
 
-    The convention of PaLM (Chowdhery et al. 2022, appendix B) and of "Reducing activation recomputation" (Korthikanti et
-    al. 2022, equation 7), and so of Megatron-Core, NeMo and llm-foundry.
+    The convention of PaLM (Chowdhery et al. 2022, appendix B) and of Korthikanti et al. 2022 (equation 7), and so of
+    Megatron-Core, NeMo and llm-foundry.
     """
     h, kv = shape.hidden, shape.kv_width
     mlp = h * shape.ffn * (3 if shape.gated else 2) * shape.top_k

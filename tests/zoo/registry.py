@@ -21,6 +21,10 @@ from tests.models import Case
 
 FAMILIES = (
     "decoders",
+    "encoders",
+    "encoder_decoders",
+    "experts",
+    "state_space",
     "vision",
     "audio",
     "multimodal",

@@ -25,7 +25,14 @@ from shardplan.planner.analytic.predict import Prediction, predict
 from shardplan.planner.analytic.row import Row, read_row
 
 FOLDER = Path(__file__).parent / "published"
-PUBLISHED = ("step_seconds", "tokens_per_second_per_device", "tflops_per_device", "hardware_tflops_per_device")
+PUBLISHED = (
+    "step_seconds",
+    "tokens_per_second_per_device",
+    "tflops_per_device",
+    "hardware_tflops_per_device",
+    "peak_memory_gb",
+)
+_MORE_IS_SLOWER = ("step_seconds", "peak_memory_gb")
 
 
 @dataclass(frozen=True)
@@ -39,9 +46,9 @@ class Case:
     value: float
 
     def error(self, constants: Constants = DEFAULT) -> float:
-        """log(predicted seconds / published seconds)."""
+        """log(predicted / published seconds or bytes)."""
         ratio = value_of(predict(self.row, None, constants), self) / self.value
-        return math.log(ratio if self.what == "step_seconds" else 1 / ratio)
+        return math.log(ratio if self.what in _MORE_IS_SLOWER else 1 / ratio)
 
 
 def value_of(found: Prediction, case: Case) -> float:
@@ -49,6 +56,9 @@ def value_of(found: Prediction, case: Case) -> float:
     if case.what == "tokens_per_second_per_device":
         assert found.tokens_per_second is not None
         return found.tokens_per_second / case.row.ranks
+    if case.what == "peak_memory_gb":
+        assert found.peak_memory_nbytes is not None
+        return max(found.peak_memory_nbytes) / 1e9
     value = getattr(found, case.what)
     assert value is not None
     return value
@@ -137,16 +147,16 @@ def fit(cases: Sequence[Case]) -> Constants:
     best, least = DEFAULT, loss(DEFAULT)
     step = 0.2
     while step > 0.01:
-        improved = False
+        before = least
         for group, names in _FITTED.items():
             for name in names:
                 for factor in (1 + step, 1 / (1 + step)):
                     tried = _changed(best, group, name, factor)
                     found = loss(tried)
-                    if found < least - 1e-6:
-                        best, least, improved = tried, found, True
+                    if found < least:
+                        best, least = tried, found
         print(f"step {step:.3f} error {least:.4f}", flush=True)
-        if not improved:
+        if before - least < 3e-4:
             step /= 2
     return best
 

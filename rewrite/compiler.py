@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -21,15 +21,23 @@ from shardplan.rewrite.lower import StageLowering, ancestors, stage_mesh
 from shardplan.rewrite.program import Argument, Program, Result, StageCode, StageRanks, TensorSpec
 
 
-def compile_program(trace: Trace, plan: Plan, kind: str = "train", available: frozenset[str] | None = None) -> Program:
+def compile_program(
+    trace: Trace,
+    plan: Plan,
+    kind: str = "train",
+    available: frozenset[str] | None = None,
+    watched: frozenset[str] = frozenset(),
+) -> Program:
     """The program of a plan.
 
     kind: "train" (the loss and gradients) or "forward" (the model's outputs). available: names of the inputs that a
-    forward call gives; outputs that need others are left out. Raises PlanMismatch where the plan is for another trace.
+    forward call gives; outputs that need others are left out. watched: names of ops whose results are returned as well
+    (results of kind "watch", as they lie), for `rewrite.compare`. Raises PlanMismatch where the plan is for another
+    trace.
     """
     if plan.fingerprint != trace.fingerprint:
         raise PlanMismatch("the plan was made for another graph", [f"{plan.fingerprint} is not {trace.fingerprint}"])
-    return _Compiler(trace, plan, kind, available).program()
+    return _Compiler(trace, plan, kind, available, watched).program()
 
 
 @dataclass(slots=True)
@@ -39,13 +47,16 @@ class _Stage:
 
 
 class _Compiler:
-    def __init__(self, trace: Trace, plan: Plan, kind: str, available: frozenset[str] | None) -> None:
+    def __init__(
+        self, trace: Trace, plan: Plan, kind: str, available: frozenset[str] | None, watched: frozenset[str]
+    ) -> None:
         self.trace = trace
         self.plan = plan
         self.train = kind == "train"
         self.kind = kind
         self.split = split_stages(trace, tuple(stage.first for stage in plan.stages))
         self.outputs = self._outputs(available)
+        self.watched = [n for n in trace.nodes() if n.name in watched and n.name in self.split.stage_of]
         self.live = self._live()
         self.crossings = [c for c in map(self._live_crossing, self.split.crossings) if c is not None]
 
@@ -68,7 +79,7 @@ class _Compiler:
 
     def _live(self) -> set[fx.Node]:
         found: set[fx.Node] = set()
-        for node in [*self.outputs.values(), *(n for n in self.trace.nodes() if mutated(n))]:
+        for node in [*self.outputs.values(), *self.watched, *(n for n in self.trace.nodes() if mutated(n))]:
             if node not in found:
                 found |= ancestors(node)
         return found
@@ -106,6 +117,7 @@ class _Compiler:
             denominators=denominators,
             loss_stage=self.split.loss_stage if self.train else -1,
             constants={name: self.trace.constants[by_name[name]] for name in sorted(constants)},
+            leaves={name: leaf for s in stages for name, leaf in s.lowering.lowered.leaves.items()},
         )
 
     def schedule(self) -> Schedule:
@@ -128,7 +140,8 @@ class _Compiler:
         lowering = StageLowering(self.trace, self.plan, self.split, index, self.train)
         sends = [c for c in self.crossings if c.source == index]
         mine = {p: n for p, n in self.outputs.items() if self.split.outputs[p][1] == index}
-        wanted = [*(self.trace.node(c.name) for c in sends), *mine.values()]
+        watched = [n for n in self.watched if self.split.stage_of[n.name] == index]
+        wanted = [*(self.trace.node(c.name) for c in sends), *mine.values(), *watched]
         shared, own = lowering.needed(wanted)
         lowering.run(shared)
         self.run_segments(lowering, index, own)
@@ -141,6 +154,9 @@ class _Compiler:
             value, result = self.output(lowering, position, node)
             values.append(value)
             results.append(result)
+        for node in watched:
+            values.append(lowering.value(node))
+            results.append(replace(self.send(lowering, Crossing(node.name, index, (), info(node)), node), kind="watch"))
         lowering.graph.output(tuple(values))
         lowering.graph.lint()
         code = StageCode(emit(lowering.graph), tuple(lowering.lowered.arguments), tuple(results))

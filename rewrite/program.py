@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from shardplan.planner.instructions import Schedule
+from shardplan.planner.leaf_op import Leaf
 from shardplan.planner.placement import Layout, Mesh
 
 
@@ -37,9 +38,10 @@ class Argument:
 class Result:
     """One result of a stage function.
 
-    kind: "send" | "loss" | "output". stages: for "send", the stages that receive it (their gradients are summed).
+    kind: "send" | "loss" | "output" | "watch" (only looked at, see `rewrite.compare`).
+    stages: for "send", the stages that receive it (their gradients are summed).
     index: for "output", the position in the traced output tuple.
-    layout: for "output", how the local tensor lies on the stage's mesh (global_shape is the whole).
+    layout: how the local tensor lies on the stage's mesh (global_shape is the whole).
     """
 
     kind: str
@@ -126,7 +128,8 @@ class Program:
     """A whole job for one call kind ("train": loss and gradients; "forward": outputs).
 
     stages[i] runs on placement[i]. schedule has one list per pipeline position; positions[i] gives the ranks of
-    position i. loss_stage: the stage whose "loss" result counts, -1 for none.
+    position i. loss_stage: the stage whose "loss" result counts, -1 for none. leaves: submodules that are run whole, by
+    the name that the stages' sources call them.
     """
 
     kind: str
@@ -140,6 +143,7 @@ class Program:
     denominators: tuple[Denominator, ...] = ()
     loss_stage: int = -1
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    leaves: dict[str, Leaf] = field(default_factory=dict)
 
     @property
     def world_size(self) -> int:

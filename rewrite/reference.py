@@ -14,7 +14,7 @@ import torch
 from shardplan.planner.placement import MICROBATCH_AXIS
 from shardplan.rewrite.emit import load
 from shardplan.rewrite.parts import assemble, part_of
-from shardplan.rewrite.program import Argument, Program, StageRanks, TensorSpec
+from shardplan.rewrite.program import Argument, Program, Result, StageRanks, TensorSpec
 from shardplan.rewrite.threads import ThreadComm, make_comms, run_ranks
 
 Coordinate = tuple[int, ...]
@@ -25,33 +25,45 @@ Tensors = dict[str, torch.Tensor]
 class ReferenceResult:
     """loss: of the global batch (None for a forward program). gradients: parameter name -> whole gradient (None where
     no op read the parameter). buffers: name -> value after the step, from the first rank. outputs: position -> whole
-    tensor."""
+    tensor. watched: op -> (its result, the gradient of its result or None), whole."""
 
     loss: torch.Tensor | None = None
     gradients: dict[str, torch.Tensor | None] = field(default_factory=dict)
     buffers: Tensors = field(default_factory=dict)
     outputs: dict[int, torch.Tensor] = field(default_factory=dict)
+    watched: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=dict)
 
 
 def run_program(
-    program: Program, state: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor], training: bool = True
+    program: Program,
+    state: Mapping[str, torch.Tensor],
+    batch: Mapping[str, torch.Tensor],
+    training: bool = True,
+    seed: int = 0,
 ) -> ReferenceResult:
-    """state: whole parameters and buffers by name; batch: whole inputs by name. One step, no optimizer."""
-    return _Run(program, state, batch, training).run()
+    """state: whole parameters and buffers by name; batch: whole inputs by name; seed: of random ops. One step (the
+    first of a job), no optimizer."""
+    return _Run(program, state, batch, training, seed).run()
 
 
 class _Run:
     def __init__(
-        self, program: Program, state: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor], training: bool
+        self,
+        program: Program,
+        state: Mapping[str, torch.Tensor],
+        batch: Mapping[str, torch.Tensor],
+        training: bool,
+        seed: int,
     ) -> None:
         self.program = program
         self.batch = batch
         self.specs = {(kind, s.name): s for kind, specs in self._specs() for s in specs}
-        self.functions = [load(code.source, f"stage{i}") for i, code in enumerate(program.stages)]
+        self.functions = [load(code.source, f"stage{i}", program.leaves) for i, code in enumerate(program.stages)]
         self.comms = [make_comms(placement.mesh) for placement in program.placement]
         for comms in self.comms:
             for comm in comms.values():
                 comm.training = training
+                comm.base_seed = seed
         self.tensors: list[dict[Coordinate, Tensors]] = []
         for stage, placement in enumerate(program.placement):
             held = [s for kind in ("param", "buffer") for s in self._of(kind) if stage in s.stages]
@@ -92,6 +104,7 @@ class _Run:
         counts = self.denominators()
         loss_parts: dict[tuple[tuple[str, int], ...], torch.Tensor] = {}
         output_parts: dict[int, dict[tuple[tuple[str, int], ...], torch.Tensor]] = {}
+        watched: dict[str, tuple[Result, int, dict[tuple[tuple[str, int], ...], torch.Tensor]]] = {}
         grad = self.program.kind == "train"
         for microbatch in range(self.program.microbatches):
             leaves, values = self.forward(microbatch, counts, grad)
@@ -103,6 +116,10 @@ class _Run:
                             loss_parts[key] = value.detach()
                         elif spec.kind == "output":
                             output_parts.setdefault(spec.index, {})[key] = value.detach()
+                        elif spec.kind == "watch":
+                            watched.setdefault(spec.name, (spec, stage, {}))[2][key] = value
+                            if value.requires_grad:
+                                value.retain_grad()
             if grad:
                 self.backward(microbatch, leaves, values)
         for stage, code in enumerate(self.program.stages):
@@ -114,6 +131,12 @@ class _Run:
                     result.outputs[spec.index] = assemble(
                         output_parts[spec.index], spec.layout, mesh, spec.global_shape
                     )
+        for name, (spec, stage, parts) in watched.items():
+            mesh = self.program.placement[stage].mesh
+            value = assemble({k: v.detach() for k, v in parts.items()}, spec.layout, mesh, spec.global_shape)
+            grads = {k: v.grad for k, v in parts.items() if v.requires_grad and v.grad is not None}
+            whole = assemble(grads, spec.layout, mesh, spec.global_shape, gradient=True) if grads else None
+            result.watched[name] = value, whole
         if grad:
             result.gradients = {spec.name: self.gradient(spec) for spec in self.program.parameters}
         for spec in self.program.buffers:
@@ -189,7 +212,7 @@ class _Run:
                 place = tuple(comm.coordinate.values())
                 outs, grads = [], []
                 for spec, value in zip(code.results, values[stage][place], strict=True):
-                    if not spec.requires_grad or not value.requires_grad:
+                    if not spec.requires_grad or not value.requires_grad or spec.kind == "watch":
                         continue
                     if spec.kind == "loss":
                         outs.append(value)

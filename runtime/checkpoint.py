@@ -10,19 +10,18 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from shardplan.errors import CheckpointError
 from shardplan.planner.plan import write_atomically
 from shardplan.rewrite.parts import overlaps
+from shardplan.runtime.tensor_files import OpenFiles
 
 FORMAT = 1
 Pieces = list[list[tuple[int, int]]]
@@ -54,10 +53,16 @@ def save(
     staging = target.with_name(f".{target.name}.saving")
     rank, world = dist.get_rank(), dist.get_world_size()
     held: list[Part] = []
-    _agree(_attempt(lambda: held.extend(parts)), f"cannot save to {target}")
+    agree(attempt(lambda: held.extend(parts)), f"cannot save to {target}")
     if rank == 0:
         shutil.rmtree(staging, ignore_errors=True)
-    _agree(None if rank else _attempt(lambda: staging.mkdir(parents=True)), f"cannot write {target}")
+
+    def begin() -> None:
+        if target.exists() and not (target / "index.json").is_file() and any(target.iterdir()):
+            raise CheckpointError(f"{target} is no checkpoint, and what it holds would be lost")
+        staging.mkdir(parents=True)
+
+    agree(None if rank else attempt(begin), f"cannot write {target}")
     file = f"rank-{rank:05d}.safetensors"
 
     def write() -> None:
@@ -65,7 +70,7 @@ def save(
         with open(staging / file, "rb+") as written:
             os.fsync(written.fileno())
 
-    _agree(_attempt(write), f"cannot write {target}")
+    agree(attempt(write), f"cannot write {target}")
     mine = [
         {
             "name": p.name,
@@ -79,24 +84,29 @@ def save(
     everyone: list[Any] = [None] * world
     dist.all_gather_object(everyone, (mine, lists or {}))
 
-    def publish() -> None:
+    def finish() -> None:
         merged = {key: [item for _, some in everyone for item in some[key]] for key in lists or {}}
         every_part = [part for some, _ in everyone for part in some]
         index = {"format": FORMAT, "facts": {**facts, **merged}, "parts": every_part}
         write_atomically(staging / "index.json", json.dumps(index).encode())
-        _sync(staging)
-        previous = target.with_name(f".{target.name}.previous")
-        shutil.rmtree(previous, ignore_errors=True)
-        if target.exists():
-            os.replace(target, previous)
-        os.replace(staging, target)
-        _sync(target.parent)
-        shutil.rmtree(previous, ignore_errors=True)
+        sync(staging)
+        publish(staging, target)
 
-    _agree(None if rank else _attempt(publish), f"cannot write {target}")
+    agree(None if rank else attempt(finish), f"cannot write {target}")
 
 
-def _sync(directory: Path) -> None:
+def publish(staging: Path, target: Path) -> None:
+    """Give a whole, synced directory its name; an older one of that name is replaced."""
+    previous = target.with_name(f".{target.name}.previous")
+    shutil.rmtree(previous, ignore_errors=True)
+    if target.exists():
+        os.replace(target, previous)
+    os.replace(staging, target)
+    sync(target.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def sync(directory: Path) -> None:
     """Put the names in a directory on the disk."""
     handle = os.open(directory, os.O_RDONLY)
     try:
@@ -105,7 +115,8 @@ def _sync(directory: Path) -> None:
         os.close(handle)
 
 
-def _attempt(action: Callable[[], object]) -> str | None:
+def attempt(action: Callable[[], object]) -> str | None:
+    """What was wrong, None if nothing."""
     # Whatever it was, the other ranks have to hear of it: they wait.
     try:
         action()
@@ -116,7 +127,7 @@ def _attempt(action: Callable[[], object]) -> str | None:
     return None
 
 
-def _agree(failure: str | None, title: str) -> None:
+def agree(failure: str | None, title: str) -> None:
     """All ranks fail together, so that none waits for another in the next step."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, failure)
@@ -132,12 +143,12 @@ def load(path: str | os.PathLike[str], read: Callable[[Reader], None]) -> dict[s
     """
     facts: dict[str, Any] = {}
 
-    def attempt() -> None:
+    def read_all() -> None:
         with Reader(path) as reader:
             read(reader)
             facts.update(reader.facts)
 
-    _agree(_attempt(attempt), f"cannot load {path}")
+    agree(attempt(read_all), f"cannot load {path}")
     return facts
 
 
@@ -160,15 +171,13 @@ class Reader:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is not a whole checkpoint", [f"{type(error).__name__}: {error}"]) from error
 
-        self._files: dict[str, Any] = {}
-        self._open = ExitStack()
+        self._files = OpenFiles()
 
     def __enter__(self) -> Reader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._files.clear()
-        self._open.close()
+        self._files.__exit__()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of the whole tensor."""
@@ -200,9 +209,4 @@ class Reader:
         return self._take(self.parts[name][0]["file"], name, ())
 
     def _take(self, file: str, name: str, where: tuple[slice, ...]) -> torch.Tensor:
-        try:
-            if file not in self._files:
-                self._files[file] = self._open.enter_context(safe_open(self.path / file, framework="pt"))
-            return self._files[file].get_slice(name)[where] if where else self._files[file].get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{self.path} is torn: {file}", [str(error)]) from error
+        return self._files.take(str(self.path / file), name, where)

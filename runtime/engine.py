@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from shardplan.errors import CheckpointError, NotSupported, UsageError
-from shardplan.planner.placement import D, Layout, R, local_slices
+from shardplan.planner.placement import D, Layout, R
 from shardplan.rewrite.program import Program, TensorSpec
-from shardplan.runtime import checkpoint, measuring, optim
+from shardplan.runtime import checkpoint, measuring, optim, weight_files
 from shardplan.runtime.dtensors import Distributed, whole_of
 from shardplan.runtime.executor import Executor
 from shardplan.runtime.groups import Groups
 from shardplan.runtime.optim import OptimizerFactory
-from shardplan.runtime.parameters import Shards, collect, collect_outputs, owners
+from shardplan.runtime.parameters import Shards, collect, collect_one, collect_outputs, owners
 from shardplan.runtime.supply import Supply
 
 Batch = Mapping[str, torch.Tensor]
@@ -274,6 +275,30 @@ class Engine:
                 else:
                     state[key] = reader.scalar(full)
             optim.restore(optimizer, parameter, state)
+
+    def save_weights(
+        self,
+        path: str | os.PathLike[str],
+        tensors: Sequence[weight_files.Announced],
+        rest: Supply,
+        max_nbytes: int,
+        others: Mapping[str, bytes],
+    ) -> None:
+        """Whole tensors as safetensors files, gathered one by one on rank 0, which writes them. Raises CheckpointError.
+
+        tensors: name, shape and dtype of what to write, in order. rest: has those that the programs do not use. others:
+        further files, by name.
+        """
+        held, specs = self.shards.tensors(), self.shards.specs
+        with rest.open(torch.device("cpu")) as values:
+
+            def get(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
+                if name in specs:
+                    return collect_one(self.shards, held.get(name), specs[name])
+                return values.whole(name, shape, dtype) if self.rank == 0 else None
+
+            gets = (partial(get, *tensor) for tensor in tensors)
+            weight_files.save(path, tensors, gets, max_nbytes, others, self.rank)
 
     # -- measuring -----------------------------------------------------------------------------------------------------
 

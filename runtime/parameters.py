@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from shardplan.errors import NotSupported
-from shardplan.planner.placement import MICROBATCH_AXIS, Layout, R
-from shardplan.rewrite.parts import assemble, part_of
+from shardplan.planner.placement import MICROBATCH_AXIS, Layout, R, local_slices
+from shardplan.rewrite.parts import assemble
 from shardplan.rewrite.program import Program, StageRanks, TensorSpec
+from shardplan.runtime.supply import Supply
 
 
 class Shards:
@@ -33,35 +33,27 @@ class Shards:
     def tensors(self) -> dict[str, torch.Tensor]:
         return {**self.parameters, **self.buffers}
 
-    def part(self, spec: TensorSpec, whole: torch.Tensor) -> torch.Tensor:
-        """This rank's part of a whole tensor."""
+    def pieces(self, spec: TensorSpec) -> list[list[tuple[int, int]]]:
+        """Which part of a tensor this rank holds: per dim the (start, stop) runs."""
         placement = self.program.placement[self.stage]
-        return part_of(whole, spec.layout, placement.mesh, placement.coordinate(self.rank))
+        return local_slices(spec.shape, spec.layout, placement.mesh, placement.coordinate(self.rank))
 
-    def load(self, whole: Callable[[str], torch.Tensor]) -> None:
+    def load(self, supply: Supply) -> None:
         """Take this rank's part of every tensor; the first call makes the leaves, later ones copy into them.
 
-        Raises NotSupported for a tensor on the meta device.
+        Raises UsageError for a tensor without values, CheckpointError where a file cannot be read.
         """
         names = {spec.name for spec in self.program.parameters}
-        with torch.no_grad():
+        with torch.no_grad(), supply.open(self.device) as values:
             for spec in self.mine():
-                given = whole(spec.name).detach()
-                if given.is_meta:
-                    raise NotSupported(
-                        f"{spec.name} is on the meta device and has no values", hints=["load a model that has values"]
-                    )
-                part = self.part(spec, given).to(self.device)
-                if spec.name not in names:
-                    held = self.buffers.get(spec.name)
-                    if held is None:
-                        self.buffers[spec.name] = part.clone()
-                    else:
-                        held.copy_(part)
-                elif spec.name in self.parameters:
-                    self.parameters[spec.name].copy_(part)
+                part = values.part(spec.name, spec.shape, self.pieces(spec), spec.dtype)
+                held = self.parameters.get(spec.name, self.buffers.get(spec.name))
+                if held is not None:
+                    held.copy_(part)
+                elif spec.name in names:
+                    self.parameters[spec.name] = nn.Parameter(part, requires_grad=spec.trainable)
                 else:
-                    self.parameters[spec.name] = nn.Parameter(part.clone(), requires_grad=spec.trainable)
+                    self.buffers[spec.name] = part
 
     def replicas(self, spec: TensorSpec) -> int:
         """On how many ranks of the job every element of the tensor lies."""
@@ -95,33 +87,34 @@ def collect(
     held: this rank's parts (None: there is none anywhere, the tensor is left out). Sums are expected to be taken: what
     is not a shard is whole.
     """
-    found: dict[str, torch.Tensor] = {}
-    for spec in specs:
-        stage = spec.stages[0]
-        placement = shards.program.placement[stage]
-        sources = owners(placement, spec.layout)
-        part = held.get(spec.name) if shards.rank in sources else None
-        present = torch.tensor([part is not None], dtype=torch.int64, device=shards.device)
-        if dist.get_world_size() > 1:
-            dist.all_reduce(present, dist.ReduceOp.MAX)
-        if not int(present):
-            continue
-        parts: dict[tuple[tuple[str, int], ...], torch.Tensor] = {}
-        for source in sources:
-            coordinate = placement.coordinate(source)
-            if shards.rank == source:
-                value = torch.zeros(0) if part is None else part.detach().contiguous()
-                if source != 0:
-                    dist.send(value, 0)
-            if shards.rank == 0:
-                if source != 0:
-                    shape = _shape(spec, placement, coordinate)
-                    value = torch.empty(shape, dtype=spec.dtype, device=shards.device)
-                    dist.recv(value, source)
-                parts[tuple(coordinate.items())] = value.cpu()  # pyright: ignore[reportPossiblyUnboundVariable]
+    each = ((spec, collect_one(shards, held.get(spec.name), spec)) for spec in specs)
+    return {spec.name: whole for spec, whole in each if whole is not None}
+
+
+def collect_one(shards: Shards, held: torch.Tensor | None, spec: TensorSpec) -> torch.Tensor | None:
+    """As `collect`, of one tensor: the whole on rank 0, on the CPU; None elsewhere, or where there is none anywhere."""
+    placement = shards.program.placement[spec.stages[0]]
+    sources = owners(placement, spec.layout)
+    part = held if shards.rank in sources else None
+    present = torch.tensor([part is not None], dtype=torch.int64, device=shards.device)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(present, dist.ReduceOp.MAX)
+    if not int(present):
+        return None
+    parts: dict[tuple[tuple[str, int], ...], torch.Tensor] = {}
+    for source in sources:
+        coordinate = placement.coordinate(source)
+        if shards.rank == source:
+            value = torch.zeros(0) if part is None else part.detach().contiguous()
+            if source != 0:
+                dist.send(value, 0)
         if shards.rank == 0:
-            found[spec.name] = assemble(parts, spec.layout, placement.mesh, spec.shape)
-    return found
+            if source != 0:
+                shape = _shape(spec, placement, coordinate)
+                value = torch.empty(shape, dtype=spec.dtype, device=shards.device)
+                dist.recv(value, source)
+            parts[tuple(coordinate.items())] = value.cpu()  # pyright: ignore[reportPossiblyUnboundVariable]
+    return assemble(parts, spec.layout, placement.mesh, spec.shape) if shards.rank == 0 else None
 
 
 def collect_outputs(

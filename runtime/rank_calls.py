@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -15,8 +15,10 @@ import torch.distributed as dist
 from shardplan.errors import UsageError
 from shardplan.planner.costs.tables import LinkTables
 from shardplan.rewrite.program import Program
+from shardplan.runtime import checkpoint
 from shardplan.runtime.engine import Engine
 from shardplan.runtime.measure_links import measure_links, plan_groups
+from shardplan.runtime.supply import Supply
 from shardplan.runtime.worker import Session
 
 _ENGINE = "engine"
@@ -58,18 +60,22 @@ def tables(session: Session) -> LinkTables:
     return measure_links(plan_groups(session.world_size), device=torch.device(session.device))
 
 
-def same_weights(session: Session, whole: Mapping[str, torch.Tensor]) -> None:
-    """Overwrite tensors with rank 0's, in order of the mapping."""
+def same_values(session: Session, supply: Supply) -> Supply:
+    """Overwrite whole tensors with rank 0's, in order of the mapping, and take its recipes."""
     with torch.no_grad():
-        for tensor in whole.values():
+        for tensor in supply.whole.values():
             moved = tensor.detach().to(session.device).contiguous()
             dist.broadcast(moved, 0)
             if session.rank:
                 tensor.copy_(moved)
+    return replace(supply, recipes=share(session, supply.recipes))
 
 
-def load(session: Session, job: Job, whole: Mapping[str, torch.Tensor]) -> None:
-    """Make this rank's engine of whole parameters and buffers (those of its stage are enough)."""
+def load(session: Session, job: Job, supply: Supply) -> None:
+    """Make this rank's engine; the supply has the parameters and buffers of its stage at least.
+
+    Raises CheckpointError on every rank if any rank could not read what it needs.
+    """
     unload(session)
     engine = Engine(
         job.programs,
@@ -81,12 +87,16 @@ def load(session: Session, job: Job, whole: Mapping[str, torch.Tensor]) -> None:
         seed=job.seed,
     )
     session.values[_ENGINE] = engine
-    engine.load_full(whole)
+    load_weights(session, supply)
 
 
-def load_weights(session: Session, whole: Mapping[str, torch.Tensor]) -> None:
-    """Replace parameters and buffers by parts of whole ones."""
-    engine_of(session).load_full(whole)
+def load_weights(session: Session, supply: Supply) -> None:
+    """Replace parameters and buffers. Raises as `load`."""
+    if supply.stored:
+        failure = checkpoint.attempt(lambda: engine_of(session).load_parts(supply))
+        checkpoint.agree(failure, "the weights cannot be read")
+    else:
+        engine_of(session).load_parts(supply)
 
 
 def unload(session: Session) -> None:
@@ -138,6 +148,11 @@ def full_gradients(session: Session) -> dict[str, torch.Tensor]:
 
 def save(session: Session, path: str, facts: dict[str, Any]) -> None:
     engine_of(session).save(path, facts)
+
+
+def save_weights(session: Session, *arguments: Any) -> None:
+    """See `Engine.save_weights`."""
+    engine_of(session).save_weights(*arguments)
 
 
 def restore(session: Session, path: str) -> dict[str, Any]:

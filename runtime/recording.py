@@ -69,7 +69,7 @@ class Recorder(TorchDispatchMode):
 
     def view(self, tensor: torch.Tensor) -> View:
         number = self.adopt(tensor)
-        return View(number, tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+        return View(number, tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
     def defined(self, view: View) -> bool:
         """Whether every element has been given a value."""
@@ -163,14 +163,15 @@ class Recorder(TorchDispatchMode):
         known: bool,
         overwrites: bool,
     ) -> None:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if func is not None:
+            args, kwargs = pytree.tree_map(lambda leaf: _stored(self, leaf), (args, kwargs))
         whole = {view.storage for _, view in made}
         whole |= {view.storage for view in changed if overwrites and self._covers(view)}
         whole -= {view.storage for view in reads}
         step = Step(
             "literal" if func is None else str(func),
-            tuple(_stored(self, leaf) for leaf in leaves) if func is not None else tuple(leaves),
-            spec,
+            tuple(args),
+            kwargs,
             made,
             tuple(dict.fromkeys(view.storage for view in reads)),
             tuple(dict.fromkeys(view.storage for view in changed)),

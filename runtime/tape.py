@@ -40,14 +40,14 @@ class Here:
 class Step:
     """One operation. op: name of an operator overload ("aten.normal_.default"), or "literal", which makes its argument.
 
-    args: flat list of the leaves of (args, kwargs), with View and Here; spec: how they are put together. made: views of
-    the storages that it makes, by position among the tensors it returns. reads, writes: storages. number: place on the
-    tape. random: draws random numbers.
+    args, kwargs: its arguments, with View for tensors and Here for the device. made: views of the storages that it
+    makes, by position among the tensors it returns. reads, writes: storages. number: place on the tape. random: draws
+    random numbers.
     """
 
     op: str
     args: tuple[Any, ...]
-    spec: Any
+    kwargs: Mapping[str, Any]
     made: tuple[tuple[int, View], ...]
     reads: tuple[int, ...]
     writes: tuple[int, ...]
@@ -81,11 +81,13 @@ class Recipe:
             # A copy: later steps may write into it, and the recipe may be run again.
             returned: Any = step.args[0].to(device, copy=True)
         else:
-            given = [
-                self._tensor(leaf, storages, device) if isinstance(leaf, View) else device if leaf == Here() else leaf
-                for leaf in step.args
-            ]
-            args, kwargs = pytree.tree_unflatten(given, step.spec)
+
+            def given(leaf: Any) -> Any:
+                if isinstance(leaf, View):
+                    return self._tensor(leaf, storages, device)
+                return device if isinstance(leaf, Here) else leaf
+
+            args, kwargs = pytree.tree_map(given, (step.args, dict(step.kwargs)))
             returned = _operator(step.op)(*args, **kwargs)
         tensors = [leaf for leaf in pytree.tree_leaves(returned) if isinstance(leaf, torch.Tensor)]
         for position, view in step.made:

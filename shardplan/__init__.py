@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "auto_parallel": "shardplan.api",
     "plan": "shardplan.api",
+    "meta_model": "shardplan.runtime.meta",
     "ParallelModel": "shardplan.parallel_model",
     "Plan": "shardplan.planner.plan",
     "Cluster": "shardplan.planner.cluster",
@@ -36,6 +37,7 @@ __all__ = [
     "degrees",
     "leaf",
     "memory",
+    "meta_model",
     "pin",
     "plan",
     "replicate",
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from shardplan.planner.cluster import Cluster
     from shardplan.planner.constraints import degrees, leaf, memory, pin, replicate, split, together, within_node
     from shardplan.planner.plan import Plan
+    from shardplan.runtime.meta import meta_model
 
 
 def __getattr__(name: str) -> Any:

@@ -30,6 +30,7 @@ from shardplan.planning import (
 )
 from shardplan.runtime import rank_calls
 from shardplan.runtime.launch import TIMEOUT_SECONDS, Workers
+from shardplan.values import Init, Weights
 
 Optimizer = Callable[..., torch.optim.Optimizer]
 
@@ -54,13 +55,16 @@ def auto_parallel(
     cache: bool = True,
     verbose: bool | None = None,
     *,
+    weights: Weights | None = None,
+    init: Init | None = None,
     clip_norm: float | None = None,
     seed: int = 0,
     timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> ParallelModel:
     """Plan a model for devices and load it there.
 
-    model: an nn.Module, or a function without arguments that makes one. devices: 2, ["cuda:0", "cuda:1"],
+    model: an nn.Module, or a function without arguments that makes one. One on the meta device (see `meta_model`) is
+        never whole anywhere: every rank makes or reads its own part. devices: 2, ["cuda:0", "cuda:1"],
         ["cpu"] * 2, "8xh100", "cluster.toml", a Cluster, "auto".
     example_inputs: a global batch: a tensor, a tuple of positional inputs, or a dict by name; with a loss_fn the target
         is the tuple's last item or the dict's "target". None: plan at the first call.
@@ -70,7 +74,11 @@ def auto_parallel(
     constraints: `pin`, `split`, `replicate`, `together`, `leaf`, `degrees`, `within_node`, `memory`.
     memory_limit: bytes or text ("20 GiB") per device, or a list with one per device.
     time_limit: seconds for the solver; gap: relative, where it may stop. cache: keep measurements on disk.
-    verbose: progress on stderr. clip_norm: largest global gradient norm. seed: of random ops.
+    verbose: progress on stderr. clip_norm: largest global gradient norm. seed: of random ops, and of `init`.
+    weights: start from these: a safetensors file, a directory (one file, or several with an index), or a list of files;
+        each rank reads its slices. Rounded to the model's dtypes. Raises CheckpointError unless they are its weights.
+    init: ``init(module)`` initialises the parameters of one module of a model on the meta device; called for every
+        module from the inside out, after ``reset_parameters()`` and ``_init_weights(module)`` where there are such.
     timeout_seconds: the longest that any one call may take.
 
     Under torchrun every process calls this with the same arguments and is one rank; parameters are those of rank 0.
@@ -109,7 +117,7 @@ def auto_parallel(
             return Planned(found, trace, inputs, None)
         return _plan_and_spawn(module, cluster, batch, request, given, timeout_seconds, say)
 
-    made = ParallelModel(module, Settings(loss_fn, optimizer, clip_norm, seed), prepare)
+    made = ParallelModel(module, Settings(loss_fn, optimizer, clip_norm, seed, weights, init), prepare)
     if example_inputs is not None:
         made.prepare(example_inputs)
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -17,12 +17,24 @@ from shardplan.errors import NotRunnableHere, NotSupported, UsageError
 from shardplan.planner.plan import Plan
 from shardplan.planner.report.measured import Measured
 from shardplan.planner.trace import Trace
+from shardplan.planner.units import parse_nbytes
 from shardplan.rewrite import compile as compile_program
-from shardplan.rewrite.program import Program
 from shardplan.runtime import rank_calls
 from shardplan.runtime.launch import Workers
 from shardplan.runtime.rank_calls import Job
+from shardplan.runtime.supply import Supply
 from shardplan.runtime.worker import Session
+from shardplan.values import (
+    Init,
+    Weights,
+    config_files,
+    first_names,
+    names_by_rank,
+    state_dict_problems,
+    supply_of,
+    tensors_of,
+    to_write,
+)
 
 
 class Ranks(Protocol):
@@ -32,7 +44,7 @@ class Ranks(Protocol):
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any: ...
 
-    def load(self, job: Job, whole: Mapping[str, torch.Tensor]) -> None: ...
+    def load(self, job: Job, supply: Supply) -> None: ...
 
     def close(self) -> None: ...
 
@@ -48,9 +60,8 @@ class InPlace:
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return function(self.session, *arguments)
 
-    def load(self, job: Job, whole: Mapping[str, torch.Tensor]) -> None:
-        rank_calls.same_weights(self.session, whole)
-        rank_calls.load(self.session, job, whole)
+    def load(self, job: Job, supply: Supply) -> None:
+        rank_calls.load(self.session, job, rank_calls.same_values(self.session, supply))
 
     def close(self) -> None:
         rank_calls.unload(self.session)
@@ -67,12 +78,9 @@ class Spawned:
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return self.workers.call(function, *arguments)[0]
 
-    def load(self, job: Job, whole: Mapping[str, torch.Tensor]) -> None:
-        needed = _names_by_rank(job.programs, len(self.workers))
-        self.workers.call_each(
-            rank_calls.load,
-            [(job, {name: whole[name] for name in whole if name in names}) for names in needed],
-        )
+    def load(self, job: Job, supply: Supply) -> None:
+        needed = names_by_rank(job.programs, len(self.workers))
+        self.workers.call_each(rank_calls.load, [(job, supply.only(names)) for names in needed])
 
     def close(self) -> None:
         self.workers.close()
@@ -96,6 +104,8 @@ class Settings:
     optimizer: Callable[..., torch.optim.Optimizer] | None = None
     clip_norm: float | None = None
     seed: int = 0
+    weights: Weights | None = None
+    init: Init | None = None
 
 
 class ParallelModel:
@@ -116,6 +126,8 @@ class ParallelModel:
         self._planner = planner
         self._planned: Planned | None = None
         self._calls: Calls | None = None
+        self._supply = Supply()
+        self._rest = Supply()  # of what no rank holds
         self._closed = False
 
     # -- planning and loading ------------------------------------------------------------------------------------------
@@ -136,12 +148,6 @@ class ParallelModel:
         self._planned = planned
 
     def _load(self, ranks: Ranks, planned: Planned) -> None:
-        missing = [name for name, t in _whole(self._model).items() if t.is_meta]
-        if missing:
-            raise NotSupported(
-                f"{len(missing)} parameters of the model are on the meta device ({missing[0]}, ...) and have no values",
-                hints=["build the model with values to run it; a meta model can be planned: shardplan.plan(...)"],
-            )
         self._calls = Calls(
             self._model,
             self._settings.loss_fn,
@@ -153,7 +159,12 @@ class ParallelModel:
         kind = self._calls.planned.key
         programs = {kind: compile_program(planned.trace, planned.plan, kind)}
         job = Job(programs, self._settings.optimizer, self._settings.clip_norm, self._settings.seed)
-        ranks.load(job, _whole(self._model))
+        settings = self._settings
+        alike = len({device.kind for device in planned.plan.devices}) == 1
+        self._supply = supply_of(self._model, settings.weights, settings.init, settings.seed, programs, alike)
+        held = set().union(*names_by_rank(programs, len(planned.plan.devices)))
+        self._rest = self._supply.only(tensors_of(self._model).keys() - held)
+        ranks.load(job, self._supply)
 
     @property
     def plan(self) -> Plan:
@@ -284,7 +295,12 @@ class ParallelModel:
         if not found:
             return {}
         own = {name: v for name, v in self._model.state_dict().items() if isinstance(v, torch.Tensor)}
-        return {name: found.get(name, value).detach().cpu() for name, value in own.items()}
+        first = first_names(self._model)
+        with self._rest.open(torch.device("cpu")) as values:
+            for name, value in own.items():
+                if name not in found:
+                    found[name] = values.whole(first[name], tuple(value.shape), value.dtype)
+        return {name: found[name].detach().cpu() for name in own}
 
     def full_gradients(self) -> dict[str, torch.Tensor]:
         """Whole gradients by parameter name, on the CPU (rank 0 under torchrun, {} on the others)."""
@@ -305,26 +321,33 @@ class ParallelModel:
         if isinstance(ranks, InPlace) and any(hasattr(value, "device_mesh") for value in whole.values()):
             rank_calls.engine_of(ranks.session).load_state_dict(whole)
             return
-        wrong = []
-        own = _whole(self._model)
-        known = {**own, **dict(self._model.named_parameters(remove_duplicate=False))}
-        known |= dict(self._model.named_buffers(remove_duplicate=False))
-        persistent = self._model.state_dict(keep_vars=True)
-        wrong += [f"missing: {name}" for name in own if name in persistent and name not in whole]
-        wrong += [f"unexpected: {name}" for name in whole if name not in known]
-        wrong += [
-            f"{name}: {list(value.shape)}, the model has {list(known[name].shape)}"
-            for name, value in whole.items()
-            if name in known and value.shape != known[name].shape
-        ]
+        wrong = state_dict_problems(self._model, whole)
         if wrong:
-            raise UsageError("this state dict is not of this model", wrong[:20])
-        given = {**{name: tensor.detach() for name, tensor in own.items()}, **whole}
-        ranks.call(rank_calls.load_weights, {name: given[name] for name in own})
+            raise UsageError("this state dict is not of this model", wrong)
+        own = tensors_of(self._model)
+        given = {name: whole[name] for name in own if name in whole}
+        ranks.call(rank_calls.load_weights, replace(self._supply, whole={**self._supply.whole, **given}))
+        rest = {name: given[name] for name in self._rest.names() if name in given}
+        self._rest = replace(self._rest, whole={**self._rest.whole, **rest})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the whole training state into a directory; it loads under any plan."""
         self._ranks().call(rank_calls.save, os.path.abspath(path), {"model": self.plan.model})
+
+    def save_weights(self, path: str | os.PathLike[str], max_shard: int | str = "5 GB") -> None:
+        """Write the weights of the unsplit model into a directory of safetensors files, with its configuration if it
+        has one: what ``weights=`` and Hugging Face's ``from_pretrained`` read. Tied tensors are written once.
+
+        Tensors are gathered one at a time; no process holds the model. max_shard: bytes of a file. Raises
+        CheckpointError; a directory under that name is whole, and one that holds other files is left as it is.
+        """
+        try:
+            max_nbytes = parse_nbytes(max_shard)
+        except ValueError as error:
+            raise UsageError(f"max_shard: {error}") from None
+        others = config_files(self._model)
+        announced = to_write(self._model)
+        self._ranks().call(rank_calls.save_weights, os.path.abspath(path), announced, self._rest, max_nbytes, others)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Read what `save` wrote, under this or any other plan. Raises CheckpointError."""
@@ -351,22 +374,6 @@ class ParallelModel:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _whole(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers by first name (tied ones once), in a fixed order."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def _names_by_rank(programs: Mapping[str, Program], world_size: int) -> list[set[str]]:
-    """Names of the parameters and buffers that every rank has to be given."""
-    needed: list[set[str]] = [set() for _ in range(world_size)]
-    for program in programs.values():
-        for spec in (*program.parameters, *program.buffers):
-            for stage in spec.stages:
-                for rank in program.placement[stage].ranks:
-                    needed[rank].add(spec.name)
-    return needed
 
 
 def _not_here(plan: Plan) -> NotRunnableHere:

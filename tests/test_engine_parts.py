@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardplan.errors import InputMismatch, NotSupported
+from shardplan.errors import InputMismatch, NotSupported, UsageError
 from shardplan.planner import schedules
 from shardplan.planner.instructions import Op
 from shardplan.planner.placement import Mesh, R, S, local_slices
@@ -139,7 +139,7 @@ def test_collectives_in_mesh_order(ranks):
         assert found["none"]
 
 
-def seeds(rank):
+def keys(rank):
     from shardplan.runtime.comm import DistComm
     from shardplan.runtime.groups import Groups
 
@@ -151,25 +151,16 @@ def seeds(rank):
     found = {}
     for step, microbatch, site in product(range(2), range(2), range(2)):
         comm.step, comm.microbatch = step, microbatch
-        for axes in ((), ("dp",), ("dp", "mb"), ("dp", "tp", "mb")):
-            found[step, microbatch, site, axes] = comm.seed(site, axes)
+        found[step, microbatch, site] = comm.key(site)
     groups.close()
     return found
 
 
-def test_seeds_differ_exactly_where_they_should():
-    answers = pool(4).run(seeds)
-    for step, site in product(range(2), range(2)):
-        for axes in ((), ("dp",), ("dp", "mb"), ("dp", "tp", "mb")):
-            values = {(rank, m): answers[rank][step, m, site, axes] for rank in range(4) for m in range(2)}
-            key = {
-                (rank, m): (rank // 2 if "dp" in axes else 0, rank % 2 if "tp" in axes else 0, m if "mb" in axes else 0)
-                for rank, m in values
-            }
-            for a, b in product(values, values):
-                assert (values[a] == values[b]) == (key[a] == key[b])
-    every = {answers[0][step, 0, site, ()] for step, site in product(range(2), range(2))}
-    assert len(every) == 4
+def test_ranks_and_microbatches_draw_by_one_key_that_steps_and_ops_change():
+    answers = pool(4).run(keys)
+    assert all(answer == answers[0] for answer in answers)
+    assert all(answers[0][step, 0, site] == answers[0][step, 1, site] for step, site in product(range(2), range(2)))
+    assert len(set(answers[0].values())) == 4
 
 
 # -- messages ----------------------------------------------------------------------------------------------------------
@@ -338,9 +329,12 @@ def test_optimizers_that_need_whole_tensors():
 
 def test_meta_parameters_are_refused():
     from shardplan.runtime.parameters import Shards
+    from shardplan.runtime.supply import Supply
 
-    with pytest.raises(NotSupported, match="meta device"):
-        Shards(two_stages(), 0, torch.device("cpu")).load(lambda _: torch.empty(HIDDEN, HIDDEN, device="meta"))
+    program = two_stages()
+    whole = {spec.name: torch.empty(HIDDEN, HIDDEN, device="meta") for spec in program.parameters}
+    with pytest.raises(UsageError, match="meta device"):
+        Shards(program, 0, torch.device("cpu")).load(Supply(whole))
 
 
 # -- state -------------------------------------------------------------------------------------------------------------

@@ -145,7 +145,9 @@ class Plan:
     splits: axis ("mb", "dp", "tp") -> node name -> text of its `Strategy`, placeholders included; nodes not named are
         replicated on that axis.
     simulated_seconds: step time that the simulator gives for `instructions` (step_seconds is the same number).
-    replicated_ops: (op, number of nodes, share of step seconds) for ops that had no rule.
+    replicated_ops: (op, number of nodes, share of the stages' compute, why) for ops that have no rule, so every rank of
+        an axis runs them whole. discovered_ops: (op, number of nodes, ways to split it) for ops whose rule was found by
+        running them.
     links: messages between stages, one entry per edge of the schedule. nodes: node name -> summary, getitem left out.
     flops: of a step of the model itself, recomputation left out; peak_flops: per second, of all devices together.
     coverage: share of predicted op seconds that was "measured", "interpolated", "modelled".
@@ -166,7 +168,8 @@ class Plan:
     baselines: tuple[Alternative, ...] = ()
     runners_up: tuple[Alternative, ...] = ()
     coverage: dict[str, float] = field(default_factory=dict)
-    replicated_ops: tuple[tuple[str, int, float], ...] = ()
+    replicated_ops: tuple[tuple[str, int, float, str], ...] = ()
+    discovered_ops: tuple[tuple[str, int, str], ...] = ()
     constraints: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     trace_seconds: float = field(default=0.0, compare=False)

@@ -20,7 +20,7 @@ MLP = f"{ROOT / 'tests' / 'targets.py'}:mlp"
 KEYS = {
     "schema", "model", "devices", "step_seconds", "tokens_per_second", "mfu", "stages", "microbatches", "schedule",
     "rematerialized", "peak_memory_bytes", "lower_bound_seconds", "gap", "solver", "trace_seconds", "profile_seconds",
-    "solve_seconds", "baselines", "coverage", "replicated_ops",
+    "solve_seconds", "baselines", "coverage", "replicated_ops", "discovered_ops",
 }  # fmt: skip
 
 

@@ -51,6 +51,7 @@ def bare_plan() -> Plan:
         constraints=(),
         notes=(),
         replicated_ops=(),
+        discovered_ops=(),
     )
 
 
@@ -167,7 +168,7 @@ def test_json_has_what_the_command_line_promises() -> None:
     promised = {
         "schema", "model", "devices", "step_seconds", "tokens_per_second", "stages", "microbatches", "schedule",
         "rematerialized", "peak_memory_bytes", "lower_bound_seconds", "gap", "solver", "trace_seconds",
-        "profile_seconds", "solve_seconds", "baselines", "coverage", "replicated_ops",
+        "profile_seconds", "solve_seconds", "baselines", "coverage", "replicated_ops", "discovered_ops",
     }  # fmt: skip
     assert promised <= data.keys()
     assert data["tokens_per_second"] == pytest.approx(8 * 128 / plan.step_seconds)

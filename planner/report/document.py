@@ -116,7 +116,7 @@ def document(facts: Facts) -> tuple[Section, ...]:
         Section("Predicted and measured", _comparison(facts)),
         Section("Links", _links(facts.plan)),
         Section("Assumptions and coverage", _lines(facts.assumptions)),
-        Section("Replicated ops", _replicated(facts.plan)),
+        Section("Ops without a written rule", _unwritten(facts.plan)),
         Section("Constraints", _lines(facts.plan.constraints)),
         Section("Notes", _lines(facts.plan.notes)),
     )
@@ -321,9 +321,15 @@ def _links(plan: Plan) -> tuple[Block, ...]:
     return (Table(columns, tuple(rows)),)
 
 
-def _replicated(plan: Plan) -> tuple[Block, ...]:
-    if not plan.replicated_ops:
-        return ()
-    rows = tuple((op, str(count), share_text(share)) for op, count, share in plan.replicated_ops)
-    lines = Lines(("These ops have no rule: every device runs them whole.",))
-    return (lines, Table((("op", False), ("nodes", True), ("of the step", True)), rows))
+def _unwritten(plan: Plan) -> tuple[Block, ...]:
+    found: list[Block] = []
+    if plan.replicated_ops:
+        rows = tuple((op, str(count), share_text(share), why) for op, count, share, why in plan.replicated_ops)
+        found.append(Lines(("These ops have no rule: every device runs them whole.",)))
+        columns = (("op", False), ("nodes", True), ("of the compute", True), ("because", False))
+        found.append(Table(columns, rows))
+    if plan.discovered_ops:
+        found.append(Lines(("These rules were found by running the op on shards, forward and backward.",)))
+        facts = tuple((op, str(count), ways) for op, count, ways in plan.discovered_ops)
+        found.append(Table((("op", False), ("nodes", True), ("may be split", False)), facts))
+    return tuple(found)

@@ -23,7 +23,7 @@ from shardplan.planner.plan import (
     input_texts,
 )
 from shardplan.planner.propagate import placed
-from shardplan.planner.rules import Strategy, has_rule
+from shardplan.planner.rules import Strategy, has_rule, is_discovered, strategies, why_whole
 from shardplan.planner.search.columns import held_by, ops_of
 from shardplan.planner.simulate import Simulation, StageTimes, simulate
 from shardplan.planner.stages import StageSplit, split_stages
@@ -119,6 +119,7 @@ class Finished:
             runners_up=runners_up,
             coverage=coverage() if coverage is not None else {},
             replicated_ops=self._without_rule(search),
+            discovered_ops=self._discovered(search),
             links=self.links,
             nodes=describe_nodes(trace, self.split),
             constraints=tuple(map(str, search.options.constraints)),
@@ -147,15 +148,25 @@ class Finished:
                 found.append(f"memory of stage {index} is {share:.0%} of its limit")
         return tuple(found) or ("compute on every device",)
 
-    def _without_rule(self, search: Search) -> tuple[tuple[str, int, float], ...]:
+    def _without_rule(self, search: Search) -> tuple[tuple[str, int, float, str], ...]:
         columns = self.candidate.columns
-        seconds: dict[str, list[float]] = {}
+        seconds: dict[tuple[str, str], list[float]] = {}
         total = sum(s.forward_seconds + s.backward_seconds for s in self.stages) or 1.0
         for segment in search.trace.segments:
             for node in ops_of(search.trace, segment):
                 if not has_rule(node):
-                    seconds.setdefault(op_name(node), []).append(columns.op_price(node, None).seconds)
-        return tuple((name, len(values), sum(values) / total) for name, values in sorted(seconds.items()))
+                    why = why_whole(node) or "no split of it is exact"
+                    seconds.setdefault((op_name(node), why), []).append(columns.op_price(node, None).seconds)
+        return tuple((name, len(values), sum(values) / total, why) for (name, why), values in sorted(seconds.items()))
+
+    def _discovered(self, search: Search) -> tuple[tuple[str, int, str], ...]:
+        found: dict[tuple[str, str], int] = {}
+        for segment in search.trace.segments:
+            for node in ops_of(search.trace, segment):
+                if is_discovered(node):
+                    ways = "; ".join(str(s).partition(": ")[2] for s in strategies(node) if s.is_split)
+                    found[op_name(node), ways] = found.get((op_name(node), ways), 0) + 1
+        return tuple((name, count, ways) for (name, ways), count in sorted(found.items()))
 
 
 def _says_something(strategy: Strategy) -> bool:

@@ -476,10 +476,18 @@ class _Builder:
         return bool(options)
 
     def _crosses(self, node: fx.Node) -> bool:
-        """Whether a result is read by other segments or returned."""
+        """Whether a result is read by other segments, or is the loss. Other results of the model may lie in any way."""
         mine = set(self.trace.segments[self.index].nodes)
-        readers = [u for user in [node, *node.users] if resolve(user)[0] is node for u in user.users]
-        return any(reader.name not in mine and resolve(reader)[0] is reader for reader in readers)
+        for value in [node, *node.users]:
+            if resolve(value)[0] is not node:
+                continue
+            for reader in value.users:
+                if reader.op == "output":
+                    if reader.args[0][0] is value:  # type: ignore[index]
+                        return True
+                elif reader.name not in mine and resolve(reader)[0] is reader:
+                    return True
+        return False
 
     def _conversions(self) -> dict[tuple[Value, int, int], Price]:
         placements = {number: placement for placement, number in self.states.items()}

@@ -219,5 +219,5 @@ def _words(error: Exception) -> str:
     if isinstance(error, ShardplanError):
         return " | ".join([f"{error.code} {type(error).__name__}: {error.title}", *error.details[:2]])[:400]
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
-    place = f" at {frames[-1].filename.rsplit('/', 2)[-2]}/{frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno}"
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}{place if frames else ''}"[:400]
+    place = frames and f" at {'/'.join(frames[-1].filename.rsplit('/', 2)[-2:])}:{frames[-1].lineno}"
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}{place or ''}"[:400]

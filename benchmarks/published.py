@@ -113,15 +113,15 @@ def _summary(errors: Sequence[float]) -> str:
 # -- fit --------------------------------------------------------------------------------------------------------------
 
 _FITTED = {
-    "ampere": ("math", "half_k", "attention", "attention_backward", "half_seq", "eager"),
-    "hopper": ("math", "math_fp8", "half_k", "attention", "attention_backward", "half_seq", "eager"),
+    "ampere": ("math", "attention", "attention_backward", "half_seq", "eager"),
+    "hopper": ("math", "math_fp8", "attention", "attention_backward", "half_seq", "eager"),
+    "blackwell": ("math_fp8", "attention", "attention_backward"),
     "fused": ("tp_overlap", "tp_overlap_backward", "dp_overlap", "pointwise_forward", "pointwise_backward"),
     "sharded": ("gather_slack", "pointwise_forward", "pointwise_backward", "step_seconds"),
 }
 _BOUNDS = {
     "math": (0.4, 0.9),
     "math_fp8": (0.3, 0.8),
-    "half_k": (10, 800),
     "attention": (0.2, 0.75),
     "attention_backward": (0.15, 0.65),
     "half_seq": (50, 3000),
@@ -130,8 +130,8 @@ _BOUNDS = {
     "tp_overlap_backward": (0.0, 0.9),
     "dp_overlap": (0.3, 1.0),
     "gather_slack": (0.0, 0.4),
-    "pointwise_forward": (1.0, 3.0),
-    "pointwise_backward": (1.0, 3.0),
+    "pointwise_forward": (1.0, 2.5),
+    "pointwise_backward": (1.0, 2.5),
     "step_seconds": (0.0, 0.2),
 }
 

@@ -77,10 +77,11 @@ def layer_seconds(row: Row, shape: Shape, chip: Chip, net: Network, stage: int) 
 
     forward_traffic, backward_traffic = _traffic(row, shape, chip, tokens, local)
     pair = _tensor_parallel(row, chip.item * tokens * h, net, stage)
+    pairs = 1 if shape.experts else 2  # the experts count their own
     system = chip.system
-    ahead = forward + mlp.forward + core + forward_traffic + 2 * pair * (1 - system.tp_overlap)
+    ahead = forward + mlp.forward + core + forward_traffic + pairs * pair * (1 - system.tp_overlap)
     back = by_input + mlp.backward_input + core_backward + backward_traffic
-    back += 2 * pair * (1 - system.tp_overlap_backward)
+    back += pairs * pair * (1 - system.tp_overlap_backward)
     if row.recompute == "full":
         back += ahead
     elif row.recompute == "selective":
@@ -109,17 +110,26 @@ def _mlp(row: Row, shape: Shape, chip: Chip) -> Seconds:
 
 
 def _experts(row: Row, shape: Shape, chip: Chip, net: Network, stage: int) -> Seconds:
-    """A mixture: router, tokens to their experts and back (all-to-all and permutation), grouped products."""
+    """A mixture: router, tokens to their experts and back, grouped products.
+
+    A rank sends the tokens that are its own, top_k times, by all-to-all to the ranks of their experts; where experts
+    are split, the ranks that split one gather them there and scatter the sums.
+    """
     tokens = row.micro_batch * shape.seq_len / row.cp
     split = expert_tp(row)
+    own = tokens / (row.tp if row.sequence_parallel or split == 1 else 1)
+    sent = own * shape.top_k * chip.imbalance
+    # Tokens that the rank's experts compute: those of all the ranks that share an expert's split.
+    routed = tokens * shape.top_k * chip.imbalance / (row.tp / split)
     owned = shape.experts / row.ep
-    # Where experts are not split, sequence parallelism leaves every rank its own tokens.
-    routed = tokens * shape.top_k / (row.tp / split) * chip.imbalance
-    rows = routed / owned if row.ep == 1 else routed * row.ep / shape.experts
+    rows = routed / owned
     width = shape.ffn / split
     shapes = [(width * (2 if shape.gated else 1), shape.hidden), (shape.hidden, width)]
-    nbytes = chip.item * routed * shape.hidden
-    move = 2 * net.expert(nbytes, stage) + 2 * chip.traffic(2 * nbytes)
+    item = chip.item * shape.hidden
+    move = 2 * net.expert(item * sent, stage) + 2 * chip.traffic(2 * item * sent)
+    if split > 1:
+        gathered = _tensor_parallel(row, item * routed, net, stage)
+        move += gathered * (1 - chip.system.tp_overlap_backward)
     router = chip.product(tokens, shape.experts, shape.hidden, high=True)
     return Seconds(
         sum(chip.product(rows, n, k, owned) for n, k in shapes) + move + router,

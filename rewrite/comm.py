@@ -41,7 +41,7 @@ class Comm(Protocol):
         """Split evenly along `split_dim`, send part i to rank i, concatenate what arrives along `concat_dim`."""
         ...
 
-    def seed(self, site: int, axes: tuple[str, ...]) -> int:
-        """Seed for random op number `site` in this step and microbatch: equal on ranks that differ only on axes not
-        named, different on ranks that differ on `axes`, the same again when a segment is recomputed."""
+    def key(self, site: int) -> int:
+        """63 bits that random op number `site` draws from in this step: the same on all ranks and for all microbatches,
+        and when a segment is recomputed. Where a number stands makes it differ, see `rewrite.draws`."""
         ...

@@ -10,7 +10,8 @@ from __future__ import annotations
 import linecache
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ from torch import fx
 _HEADER = (
     "import torch",
     "from torch.utils.checkpoint import checkpoint",
-    "from shardplan.rewrite import collectives, kernels",
+    "from shardplan.rewrite import collectives, kernels, random_ops",
 )
-_RESERVED = frozenset({"torch", "checkpoint", "collectives", "kernels", "stage", "shardplan", "inf", "nan", "float"})
+_RESERVED = frozenset(
+    {"torch", "checkpoint", "collectives", "kernels", "random_ops", "stage", "shardplan", "inf", "nan", "float"}
+)
 _GROUP = "shardplan_group"
 
 
@@ -92,7 +95,7 @@ class _Emitter:
         results = ", ".join(self.names[n] for n in given)
         lines.append(f"    return {results}")
         arguments = ", ".join([group, *(self.names[n] for n in taken)])
-        # Random ops are seeded by site and microbatch, so the state of the generators need not be kept.
+        # Random numbers follow from where they stand, so the state of the generators need not be kept.
         call = f"checkpoint({arguments}, use_reentrant=False, preserve_rng_state=False)"
         dead = [n for n in taken if self.last_use.get(n, -1) < end and n.op != "placeholder"]
         lines.append(f"{results} = {call}{self.release(dead)}")
@@ -131,7 +134,7 @@ class _Emitter:
             namespace, name = target._schema.name.split("::")
             return f"torch.ops.{namespace}.{name}.{target._overloadname}"
         module, name = target.__module__, target.__qualname__
-        for short in ("collectives", "kernels"):
+        for short in ("collectives", "kernels", "random_ops"):
             if module == f"shardplan.rewrite.{short}":
                 return f"{short}.{name}"
         self.imports.add(module)

@@ -1,7 +1,8 @@
 """Ops whose local form is not the op itself: which one, and the call that replaces it.
 
 An op is replaced where a chosen strategy names an implementation, and always where it draws random numbers (replicas
-must draw the same, shards different ones, and a recomputation the same again). The functions are in `rewrite.kernels`.
+must draw the same, shards their part of what one device draws). The functions are in `rewrite.kernels` and
+`rewrite.random_ops`.
 """
 
 from __future__ import annotations
@@ -42,10 +43,6 @@ class OpContext:
         """Axes on which tensor argument `slot` is a shard."""
         return tuple(axis for axis, strategy in self.chosen.items() if strategy.inputs[slot].is_shard)
 
-    def result_axes(self) -> tuple[str, ...]:
-        """Axes on which the result is a shard: ranks that differ on them draw different numbers."""
-        return tuple(axis for axis, s in self.chosen.items() if s.outputs and s.outputs[0].is_shard)
-
     def axes_of(self, impl: str) -> tuple[str, ...]:
         """Axes whose strategy asks for this implementation."""
         return tuple(axis for axis, strategy in self.chosen.items() if strategy.impl == impl)
@@ -71,9 +68,7 @@ def _vocab_embedding(op: OpContext) -> fx.Node:
 def _cross_entropy(op: OpContext) -> fx.Node:
     logits = info(tensor_args(op.node)[0])
     class_dim = 1 if len(logits.shape) > 1 else 0
-    class_axes = [axis for axis, s in op.chosen.items() if s.inputs[0].is_shard and s.inputs[0].dim == class_dim]
-    if len(class_axes) > 1:
-        raise NotSupported(f"{op.node.name}: classes split over two mesh axes")
+    class_axes = tuple(axis for axis, s in op.chosen.items() if s.inputs[0] == S(class_dim))
     token_axes = [axis for axis in op.split_axes(1)]
     reduction = op.argument(3, "reduction", 1)
     weight = op.argument(2, "weight")
@@ -90,7 +85,7 @@ def _cross_entropy(op: OpContext) -> fx.Node:
         reduction,
         ignore_index,
         op.argument(5, "label_smoothing", 0.0),
-        class_axis=class_axes[0] if class_axes else None,
+        class_axes=class_axes,
         denominator=denominator,
     )
 
@@ -110,29 +105,6 @@ def _nll(op: OpContext) -> fx.Node:
         denominator = op.stage.denominator(op, token_axes, weight, ignore_index)
     logs, target = op.arguments[:2]
     return op.emit(kernels.nll_loss, logs, target, weight, reduction, ignore_index, denominator=denominator)
-
-
-def _dropout(op: OpContext) -> fx.Node:
-    site = op.stage.sites[op.node.name]
-    return op.emit(kernels.dropout, op.stage.comm, site, op.result_axes(), op.arguments[0], op.argument(1, "p"))
-
-
-def _attention(op: OpContext) -> fx.Node:
-    names = ("attn_mask", "dropout_p", "is_causal")
-    defaults = (None, 0.0, False)
-    given = {n: op.argument(i, n, d) for i, (n, d) in enumerate(zip(names, defaults, strict=True), start=3)}
-    given |= {name: op.call.kwargs[name] for name in ("scale", "enable_gqa") if name in op.call.kwargs}
-    site = op.stage.sites[op.node.name]
-    return op.emit(kernels.attention, op.stage.comm, site, op.result_axes(), *op.arguments[:3], **given)
-
-
-def _random(op: OpContext) -> fx.Node:
-    """The op itself, seeded; it draws on the stage's device."""
-    args, kwargs = op.stage.fill(op.call.args, op.arguments), op.stage.fill(op.call.kwargs, op.arguments)
-    site = op.stage.sites[op.node.name]
-    return op.emit(
-        kernels.random, op.stage.comm, site, op.result_axes(), op.stage.device, op.call.target, *args, **kwargs
-    )
 
 
 IMPLEMENTATIONS: dict[str, Callable[[OpContext], fx.Node]] = {

@@ -7,22 +7,16 @@
 ``cross_entropy``      tokens are split (mean), or classes are                  `cross_entropy`
 ``nll_loss``           tokens are split                                         `nll_loss`
 ``batch_norm``         samples or positions are split, in training              `batch_norm`
-``dropout``            elementwise dropout, whenever it draws                   `dropout`
-``attention``          attention with dropout, whenever it draws                `attention`
-``random``             any other op that draws (see `rules.randomness`)         `random`
+``random``             the op draws (see `rules.randomness`)                    `rewrite.random_ops`
 =====================  =======================================================  ====================================
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.autograd import Function
-from torch.nn import functional as F
 
 from shardplan.rewrite.comm import Comm
 
@@ -64,17 +58,17 @@ def cross_entropy(
     ignore_index: int,
     label_smoothing: float,
     *,
-    class_axis: str | None = None,
+    class_axes: tuple[str, ...] = (),
     denominator: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cross entropy of class indices.
 
     logits: [tokens, classes, ...] or [classes]; target: int, without the class dim. reduction: 0 none, 1 mean, 2 sum.
-    class_axis: the axis that splits the classes. denominator: [] count over the whole batch; the result is then the sum
-    over this rank's tokens divided by it.
+    class_axes: the axes that split the classes, outermost first. denominator: [] count over the whole batch; the result
+    is then the sum over this rank's tokens divided by it.
     """
-    if class_axis is not None:
-        losses = _parallel_losses(comm, logits, target, ignore_index, label_smoothing, class_axis)
+    if class_axes:
+        losses = _parallel_losses(comm, logits, target, ignore_index, label_smoothing, class_axes)
         if reduction == 0:
             return losses
         total = losses.sum()
@@ -104,17 +98,24 @@ def nll_loss(
 
 
 def _parallel_losses(
-    comm: Comm, logits: torch.Tensor, target: torch.Tensor, ignore_index: int, smoothing: float, axis: str
+    comm: Comm,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    ignore_index: int,
+    smoothing: float,
+    axes: tuple[str, ...],
 ) -> torch.Tensor:
     if logits.ndim > 1:
         logits = logits.movedim(1, -1)
     classes = logits.shape[-1]
-    start = comm.index(axis) * classes
-    local = target - start
+    part = 0
+    for axis in axes:
+        part = part * comm.size(axis) + comm.index(axis)
+    local = target - part * classes
     ignored = target == ignore_index
     elsewhere = (local < 0) | (local >= classes) | ignored
     local = local.masked_fill(elsewhere, 0)
-    losses = _ParallelCrossEntropy.apply(logits, local, elsewhere, comm, axis, smoothing)
+    losses = _ParallelCrossEntropy.apply(logits, local, elsewhere, comm, axes, smoothing)
     return losses.masked_fill(ignored, 0)  # type: ignore[union-attr]
 
 
@@ -128,21 +129,26 @@ class _ParallelCrossEntropy(Function):
         local: torch.Tensor,
         elsewhere: torch.Tensor,
         comm: Comm,
-        axis: str,
+        axes: tuple[str, ...],
         smoothing: float,
     ) -> torch.Tensor:
         work = logits.double() if logits.dtype == torch.float64 else logits.float()
-        highest = comm.all_reduce(work.amax(-1), axis, "max")
+        highest, width = work.amax(-1), work.shape[-1]
+        for axis in axes:
+            highest = comm.all_reduce(highest, axis, "max")
+            width *= comm.size(axis)
         shifted = work - highest.unsqueeze(-1)
         chosen = shifted.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0)
         powers = shifted.exp()
         parts = [chosen, powers.sum(-1)]
         if smoothing:
             parts.append(shifted.sum(-1))
-        chosen, total, *rest = comm.all_reduce(torch.stack(parts), axis).unbind()
+        sums = torch.stack(parts)
+        for axis in axes:
+            sums = comm.all_reduce(sums, axis)
+        chosen, total, *rest = sums.unbind()
         log_total = total.log()
         losses = log_total - chosen
-        width = work.shape[-1] * comm.size(axis)
         if smoothing:
             losses = (1 - smoothing) * losses + smoothing * (log_total - rest[0] / width)
         ctx.save_for_backward(powers / total.unsqueeze(-1), local, elsewhere)
@@ -191,9 +197,10 @@ def batch_norm(
     var = (spreads + (means - mean).square()).mean(0)
     if running_mean is not None and running_var is not None:
         with torch.no_grad():
-            running_mean.mul_(1 - momentum).add_(mean.detach().to(running_mean.dtype), alpha=momentum)
+            # `data`: as in the op itself, backward must not take the statistics it was given for changed.
+            running_mean.data.mul_(1 - momentum).add_(mean.detach().to(running_mean.dtype), alpha=momentum)
             unbiased = var.detach() * (count / max(count - 1, 1))
-            running_var.mul_(1 - momentum).add_(unbiased.to(running_var.dtype), alpha=momentum)
+            running_var.data.mul_(1 - momentum).add_(unbiased.to(running_var.dtype), alpha=momentum)
     result = (work - mean.view(view)) * torch.rsqrt(var + eps).view(view)
     if weight is not None:
         result = result * weight.view(view)
@@ -224,74 +231,3 @@ class _GatherRanks(Function):
         for axis in reversed(ctx.axes):
             grad = ctx.comm.reduce_scatter(grad.contiguous(), 0, axis)
         return grad.squeeze(0), None, None
-
-
-# -- random numbers ----------------------------------------------------------------------------------------------------
-
-_DRAWING = threading.Lock()
-
-
-@contextmanager
-def _seeded(comm: Comm, site: int, axes: tuple[str, ...], device: torch.device) -> Iterator[None]:
-    """The device's generator starts from the seed of the site and goes on afterwards as if nothing had been drawn."""
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        generator = torch.cuda.default_generators[index]
-    else:
-        generator = torch.default_generator
-    with _DRAWING:  # ranks may be threads
-        state = generator.get_state()
-        generator.manual_seed(comm.seed(site, axes))
-        try:
-            yield
-        finally:
-            generator.set_state(state)
-
-
-def dropout(comm: Comm, site: int, axes: tuple[str, ...], x: torch.Tensor, p: float) -> torch.Tensor:
-    """Dropout that draws the same numbers on replicas, others on shards (`axes`), and the same when recomputed."""
-    if not comm.training:
-        return x
-    with _seeded(comm, site, axes, x.device):
-        return aten.dropout.default(x, p, True)
-
-
-def attention(
-    comm: Comm,
-    site: int,
-    axes: tuple[str, ...],
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> torch.Tensor:
-    """Attention whose dropout draws like `dropout`. query: [..., heads, q, d] -> [..., heads, q, e]."""
-    with _seeded(comm, site, axes, query.device):
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask,
-            dropout_p if comm.training else 0.0,
-            is_causal,
-            scale=scale,
-            enable_gqa=enable_gqa,
-        )
-
-
-def random(
-    comm: Comm,
-    site: int,
-    axes: tuple[str, ...],
-    device: torch.device,
-    op: Callable[..., Any],
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    """Any op that draws, seeded like `dropout`. device: where it draws."""
-    with _seeded(comm, site, axes, torch.device(device)):
-        return op(*args, **kwargs)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from shardplan.planner.placement import Mesh
+from shardplan.rewrite.draws import mix
 
 T = TypeVar("T")
 
@@ -38,6 +39,8 @@ class ThreadComm:
         self.exchanges = exchanges
         self.training = True
         self.microbatch = 0
+        self.base_seed = 0
+        self.step = 0
 
     def size(self, axis: str) -> int:
         return self.mesh.size(axis)
@@ -71,9 +74,8 @@ class ThreadComm:
         everyone = self._swap(axis, x.detach().clone())
         return torch.cat([part.chunk(size, split_dim)[self.index(axis)] for part in everyone], concat_dim)
 
-    def seed(self, site: int, axes: tuple[str, ...]) -> int:
-        parts = (site, self.microbatch if "mb" in axes else -1, *(self.index(a) for a in sorted(axes) if a != "mb"))
-        return hash(parts) & 0x7FFF_FFFF
+    def key(self, site: int) -> int:
+        return mix(self.base_seed, self.step, site) >> 1
 
 
 def make_comms(mesh: Mesh, timeout_seconds: float = 60.0) -> dict[tuple[int, ...], ThreadComm]:

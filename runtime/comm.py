@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from shardplan.planner.placement import MICROBATCH_AXIS
+from shardplan.rewrite.draws import mix
 from shardplan.rewrite.program import StageRanks
 from shardplan.runtime.groups import Groups
 
@@ -118,6 +119,5 @@ class DistComm:
         parts = x.chunk(held.size, dim)
         return torch.stack(parts if held.inverse is None else [parts[index] for index in held.inverse])
 
-    def seed(self, site: int, axes: tuple[str, ...]) -> int:
-        # The hash of a tuple of integers is the same in every process.
-        return hash((self.base_seed, self.step, site, *(self.index(a) for a in sorted(axes)))) & 0x7FFF_FFFF_FFFF
+    def key(self, site: int) -> int:
+        return mix(self.base_seed, self.step, site) >> 1

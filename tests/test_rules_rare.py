@@ -261,6 +261,7 @@ def test_rule(names, target, args, kwargs):
 # Their results are random or not defined; tests/test_rules_pairs.py runs those that draw.
 NO_DEFINITE_RESULT = {
     "feature_alpha_dropout", "feature_dropout", "empty", "new_empty", "rand", "randn", "randint", "randperm",
+    "multinomial", "normal",
 }  # fmt: skip
 
 

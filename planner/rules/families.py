@@ -173,7 +173,8 @@ RULES: dict[Any, Rule] = _table(
         (view_as_complex, "view_as_complex"),
         # made from nothing
         (factory, "full zeros ones empty.memory_format new_zeros new_ones new_full new_empty"),
-        (factory, "rand randn randint randint.low"),
+        (factory, "rand randn randint randint.low normal.float_float"),
+        (indexing.multinomial, "multinomial"),
         (sequence, "arange arange.start arange.start_step scalar_tensor eye eye.m linspace tril_indices triu_indices"),
         (sequence, "randperm"),
     ]

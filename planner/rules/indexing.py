@@ -7,6 +7,7 @@ import torch
 from torch import fx
 
 from shardplan.planner.rules.letters import Term, broadcast_terms, linear_in, split_letters
+from shardplan.planner.rules.randomness import random_impl
 from shardplan.planner.rules.schema import argument, shapes
 from shardplan.planner.rules.strategy import Strategy
 from shardplan.planner.trace import info, infos, tensor_args
@@ -149,3 +150,9 @@ def searchsorted(node: fx.Node) -> list[Strategy]:
         return []
     rows: Term = [*term[:-1], None] if len(sizes[0]) > 1 else [None]
     return split_letters(node, [rows, term], [term])
+
+
+def multinomial(node: fx.Node) -> list[Strategy]:
+    """Rows of weights are independent."""
+    rows: Term = [f"b{i}" for i in range(len(shapes(node)[0]) - 1)]
+    return split_letters(node, [[*rows, None]], [[*rows, None]], impl=random_impl(node))

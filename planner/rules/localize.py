@@ -187,7 +187,8 @@ _FIXES |= dict.fromkeys(
     (aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.broadcast_to.default,
      aten.new_zeros.default, aten.new_ones.default,
      aten.new_full.default, aten.new_empty.default, aten.full.default, aten.zeros.default, aten.ones.default,
-     aten.empty.memory_format, aten.rand.default, aten.randn.default, aten.randint.default, aten.randint.low),
+     aten.empty.memory_format, aten.rand.default, aten.randn.default, aten.randint.default, aten.randint.low,
+     aten.normal.float_float),
     _result_size("size"),
 )  # fmt: skip
 _FIXES |= dict.fromkeys(

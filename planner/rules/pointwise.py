@@ -25,8 +25,11 @@ _UNTAGGED = frozenset(
         aten.where.ScalarOther, aten.where.Scalar, aten.dropout.default, aten.alpha_dropout.default,
         aten.lift_fresh_copy.default, aten.copy.default, aten.isin.Tensor_Scalar, aten.bernoulli.default,
         aten.bernoulli.p, aten.rand_like.default, aten.randn_like.default, aten.randint_like.default,
-        aten.randint_like.low_dtype, aten.expand_as.default, aten.masked_fill_.Scalar, aten.bitwise_not.default,
-        aten.logical_not.default, aten.__and__.Tensor, aten.__or__.Tensor, aten.__xor__.Tensor, aten.__and__.Scalar,
+        aten.randint_like.low_dtype, aten.uniform.default, aten.exponential.default, aten.cauchy.default,
+        aten.geometric.default, aten.log_normal.default, aten.normal_functional.default, aten.normal.Tensor_float,
+        aten.normal.float_Tensor, aten.normal.Tensor_Tensor, aten.bernoulli.Tensor, aten.rrelu.default,
+        aten.expand_as.default, aten.masked_fill_.Scalar, aten.bitwise_not.default, aten.logical_not.default,
+        aten.__and__.Tensor, aten.__or__.Tensor, aten.__xor__.Tensor, aten.__and__.Scalar,
         aten.__or__.Scalar, aten.rsub.Tensor, aten.rsub.Scalar, aten.polar.default, aten.complex.default,
         aten.real.default, aten.imag.default, aten.conj.default, aten.log_sigmoid.default, aten.logit.default,
         aten.hardswish.default, aten.native_dropout.default, aten.multiply.Tensor, aten.divide.Tensor,
@@ -105,7 +108,8 @@ def prelu(node: fx.Node) -> list[Strategy]:
 def feature_dropout(node: fx.Node) -> list[Strategy]:
     """One number per sample and channel, so positions are not split."""
     term: Term = [f"b{i}" if i < 2 else None for i in range(len(shapes(node)[0]))]
-    return [*split_letters(node, [term], [term], impl=random_impl(node)), linear_in(node, (0,))]
+    found = split_letters(node, [term], [term], impl=random_impl(node))
+    return [*found, linear_in(node, (0,))] if node.target is aten.feature_dropout.default else found
 
 
 def lookup(node: fx.Node) -> list[Strategy]:

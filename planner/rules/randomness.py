@@ -1,12 +1,10 @@
 """Which ops draw random numbers.
 
-Such an op always runs by an implementation of `rewrite.kernels` that seeds it: replicas have to draw the same numbers,
-shards different ones, and a recomputation the same again.
+Such an op always runs by an implementation of `rewrite.random_ops`, whose numbers follow from where they stand:
+replicas draw the same, shards and microbatches their part of what one device draws, and a recomputation the same again.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import fx
@@ -22,10 +20,6 @@ _DROPOUTS = frozenset(
     }
 )  # fmt: skip
 _RECURRENT = frozenset({aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input})
-_IMPLEMENTATIONS: dict[Any, str] = {
-    aten.dropout.default: "dropout",
-    aten.scaled_dot_product_attention.default: "attention",
-}
 
 
 def draws(node: fx.Node) -> bool:
@@ -44,5 +38,5 @@ def draws(node: fx.Node) -> bool:
 
 
 def random_impl(node: fx.Node) -> str | None:
-    """Name of the implementation that seeds the op, or None where it draws nothing."""
-    return _IMPLEMENTATIONS.get(node.target, "random") if draws(node) else None
+    """Name of the implementation of an op that draws, or None where it draws nothing."""
+    return "random" if draws(node) else None

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from shardplan.errors import NotSupported
+from shardplan.planner.placement import S
 from shardplan.planner.rules import LocalCall, Slot, Strategy
 from shardplan.planner.rules.randomness import random_impl
 from shardplan.planner.trace import info, tensor_args
 from shardplan.rewrite import kernels
+from shardplan.rewrite.implement_random import implement_random
 
 if TYPE_CHECKING:
     from shardplan.rewrite.lower import StageLowering
@@ -112,7 +114,5 @@ IMPLEMENTATIONS: dict[str, Callable[[OpContext], fx.Node]] = {
     "cross_entropy": _cross_entropy,
     "batch_norm": _batch_norm,
     "nll_loss": _nll,
-    "dropout": _dropout,
-    "attention": _attention,
-    "random": _random,
+    "random": implement_random,
 }

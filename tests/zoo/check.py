@@ -28,7 +28,7 @@ from shardplan.planner.plan import Plan
 from shardplan.planner.propagate import follow
 from shardplan.planner.rules import LocalCall
 from shardplan.planner.search import SolveOptions, solve
-from shardplan.planner.trace import Trace
+from shardplan.planner.trace import Trace, leaf_of
 from shardplan.rewrite import compile
 from shardplan.rewrite.reference import run_program
 from tests import models
@@ -135,6 +135,8 @@ def check(
         return row
     trace = subject.trace
     row.traced, row.nodes, row.trace_seconds = trace.method, len(trace.graph.nodes), round(trace.seconds, 2)
+    notes = dict.fromkeys(note for node in trace.nodes() if (note := leaf_of(node)) is not None)
+    row.leaves = [f"{note.leaf.name}: {note.reason}" for note in notes]
     row.microbatches = follow(trace, "mb", Mesh(("mb",), (2,))).reason or ""
     for column in columns:
         began = time.perf_counter()

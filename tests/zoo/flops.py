@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from shardplan.planner.placement import Mesh
 from shardplan.planner.plan import Plan
-from shardplan.planner.rules import LocalCall, Slot, local_call
-from shardplan.planner.trace import Trace, infos, resolve
+from shardplan.planner.rules import LocalCall, Slot, Strategy, local_call
+from shardplan.planner.trace import Trace, infos, leaf_of, resolve
 
 aten = torch.ops.aten
 
@@ -62,18 +62,26 @@ def split_share(trace: Trace, plan: Plan, axis: str = "tp") -> tuple[float, list
     for node in trace.nodes():
         if not _computes(node):
             continue
-        everything = flops_of(local_call(node, {}, mesh))
+        everything = _on_one_rank(node, {}, mesh)
         if not everything:
             continue
         total += everything
         strategy = plan.strategy(axis, node.name)
-        mine = everything if strategy is None else flops_of(local_call(node, {axis: strategy}, mesh))
+        mine = everything if strategy is None else _on_one_rank(node, {axis: strategy}, mesh)
         if mine * mesh.sizes[0] > everything:
             whole[f"{node.name} {node.target}"] = everything
     if not total:
         return math.nan, []
     listed = sorted(((name, flops / total) for name, flops in whole.items()), key=lambda item: -item[1])
     return 1 - sum(whole.values()) / total, listed
+
+
+def _on_one_rank(node: fx.Node, chosen: dict[str, Strategy], mesh: Mesh) -> int:
+    note = leaf_of(node)
+    if note is None:
+        return flops_of(local_call(node, chosen, mesh))
+    split = any(strategy.is_split for strategy in chosen.values())
+    return int(note.leaf.flops) // (mesh.sizes[0] if split else 1)
 
 
 def _computes(node: fx.Node) -> bool:

@@ -363,7 +363,9 @@ def explain(error: BaseException, model: nn.Module) -> NotTraceable:
         what = "calls an autograd.Function with a backward of its own"
     details = [f"{place}: {text}"] if place else []
     details.append(f"{type(error).__name__}: {message}")
-    return NotTraceable(where + what, details, way_out(path))
+    found = NotTraceable(where + what, details, way_out(path))
+    found.module = path
+    return found
 
 
 def _tb(error: BaseException) -> TracebackType | None:

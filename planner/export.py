@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,12 +15,24 @@ from torch.utils import _pytree as pytree
 
 from shardplan.errors import NotTraceable, UsageError
 from shardplan.planner.capture import PLAIN, Captured, Wrapper, capture
+from shardplan.planner.leaves import Leaves, annotate, prove_splits
 from shardplan.planner.passes import Draft, normalize
 from shardplan.planner.passes.draft import not_traceable, packet
 from shardplan.planner.passes.inline_regions import mark_switched
 from shardplan.planner.segments import fill_segments
 from shardplan.planner.shadow import CannotCopy, fake_like, make_fake_mode, shadow, without_caches
-from shardplan.planner.trace import Source, Trace, mutated, needs_grad, set_mutated, set_needs_grad
+from shardplan.planner.trace import (
+    Source,
+    Trace,
+    infos,
+    leaf_of,
+    mutated,
+    needs_grad,
+    set_leaf,
+    set_mutated,
+    set_needs_grad,
+    set_result_grads,
+)
 
 
 def trace_model(
@@ -32,8 +44,9 @@ def trace_model(
     target: Any = None,
     training: bool = True,
     evaluate: bool | None = None,
+    leaves: Sequence[str] = (),
 ) -> Trace:
-    """Trace one call ``model(*args, **kwargs)`` with its loss, without running it on data or copying its weights.
+    """Trace one call ``model(*args, **kwargs)`` with its loss, without copying its weights or, leaves aside, running it.
 
     model: real or on the meta device. args, kwargs: a global batch (real, meta or fake tensors; other values are
         constants of the trace). Dim 0 of the first tensor with a dim is the global batch size, and every input whose
@@ -43,28 +56,46 @@ def trace_model(
     training: with a loss and gradients; False: the loss may be missing (None).
     evaluate: put the model in eval mode, rather than trace it in the mode that its modules are in; default: where it is
         not trained.
+    leaves: globs of submodules to keep whole. Those in which tracing fails are kept whole as well; where there are any,
+        a copy of the modules is run once on the example, if it and the model have values.
 
     Raises UsageError for wrong arguments or a missing loss, NotTraceable for what cannot be one graph.
     """
     started = time.perf_counter()
     kwargs = dict(kwargs or {})
     _check_arguments(model, args, kwargs, loss_fn, target, training)
-    fake_mode = make_fake_mode()
-    inputs = pytree.tree_map_only(torch.Tensor, lambda t: fake_like(fake_mode, t), (args, kwargs, target))
     evaluate = not training if evaluate is None else evaluate
-    captured = _capture(model, inputs, loss_fn, training, evaluate, fake_mode)
-    notes = [*captured.notes, *dict.fromkeys(captured.wrapper.packing.remarks)]
-    if training and not model.training:
-        notes.append("the model is in eval mode: dropout is off and running statistics are used, not updated")
-    draft = _draft(captured, model, inputs, notes, training)
-    normalize(draft)
+    kept = Leaves(model, args, kwargs, training, evaluate)
+    kept.ask(leaves)
+    while True:
+        try:
+            draft, captured = _normalized(model, (args, kwargs, target), loss_fn, kept)
+            break
+        except NotTraceable as error:
+            if not kept.take(error):
+                raise
     _note_devices(draft)
-    batch_size = _batch_size(inputs)
-    trace = _finish(draft, captured, pytree.tree_structure((args, kwargs)), batch_size)
+    trace = _finish(draft, captured, pytree.tree_structure((args, kwargs)), _batch_size((args, kwargs)))
     trace.model_name = type(model).__name__
+    prove_splits(trace, kept)
     fill_segments(trace)
     trace.seconds = time.perf_counter() - started
     return trace
+
+
+def _normalized(model: nn.Module, call: tuple[Any, Any, Any], loss_fn: Any, kept: Leaves) -> tuple[Draft, Captured]:
+    """call: (args, kwargs, target)."""
+    fake_mode = make_fake_mode()
+    inputs = pytree.tree_map_only(torch.Tensor, lambda t: fake_like(fake_mode, t), call)
+    captured = _capture(model, inputs, loss_fn, kept, fake_mode)
+    kept.check_called()
+    notes = [*captured.notes, *dict.fromkeys(captured.wrapper.packing.remarks)]
+    if kept.training and not model.training:
+        notes.append("the model is in eval mode: dropout is off and running statistics are used, not updated")
+    draft = _draft(captured, model, inputs, notes, kept.training)
+    annotate(draft.graph, kept)
+    normalize(draft)
+    return draft, captured
 
 
 def _check_arguments(model: Any, args: Any, kwargs: Any, loss_fn: Any, target: Any, training: bool) -> None:
@@ -99,15 +130,15 @@ def _batch_size(inputs: Any) -> int:
     return next(int(leaf.shape[0]) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim)
 
 
-def _capture(model: nn.Module, inputs: Any, loss_fn: Any, training: bool, evaluate: bool, fake_mode: Any) -> Captured:
+def _capture(model: nn.Module, inputs: Any, loss_fn: Any, kept: Leaves, fake_mode: Any) -> Captured:
     """Trace a copy of the modules; the model itself where it cannot be copied or the loss function holds on to it."""
     own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
     for copied in (True, False):
         try:
-            with shadow(model, fake_mode, copied) as traced, without_caches(traced):
-                if evaluate:
+            with shadow(model, fake_mode, copied) as traced, without_caches(traced), kept.installed(traced):
+                if kept.evaluate:
                     traced.eval()
-                found = capture(Wrapper(traced, loss_fn, training), inputs, fake_mode)
+                found = capture(Wrapper(traced, loss_fn, kept.training), inputs, fake_mode)
         except CannotCopy:
             continue
         constants = [value for kind, value in found.kinds.values() if kind == "constant"]
@@ -300,6 +331,10 @@ def _keep_meta(old: fx.Node, new: fx.Node, made: dict[fx.Node, fx.Node]) -> None
     new.meta["val"] = old.meta.get("val")
     for key in ("nn_module_stack", "stack_trace"):
         new.meta[key] = old.meta.get(key)
+    note = leaf_of(old)
+    if note is not None:
+        set_leaf(new, note)
+        set_result_grads(new, tuple(found.needs_grad for found in infos(old)))
     set_needs_grad(new, needs_grad(old))
     if mutated(old):
         set_mutated(new, tuple(made[buffer] for buffer in mutated(old)))

@@ -27,7 +27,7 @@ from shardplan.planner.placement import (
     fits,
 )
 from shardplan.planner.rules import Strategy, strategies
-from shardplan.planner.trace import Trace, info, infos, is_tensor, mutated, needs_grad, resolve, tensor_args
+from shardplan.planner.trace import Trace, info, infos, is_tensor, leaf_of, mutated, needs_grad, resolve, tensor_args
 
 
 @dataclass(slots=True)
@@ -220,6 +220,10 @@ class _Carrier(_Follower):
 
     def op(self, node: fx.Node) -> None:
         strategy, arguments = self.given(node), tensor_args(node)
+            note = leaf_of(node)
+            if note is not None:
+                self.result.reason = f"{note.leaf.name} is kept whole and {note.unsplit or 'splits its batch otherwise'}"
+                return
         if strategy in strategies(node) and self.divisible(node, arguments, strategy):
             self.chosen[node.name] = strategy  # nothing is pulled: what makes the arguments was given as well
         else:

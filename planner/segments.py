@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from shardplan.planner.cuts import find_cuts, is_heavy
-from shardplan.planner.trace import Segment, Source, Trace, infos, module_path, mutated
+from shardplan.planner.trace import Segment, Source, Trace, infos, leaf_of, module_path, mutated
 
 
 def fill_segments(trace: Trace) -> None:
@@ -94,8 +94,11 @@ def _entry(node: fx.Node, inside: dict[fx.Node, int], outside: dict[fx.Node, int
             return "{" + ",".join(f"{key}={encode(item)}" for key, item in sorted(value.items())) + "}"
         return "device" if isinstance(value, torch.device) else repr(value)
 
+    note, args = leaf_of(node), node.args
+    if note is not None:
+        args = (f"{note.leaf} {note.splits}", *args[1:])  # not the name: layers of one kind are alike
     target = getattr(node.target, "__name__", "") if node.target is operator.getitem else str(node.target)
-    return f"{target}{encode(node.args)}{encode(dict(node.kwargs))} -> {_facts(node)}"
+    return f"{target}{encode(args)}{encode(dict(node.kwargs))} -> {_facts(node)}"
 
 
 def _facts(node: fx.Node) -> str:

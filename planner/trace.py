@@ -17,6 +17,10 @@ from torch import fx
 if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec
 
+    from shardplan.planner.costs.base import OpSaves
+    from shardplan.planner.leaf_op import Leaf
+    from shardplan.planner.rules.strategy import Strategy
+
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
@@ -66,6 +70,23 @@ class Segment:
     name: str
     kind: int
     nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LeafNote:
+    """What is known of a submodule that stands in the graph whole (see `planner.leaf_op`).
+
+    reason: why it does ("model.py:88: if scores.max() > 1", "asked for"). saves: what autograd keeps of it. draws:
+    whether it draws random numbers. splits: the ways to split its batch, proven by running it; unsplit: why there are
+    none.
+    """
+
+    leaf: Leaf
+    reason: str
+    saves: OpSaves
+    draws: bool = False
+    splits: tuple[Strategy, ...] = ()
+    unsplit: str = ""
 
 
 @dataclass(eq=False)
@@ -156,11 +177,11 @@ def infos(node: fx.Node) -> tuple[TensorInfo, ...]:
     if isinstance(value, torch.Tensor):
         return (info(node),)
     if isinstance(value, (tuple, list)):
-        grad = needs_grad(node)
+        grad, tensors = needs_grad(node), [v for v in value if isinstance(v, torch.Tensor)]
+        grads = node.meta.get("result_grads") or [grad and v.dtype.is_floating_point for v in tensors]
         return tuple(
-            TensorInfo(tuple(int(extent) for extent in v.shape), v.dtype, grad and v.dtype.is_floating_point)
-            for v in value
-            if isinstance(v, torch.Tensor)
+            TensorInfo(tuple(int(extent) for extent in v.shape), v.dtype, flows)
+            for v, flows in zip(tensors, grads, strict=True)
         )
     return ()
 
@@ -172,6 +193,20 @@ def needs_grad(node: fx.Node) -> bool:
 
 def set_needs_grad(node: fx.Node, value: bool) -> None:
     node.meta["needs_grad"] = value
+
+
+def set_result_grads(node: fx.Node, flows: tuple[bool, ...]) -> None:
+    """To which of an op's results a gradient flows, where that is not all that are floating."""
+    node.meta["result_grads"] = flows
+
+
+def leaf_of(node: fx.Node) -> LeafNote | None:
+    """What is known of the submodule that a node runs whole; None for every other node."""
+    return node.meta.get("leaf")
+
+
+def set_leaf(node: fx.Node, note: LeafNote) -> None:
+    node.meta["leaf"] = note
 
 
 def mutated(node: fx.Node) -> tuple[fx.Node, ...]:

@@ -117,6 +117,7 @@ class _Compiler:
             denominators=denominators,
             loss_stage=self.split.loss_stage if self.train else -1,
             constants={name: self.trace.constants[by_name[name]] for name in sorted(constants)},
+            uneven=frozenset(name for s in stages for name in s.lowering.lowered.uneven),
             leaves={name: leaf for s in stages for name, leaf in s.lowering.lowered.leaves.items()},
         )
 

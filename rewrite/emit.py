@@ -28,6 +28,13 @@ _RESERVED = frozenset(
 _GROUP = "shardplan_group"
 
 
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """Stands in a stage graph for a value that the source finds by name when it is loaded."""
+
+    name: str
+
+
 def set_group(node: fx.Node, group: str) -> None:
     """Mark a node of a stage graph as part of a recomputation group (consecutive nodes of one name)."""
     node.meta[_GROUP] = group
@@ -38,11 +45,12 @@ def emit(graph: fx.Graph) -> str:
     return _Emitter(graph).text()
 
 
-def load(source: str, name: str) -> Callable[..., Any]:
-    """The function that the source defines. `name` is shown as its file in tracebacks."""
+def load(source: str, name: str, bound: Mapping[str, Any] | None = None) -> Callable[..., Any]:
+    """The function that the source defines. `name` is shown as its file in tracebacks; bound: values by name (see
+    `Bound`)."""
     filename = f"<shardplan {name}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    scope: dict[str, Any] = {"__name__": f"shardplan_{name}"}
+    scope: dict[str, Any] = {**(bound or {}), "__name__": f"shardplan_{name}"}
     exec(compile(source, filename, "exec"), scope)
     return scope["stage"]
 
@@ -145,6 +153,8 @@ class _Emitter:
             return self.names[value]
         if isinstance(value, bool) or value is None or isinstance(value, (int, str)):
             return repr(value)
+        if isinstance(value, Bound):
+            return value.name
         if isinstance(value, torch._ops.OpOverload):
             return self.target(value)
         if isinstance(value, float):

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from shardplan.errors import NotSupported
+from shardplan.planner.leaf_op import is_leaf
 from shardplan.planner.placement import S
 from shardplan.planner.rules import LocalCall, Slot, Strategy
 from shardplan.planner.rules.randomness import random_impl
 from shardplan.planner.trace import info, tensor_args
 from shardplan.rewrite import kernels
 from shardplan.rewrite.implement_random import implement_random
+from shardplan.rewrite.leaf_kernel import implement_leaf
 
 if TYPE_CHECKING:
     from shardplan.rewrite.lower import StageLowering
@@ -55,6 +57,8 @@ class OpContext:
 
 def implementation_of(node: fx.Node, chosen: dict[str, Strategy]) -> str | None:
     """Name of the implementation that replaces the op, or None."""
+    if is_leaf(node):
+        return "leaf"
     names = {strategy.impl for strategy in chosen.values() if strategy.impl}
     if len(names) > 1:
         raise NotSupported(f"{node.name} would need two implementations at once: {sorted(names)}")
@@ -114,5 +118,6 @@ IMPLEMENTATIONS: dict[str, Callable[[OpContext], fx.Node]] = {
     "cross_entropy": _cross_entropy,
     "batch_norm": _batch_norm,
     "nll_loss": _nll,
+    "leaf": implement_leaf,
     "random": implement_random,
 }

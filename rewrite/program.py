@@ -129,7 +129,8 @@ class Program:
 
     stages[i] runs on placement[i]. schedule has one list per pipeline position; positions[i] gives the ranks of
     position i. loss_stage: the stage whose "loss" result counts, -1 for none. leaves: submodules that are run whole, by
-    the name that the stages' sources call them.
+    the name that the stages' sources call them. uneven: parameters that get a gradient on some ranks of a group and
+    none on others, because ranks go different ways inside a leaf.
     """
 
     kind: str
@@ -144,6 +145,7 @@ class Program:
     loss_stage: int = -1
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     leaves: dict[str, Leaf] = field(default_factory=dict)
+    uneven: frozenset[str] = frozenset()
 
     @property
     def world_size(self) -> int:

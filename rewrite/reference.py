@@ -232,8 +232,11 @@ class _Run:
         total: torch.Tensor | None = None
         for stage in spec.stages:
             parts = {}
+            some = any(held[spec.name].grad is not None for held in self.tensors[stage].values())
             for place, held in self.tensors[stage].items():
                 leaf = held[spec.name]
+                if some and leaf.grad is None and spec.name in self.program.uneven:
+                    leaf.grad = torch.zeros_like(leaf)
                 if leaf.grad is not None:
                     parts[tuple(self.comms[stage][place].coordinate.items())] = leaf.grad
             if parts:

@@ -86,7 +86,7 @@ class Executor:
         self.coordinate = self.placement.coordinate(rank)
         self.comm = DistComm(self.placement, rank, groups, seed)
         self.code = program.stages[self.stage]
-        self.function = load(self.code.source, f"{name}stage{self.stage}")
+        self.function = load(self.code.source, f"{name}stage{self.stage}", program.leaves)
         self.denominators = [
             (d, load(d.source, f"{name}{d.name}")) for d in program.denominators if d.stage == self.stage
         ]

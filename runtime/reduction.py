@@ -46,10 +46,17 @@ class GradientSums:
         ordered = sorted(inside.items(), key=lambda item: (-len(item[0]), item[0]))
         self._inside = [(groups.get(ranks), leaves) for ranks, leaves in ordered]
         self._between = [(groups.get(ranks), leaves) for ranks, leaves in sorted(between.items())]
+        uneven = {id(tensors[name]) for name in program.uneven if name in tensors}
+        held = [(group, [leaf for leaf in leaves if id(leaf) in uneven]) for group, leaves in self._inside]
+        self._uneven = [(group, leaves) for group, leaves in held if leaves]
         self._agreed = False
 
     def run(self) -> None:
         """Replace the gradients by their sums."""
+        for group, leaves in self._uneven:
+            for leaf in _read_anywhere(group, leaves):
+                if leaf.grad is None:
+                    leaf.grad = torch.zeros_like(leaf)
         _sum_gradients(self._inside)
         if not self._agreed:
             self._between = [(group, _read_anywhere(group, leaves)) for group, leaves in self._between]

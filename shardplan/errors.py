@@ -84,10 +84,12 @@ class NotSupported(UsageError):
 
 
 class NotTraceable(ShardplanError):
-    """The model cannot be captured as one graph; names file and line."""
+    """The model cannot be captured as one graph; names file and line. module: qualified name of the innermost submodule
+    in which it failed ("" for the model itself), None where that is not known."""
 
     code = "SP201"
     exit_status = 5
+    module: str | None = None
 
 
 class NoFeasiblePlan(ShardplanError):
@@ -170,6 +172,13 @@ class Deadlock(ShardplanError):
     """An instruction list that cannot finish; found by simulation before anything is launched."""
 
     code = "SP505"
+
+
+class LeafChanged(ShardplanError):
+    """A submodule that is kept whole did something else than when it was traced: its results have other shapes, or
+    plain values beside the tensors differ."""
+
+    code = "SP506"
 
 
 class NumericsMismatch(ShardplanError):

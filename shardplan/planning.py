@@ -16,6 +16,7 @@ from torch import nn
 from shardplan.batch import Batch, Inputs
 from shardplan.errors import NotSupported, UsageError
 from shardplan.planner.cluster import Cluster
+from shardplan.planner.constraints import Leaf
 from shardplan.planner.costs.roofline import flops
 from shardplan.planner.costs.tables import LinkTables
 from shardplan.planner.placement import Mesh
@@ -106,6 +107,7 @@ def make_trace(model: nn.Module, batch: Batch, request: Request) -> tuple[Trace,
         loss_fn=request.loss_fn,
         target=batch.target,
         training=request.objective == "train",
+        leaves=[constraint.name for constraint in request.constraints if isinstance(constraint, Leaf)],
     )
     return trace, Inputs(trace, batch.on_meta(), batch.target)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from shardplan.planner.leaf_op import Leaf
 from shardplan.planner.rules.localize import LocalCall, Slot
 
 log = logging.getLogger(__name__)
@@ -144,8 +145,11 @@ def _tensors(call: LocalCall, device: torch.device) -> list[torch.Tensor]:
     """Random operands; integers are valid indices into every floating operand of the call."""
     high = _index_limit(call)
     found = []
-    for value in call.inputs:
-        if value.dtype in _FLOATS:
+    for i, value in enumerate(call.inputs):
+        known = call.target.ranges[i] if isinstance(call.target, Leaf) else None
+        if known is not None:
+            found.append(torch.randint(known[0], known[1] + 1, value.shape, device=device).to(value.dtype))
+        elif value.dtype in _FLOATS:
             tensor = torch.randn(value.shape, device=device).to(value.dtype)
             found.append(tensor.requires_grad_(value.needs_grad))
         elif value.dtype == torch.bool:

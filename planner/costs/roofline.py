@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from shardplan.planner.cluster import DeviceKind
+from shardplan.planner.leaf_op import Leaf
 from shardplan.planner.rules.localize import LocalCall
 
 aten = torch.ops.aten
@@ -44,6 +45,9 @@ _BACKWARD_TRAFFIC = 1.5
 
 def flops(call: LocalCall) -> float:
     """Multiplications and additions of the forward call; 0 for ops that do not multiply matrices."""
+    if isinstance(call.target, Leaf):
+        numbers = sum(math.prod(value.shape) for value in call.outputs)
+        return call.target.flops * numbers / max(call.target.results, 1)
     out = math.prod(call.outputs[0].shape) if call.outputs else 0
     if call.target in _LINEAR:
         first = call.inputs[1 if call.target in _ADDS_FIRST else 0].shape

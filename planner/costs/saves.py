@@ -12,7 +12,7 @@ from torch.fx.node import map_arg
 
 from shardplan.planner.costs.base import OpSaves
 from shardplan.planner.rules import schema
-from shardplan.planner.trace import info, infos, is_tensor, needs_grad, tensor_args
+from shardplan.planner.trace import info, infos, is_tensor, leaf_of, needs_grad, tensor_args
 
 
 def key_of(node: fx.Node) -> str:
@@ -43,6 +43,9 @@ def observe(node: fx.Node, torch_device: str = "cpu") -> OpSaves:
         return OpSaves((False,) * len(arguments), (False,) * len(results))
     if torch_device == "cuda" and _is_fused_attention(node):
         return _fused_attention(node)
+    note = leaf_of(node)
+    if note is not None:
+        return note.saves
     try:
         return _observe(node)
     except Exception:

@@ -103,13 +103,12 @@ def location(node: fx.Node) -> tuple[str, str]:
 
 
 def way_out(path: str | None) -> list[str]:
-    """Hints for a module that no graph can hold. Keeping it whole by ``leaf("path")`` is still to come, and says so."""
-    if not path:
+    """Hints for a module that no graph can hold. "": the model itself, of which a part can be a leaf."""
+    if path is None:
         return []
-    return [
-        f"choose with torch.where or torch.cond in {path}, or move that part out of the model;"
-        f' constraints=[leaf("{path}")] is not available yet'
-    ]
+    if path:
+        return [f'constraints=[leaf("{path}")] keeps it whole', f"choose with torch.where or torch.cond in {path}"]
+    return ['move that part into a submodule "name" of its own: it is then kept whole, as by constraints=[leaf("name")]']
 
 
 def not_traceable(node: fx.Node, what: str) -> NotTraceable:
@@ -117,4 +116,6 @@ def not_traceable(node: fx.Node, what: str) -> NotTraceable:
     place, text = location(node)
     path = module_path(node)
     details = [f"{place}: {text}"] if place else []
-    return NotTraceable(f"{path or 'the model'} {what}", details, way_out(path))
+    error = NotTraceable(f"{path or 'the model'} {what}", details, way_out(path))
+    error.module = path
+    return error

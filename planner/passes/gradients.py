@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from shardplan.planner.leaf_op import is_leaf, leaf_results
 from shardplan.planner.passes.draft import Draft, aten_ops, packet
 from shardplan.planner.trace import needs_grad as flows
-from shardplan.planner.trace import set_needs_grad, tensor_args
+from shardplan.planner.trace import set_needs_grad, set_result_grads, tensor_args
 
 name = "gradients"
 
@@ -25,6 +26,8 @@ def apply(draft: Draft) -> None:
     """A gradient starts at trainable floating parameters; integers, detach and no_grad regions stop it."""
     for node in draft.graph.nodes:
         set_needs_grad(node, draft.training and _needs(draft, node))
+        if is_leaf(node):
+            set_result_grads(node, tuple(flows(node) and result.differentiable for result in leaf_results(node)))
 
 
 def _floating(value: Any) -> bool:
@@ -39,7 +42,8 @@ def _needs(draft: Draft, node: fx.Node) -> bool:
     if node.op == "placeholder":
         return draft.sources[node].trainable
     if node.target is operator.getitem:
-        return flows(node.args[0])  # type: ignore[arg-type]
+        source: Any = node.args[0]
+        return leaf_results(source)[int(node.args[1])].differentiable and flows(source) if is_leaf(source) else flows(source)  # type: ignore[arg-type]
     if node.op != "call_function" or node.meta.get("no_grad") or packet(node) in SHAPE_ONLY:
         return False
     return any(flows(argument) for argument in tensor_args(node))

@@ -15,7 +15,7 @@ from shardplan.planner.rules.strategy import Strategy
 from shardplan.planner.trace import info, infos, is_tensor, resolve, tensor_args
 
 __all__ = [
-    "LocalCall", "Slot", "Strategy", "has_rule", "is_discovered", "local_call", "strategies", "why_whole",
+    "LocalCall", "Slot", "Strategy", "forget_strategies", "has_rule", "is_discovered", "local_call", "strategies", "why_whole",
 ]  # fmt: skip
 
 
@@ -34,6 +34,13 @@ def strategies(node: fx.Node, inner: bool = False) -> tuple[Strategy, ...]:
         plain = _plain(node, inner)
         found = node.meta[key] = _unique([*plain, *sections.variants(node, plain, node.meta[wanted])])
     return found
+
+
+def forget_strategies(graph: fx.Graph) -> None:
+    """Find the strategies of all nodes anew: those of a leaf have changed, and with them what readers want."""
+    for node in graph.nodes:
+        for key in [k for k in node.meta if k.startswith(("strategies ", "plain ", "sections "))]:
+            del node.meta[key]
 
 
 def has_rule(node: fx.Node) -> bool:

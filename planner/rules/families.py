@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import fx
 
+from shardplan.planner.leaf_op import LEAF
 from shardplan.planner.placement import R, S
 from shardplan.planner.rules import indexing, losses, pointwise, products, reductions, spatial, views
 from shardplan.planner.rules.letters import split_letters
 from shardplan.planner.rules.randomness import random_impl
 from shardplan.planner.rules.schema import argument, shapes
 from shardplan.planner.rules.strategy import Strategy
-from shardplan.planner.trace import infos, mutated
+from shardplan.planner.trace import infos, leaf_of, mutated
 
 aten = torch.ops.aten
 Rule = Callable[[fx.Node], list[Strategy]]
@@ -46,6 +47,12 @@ def fused(node: fx.Node) -> list[Strategy]:
 def select(node: fx.Node) -> list[Strategy]:
     """select, unbind."""
     return views.select(node, argument(node, "dim", 0))
+
+
+def leaf(node: fx.Node) -> list[Strategy]:
+    """A submodule kept whole: what running it has proven."""
+    note = leaf_of(node)
+    return list(note.splits) if note is not None else []
 
 
 def stack(node: fx.Node) -> list[Strategy]:
@@ -181,6 +188,7 @@ RULES: dict[Any, Rule] = _table(
 )
 RULES |= dict.fromkeys(views.RESHAPES, views.reshape)
 RULES |= dict.fromkeys(views.PERMUTES, views.permute)
+RULES[LEAF] = leaf
 
 
 def rule_of(node: fx.Node) -> Rule | None:

@@ -14,7 +14,7 @@ from torch import fx
 from shardplan.planner.placement import Mesh, Placement, R, local_shape
 from shardplan.planner.rules.schema import argument, position
 from shardplan.planner.rules.strategy import Strategy
-from shardplan.planner.trace import TensorInfo, info, infos, is_tensor, tensor_args
+from shardplan.planner.trace import TensorInfo, info, infos, is_tensor, leaf_of, tensor_args
 
 aten = torch.ops.aten
 _NONE = TensorInfo((), torch.float32)
@@ -56,6 +56,9 @@ def local_call(node: fx.Node, chosen: Mapping[str, Strategy], mesh: Mesh) -> Loc
         _local(result, [chosen[x].outputs[i] if x in chosen else R for x in mesh.axes], mesh)
         for i, result in enumerate(infos(node))
     )
+    note = leaf_of(node)
+    if note is not None:
+        return LocalCall(note.leaf, tuple(map(Slot, range(len(inputs)))), {}, inputs, outputs)
     counter = count()
 
     def slots(value: Any) -> Any:

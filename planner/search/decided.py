@@ -107,7 +107,7 @@ def decide(trace: Trace, cluster: Cluster, constraints: tuple[Constraint, ...]) 
                 if found.placements.setdefault(node.name, placement) != placement:
                     raise ConflictingConstraints(f"{name} is to be {found.placements[node.name]} and {placement}")
         elif isinstance(constraint, Leaf):
-            raise NotSupported(f"{constraint} is not available yet")
+            continue  # honoured when tracing
         else:
             raise UsageError(f"not a constraint: {constraint!r}")
     return found

@@ -1,0 +1,227 @@
+"""The op ``shardplan::leaf``: a submodule that stands in the graph whole, and `Leaf`, which runs it.
+
+In a traced graph a leaf is a call of the op with its name, the description of its results, and its tensors: first the
+tensors among the arguments of the call, then the parameters and buffers of the submodule. A rank calls the `Leaf`
+instead, on its local tensors, under ordinary autograd.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from shardplan.errors import LeafChanged
+
+_LIBRARY = torch.library.Library("shardplan", "FRAGMENT")
+# The tag keeps passes from merging two calls or taking one for a constant: what is inside may draw random numbers.
+_LIBRARY.define("leaf(str name, str results, Tensor[] tensors) -> Tensor[]", tags=(torch.Tag.nondeterministic_seeded,))
+
+LEAF = torch.ops.shardplan.leaf.default
+
+_RESULT = re.compile(r"^(\w+)\[([\d,]*)\](\*?)$")
+# The tensors of a leaf are put into its modules for as long as it runs, and simulated ranks are threads.
+_RUNNING = threading.RLock()
+
+
+@dataclass(frozen=True, slots=True)
+class LeafResult:
+    """One tensor that a leaf returns. differentiable: whether autograd links it to the leaf's tensors.
+
+    Prints as ``float32[4,8]*`` (the star: differentiable) and parses back.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    differentiable: bool = False
+
+    def __str__(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"{kind}[{','.join(map(str, self.shape))}]{'*' if self.differentiable else ''}"
+
+    @staticmethod
+    def parse(text: str) -> LeafResult:
+        """Inverse of ``str(result)``. Raises ValueError."""
+        found = _RESULT.match(text)
+        if not found:
+            raise ValueError(f"not the result of a leaf: {text!r}")
+        shape = tuple(int(extent) for extent in found[2].split(",") if extent)
+        return LeafResult(shape, getattr(torch, found[1]), bool(found[3]))
+
+
+def results_text(results: Sequence[LeafResult]) -> str:
+    return ";".join(map(str, results))
+
+
+def parse_results(text: str) -> tuple[LeafResult, ...]:
+    """Inverse of `results_text`."""
+    return tuple(LeafResult.parse(part) for part in text.split(";") if part)
+
+
+@torch.library.register_fake("shardplan::leaf", lib=_LIBRARY)
+def _fake(name: str, results: str, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    device = tensors[0].device if tensors else torch.device("cpu")
+    return [torch.empty(r.shape, dtype=r.dtype, device=device) for r in parse_results(results)]
+
+
+def is_leaf(node: fx.Node) -> bool:
+    """Whether the node is a submodule kept whole."""
+    return node.op == "call_function" and node.target is LEAF
+
+
+def leaf_results(node: fx.Node) -> tuple[LeafResult, ...]:
+    """What the leaf at a node returns (global shapes)."""
+    return parse_results(str(node.args[1]))
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a module holds a tensor. table: "_parameters", "_buffers", or "" for a plain attribute; index: the position
+    in a list that is an attribute (the flat weights of recurrent modules), or -1."""
+
+    module: str
+    attribute: str
+    table: str
+    index: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A parameter or buffer of a leaf. name: within the leaf's module."""
+
+    name: str
+    is_parameter: bool
+    places: tuple[Place, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Leaf:
+    """A submodule that is run whole, called with tensors in the order of the op's argument ``tensors``.
+
+    name: the submodule's qualified name, with ``#2`` for its second call.
+    module: the submodule without values (its parameters and buffers on the meta device).
+    held: its parameters and buffers, each once, behind the `inputs` tensors of the call.
+    spec, values: the call's (args, kwargs) as a pytree; a value is None where a tensor stands, else a tuple of it.
+    autocast: dtype of the autocast region in which the module was called, or None.
+    constants: per leaf of what the module returns: None for a tensor, else a tuple of the plain value.
+    ranges: least and largest entry of every integer among the tensors, as the example had them (None for others).
+    flops: of the forward run on the example; results: how many numbers it gave.
+    digest: tells leaves of different code or form apart; equal for the layers of one kind.
+    """
+
+    name: str
+    module: nn.Module
+    held: tuple[Held, ...]
+    inputs: int
+    spec: pytree.TreeSpec
+    values: tuple[tuple[Any] | None, ...]
+    autocast: torch.dtype | None = None
+    constants: tuple[tuple[Any] | None, ...] = ()
+    ranges: tuple[tuple[int, int] | None, ...] = ()
+    flops: float = 0.0
+    results: int = 0
+    digest: str = ""
+
+    def __str__(self) -> str:
+        return f"leaf {type(self.module).__qualname__} {self.digest}"
+
+    def call(self, *tensors: torch.Tensor) -> Any:
+        """What the module returns."""
+        inputs, held = iter(tensors[: self.inputs]), tensors[self.inputs :]
+        flat = [next(inputs) if value is None else value[0] for value in self.values]
+        args, kwargs = pytree.tree_unflatten(flat, self.spec)
+        device_type = tensors[0].device.type if tensors else "cpu"
+        region = torch.autocast(device_type, dtype=self.autocast) if self.autocast else contextlib.nullcontext()
+        with _RUNNING, _filled(self, held), region:
+            return self.module(*args, **kwargs)
+
+    def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The tensors that the module returns. Raises LeafChanged where it returns something else beside them than
+        when it was traced."""
+        flat = pytree.tree_leaves(self.call(*tensors))
+        found = tuple(None if isinstance(leaf, torch.Tensor) else (plain(leaf),) for leaf in flat)
+        if found != self.constants:
+            raise LeafChanged(
+                f"{self.name} returned other values than when it was traced",
+                [f"now: {_show(found)}", f"traced: {_show(self.constants)}"],
+                ["numbers that depend on data have to be tensors"],
+            )
+        return tuple(leaf for leaf in flat if isinstance(leaf, torch.Tensor))
+
+
+PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
+
+
+def plain(value: Any) -> Any:
+    """A value that a graph can hold; None for others."""
+    return value if isinstance(value, PLAIN) else None
+
+
+def _show(constants: Sequence[tuple[Any] | None]) -> str:
+    return ", ".join("tensor" if value is None else repr(value[0]) for value in constants)
+
+
+def held_by(module: nn.Module) -> tuple[Held, ...]:
+    """The parameters and buffers of a module, each once, with everywhere it is held."""
+    places: dict[int, list[Place]] = {}
+    names: dict[int, tuple[str, bool]] = {}
+    for path, part in module.named_modules():
+        for table in ("_parameters", "_buffers"):
+            for attribute, value in getattr(part, table).items():
+                if value is not None:
+                    places.setdefault(id(value), []).append(Place(path, attribute, table))
+                    full = f"{path}.{attribute}" if path else attribute
+                    names.setdefault(id(value), (full, table == "_parameters"))
+    for path, part in module.named_modules():
+        for attribute, value in vars(part).items():
+            found = [(-1, value)] if isinstance(value, torch.Tensor) else []
+            if isinstance(value, list):
+                found = [(i, v) for i, v in enumerate(value) if isinstance(v, torch.Tensor)]
+            for index, tensor in found:
+                if id(tensor) in places:
+                    places[id(tensor)].append(Place(path, attribute, "", index))
+    ordered = sorted(names, key=lambda key: not names[key][1])  # parameters first
+    return tuple(Held(*names[key], tuple(places[key])) for key in ordered)
+
+
+def tensor_at(module: nn.Module, held: Held) -> torch.Tensor:
+    """The tensor that a module holds now."""
+    place = held.places[0]
+    return getattr(module.get_submodule(place.module), place.table)[place.attribute]
+
+
+@contextlib.contextmanager
+def _filled(leaf: Leaf, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    """The leaf's module with these parameters and buffers. A buffer that the module replaces by another tensor is
+    written back."""
+    before = [tensor_at(leaf.module, held) for held in leaf.held]
+    for held, tensor in zip(leaf.held, tensors, strict=True):
+        _put(leaf.module, held, tensor)
+    try:
+        yield
+        for held, tensor in zip(leaf.held, tensors, strict=True):
+            now = tensor_at(leaf.module, held)
+            if now is not tensor and not held.is_parameter:
+                with torch.no_grad():
+                    tensor.copy_(now)
+    finally:
+        for held, tensor in zip(leaf.held, before, strict=True):
+            _put(leaf.module, held, tensor)
+
+
+def _put(module: nn.Module, held: Held, tensor: torch.Tensor) -> None:
+    for place in held.places:
+        owner = module.get_submodule(place.module)
+        if place.table:
+            getattr(owner, place.table)[place.attribute] = tensor
+        elif place.index < 0:
+            vars(owner)[place.attribute] = tensor
+        else:
+            vars(owner)[place.attribute][place.index] = tensor

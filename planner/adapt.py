@@ -25,7 +25,7 @@ from shardplan.planner.describe import describe_nodes
 from shardplan.planner.instructions import Schedule
 from shardplan.planner.placement import Mesh
 from shardplan.planner.plan import NodeSummary, Plan, StagePlan, Status, input_texts
-from shardplan.planner.propagate import carry, follow
+from shardplan.planner.propagate import carry, follow_batch
 from shardplan.planner.rules import Strategy, strategies
 from shardplan.planner.stages import StageSplit, split_stages
 from shardplan.planner.trace import Segment, Trace, info
@@ -38,15 +38,16 @@ def adapt(plan: Plan, trace: Trace) -> Plan:
     """
     mesh = plan.stages[0].mesh
     dp = mesh.size("dp") if trace.batch_size % mesh.size("dp") == 0 else 1
-    beside: dict[str, Mapping[str, Strategy]] = {}
-    if dp > 1:
-        beside["dp"] = follow(trace, "dp", Mesh(("dp",), (dp,))).strategies
-    microbatches = _microbatches(plan, trace, dp, beside)
+    microbatches = _microbatches(plan, trace, dp)
+    followed = follow_batch(trace, Mesh(("mb", "dp"), (microbatches, dp)))
+    if "mb" in followed and followed["mb"].reason is not None:
+        microbatches, followed = 1, follow_batch(trace, Mesh(("dp",), (dp,)))
+    beside: dict[str, Mapping[str, Strategy]] = {axis: result.strategies for axis, result in followed.items()}
     bounds = _bounds(plan, trace)
     split = split_stages(trace, bounds)
     nodes = describe_nodes(trace, split)
     if mesh.size("tp") > 1:
-        whole = Mesh(("dp", "mb", "tp"), (mesh.size("dp"), microbatches, mesh.size("tp")))
+        whole = Mesh(("mb", "dp", "tp"), (microbatches, mesh.size("dp"), mesh.size("tp")))
         beside["tp"] = carry(trace, "tp", whole, lambda node: _planned(plan, nodes, node), dict(beside))
     _check_homes(plan, nodes)
     return replace(
@@ -71,18 +72,13 @@ def adapt(plan: Plan, trace: Trace) -> Plan:
     )
 
 
-def _microbatches(plan: Plan, trace: Trace, dp: int, beside: dict[str, Mapping[str, Strategy]]) -> int:
-    """The fewest that are no larger than planned and divide a replica's batch; `beside` takes their strategies."""
+def _microbatches(plan: Plan, trace: Trace, dp: int) -> int:
+    """The fewest that are no larger than planned and divide a replica's batch."""
     planned = plan.batch_size // (plan.stages[0].mesh.size("dp") * plan.microbatches)
     batch = trace.batch_size // dp
-    fewest = next(count for count in range(1, batch + 1) if batch % count == 0 and batch // count <= max(planned, 1))
-    if plan.microbatches == 1 or fewest == 1:
+    if plan.microbatches == 1:
         return 1
-    followed = follow(trace, "mb", Mesh(("mb",), (fewest,)))
-    if followed.reason is not None:
-        return 1
-    beside["mb"] = followed.strategies
-    return fewest
+    return next(count for count in range(1, batch + 1) if batch % count == 0 and batch // count <= max(planned, 1))
 
 
 def _planned(plan: Plan, nodes: Mapping[str, NodeSummary], node: fx.Node) -> Strategy | None:

@@ -97,7 +97,7 @@ outer split."""
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """Named axes with sizes, e.g. ``Mesh(("dp", "mb", "tp"), (2, 4, 2))``.
+    """Named axes with sizes, e.g. ``Mesh(("mb", "dp", "tp"), (4, 2, 2))``.
 
     The axis ``mb`` is time: its "ranks" are the microbatches of one step. No collective exists on it.
     """

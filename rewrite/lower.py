@@ -11,7 +11,6 @@ import torch
 from torch import fx
 
 from shardplan.errors import NotSupported
-from shardplan.planner.leaf_op import Leaf
 from shardplan.planner.placement import MICROBATCH_AXIS, Layout, Mesh, R, conversion, local_shape
 from shardplan.planner.plan import Plan
 from shardplan.planner.propagate import placed
@@ -21,28 +20,24 @@ from shardplan.planner.stages import StageSplit
 from shardplan.planner.trace import Trace, info, is_tensor, mutated, needs_grad, resolve, tensor_args
 from shardplan.rewrite import collectives, kernels
 from shardplan.rewrite.conversions import conversion_call
-from shardplan.rewrite.emit import Bound, emit, set_group
+from shardplan.rewrite.emit import emit, set_group
 from shardplan.rewrite.implement import IMPLEMENTATIONS, OpContext, implementation_of
 from shardplan.rewrite.program import Argument, Denominator
 
 
 def stage_mesh(plan: Plan, stage: int) -> Mesh:
-    """The mesh a stage's layouts refer to: the plan's mesh with the microbatch axis behind "dp", so that the batch is
-    split over replicas first."""
+    """The mesh a stage's layouts refer to: the plan's mesh behind the microbatch axis. Time is the outermost split,
+    because an inner one would have to be undone, by a collective that does not exist, before an outer one changes."""
     mesh = plan.stages[stage].mesh
-    axes = ["dp", "mb", *(a for a in mesh.axes if a != "dp")]
-    return Mesh(tuple(axes), tuple(plan.microbatches if a == "mb" else mesh.size(a) for a in axes))
+    return Mesh((MICROBATCH_AXIS, *mesh.axes), (plan.microbatches, *mesh.sizes))
 
 
 @dataclass(slots=True)
 class Lowered:
-    """A stage graph and what goes in. arguments: in placeholder order, behind comm and device. leaves: by the name that
-    the source calls them. uneven: see `Program`."""
+    """A stage graph and what goes in. arguments: in placeholder order, behind comm and device."""
 
     graph: fx.Graph
     arguments: list[Argument] = field(default_factory=list)
-    leaves: dict[str, Leaf] = field(default_factory=dict)
-    uneven: set[str] = field(default_factory=set)
     denominators: list[Denominator] = field(default_factory=list)
 
 
@@ -74,7 +69,9 @@ class StageLowering:
         return {axis: strategy for axis, strategy in found.items() if strategy is not None}
 
     def layout(self, value: fx.Node) -> Layout:
-        """How the traced value lies when its op has run."""
+        """How the traced value lies when its op has run. Every rank has all of a constant of the trace."""
+        if value.name in self.trace.constants:
+            return (R,) * len(self.mesh.axes)
         maker, index = resolve(value)
         chosen = self.chosen(maker)
         return tuple(placed(chosen.get(axis), index) for axis in self.mesh.axes)
@@ -169,12 +166,6 @@ class StageLowering:
         self.home[node.name] = made
 
     def fill(self, value: Any, arguments: list[fx.Node]) -> Any:
-    def leaf(self, leaf: Leaf) -> Bound:
-        """Make a submodule that is kept whole known to the stage's source."""
-        name = "leaf_" + re.sub(r"\W", "_", leaf.name)
-        self.lowered.leaves[name] = leaf
-        return Bound(name)
-
         """A local call's arguments with slots replaced, and baked devices by the device at hand."""
         if isinstance(value, Slot):
             return arguments[value.index]

@@ -11,7 +11,7 @@ from shardplan.planner import schedules
 from shardplan.planner.describe import describe_nodes
 from shardplan.planner.placement import Mesh, R, fits
 from shardplan.planner.plan import DeviceSummary, Memory, Plan, StagePlan, Status, input_texts
-from shardplan.planner.propagate import follow
+from shardplan.planner.propagate import follow_batch
 from shardplan.planner.rules import Strategy, strategies
 from shardplan.planner.stages import split_stages
 from shardplan.planner.trace import Trace, info, infos, is_tensor, mutated, resolve, tensor_args
@@ -63,17 +63,15 @@ def random_plan(
 ) -> Plan:
     """A plan with random strategies on tp, the batch followed on dp and mb, and even stages."""
     rng = random.Random(seed)
-    mesh = Mesh(("dp", "mb", "tp"), (dp, microbatches, tp))
+    mesh = Mesh(("mb", "dp", "tp"), (microbatches, dp, tp))
     splits: dict[str, dict[str, str]] = {}
     chosen: dict[str, dict[str, Strategy]] = {}
-    for axis in ("dp", "mb"):
-        if mesh.size(axis) > 1:
-            result = follow(trace, axis, mesh)
-            if result.reason:
-                raise ValueError(f"{axis}: {result.reason}")
-            for name, strategy in result.strategies.items():
-                chosen.setdefault(name, {})[axis] = strategy
-                splits.setdefault(axis, {})[name] = str(strategy)
+    for axis, result in follow_batch(trace, mesh).items():
+        if result.reason:
+            raise ValueError(f"{axis}: {result.reason}")
+        for name, strategy in result.strategies.items():
+            chosen.setdefault(name, {})[axis] = strategy
+            splits.setdefault(axis, {})[name] = str(strategy)
     if tp > 1:
         for node in trace.nodes():
             if node.op == "output" or resolve(node)[0] is not node or not infos(node):

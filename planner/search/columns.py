@@ -44,8 +44,8 @@ class Case:
 
     @property
     def mesh(self) -> Mesh:
-        """Layouts refer to this mesh; the batch is split over replicas first, then in time."""
-        return Mesh(("dp", "mb", "tp"), (self.dp, self.microbatches, self.tp))
+        """Layouts refer to this mesh; the batch is split in time first, then over replicas."""
+        return Mesh(("mb", "dp", "tp"), (self.microbatches, self.dp, self.tp))
 
     def __str__(self) -> str:
         return f"pp{self.stages} dp{self.dp} tp{self.tp} m{self.microbatches}"

@@ -30,7 +30,7 @@ from shardplan.planner.cluster import Cluster
 from shardplan.planner.costs.base import Costs
 from shardplan.planner.placement import Placement, R, fits
 from shardplan.planner.plan import Alternative, Plan
-from shardplan.planner.propagate import Follow, follow
+from shardplan.planner.propagate import Follow, follow_batch
 from shardplan.planner.rules import strategies
 from shardplan.planner.schedules import in_flight
 from shardplan.planner.search.baselines import NAMES, hand_made, why_missing
@@ -81,7 +81,7 @@ class Search:
         self.keeps = Keeps(trace, costs)
         self.tally = Tally()
         self.schedule = "1f1b" if options.schedule == "auto" else options.schedule
-        self.follows: dict[tuple[str, int], Follow] = {}
+        self.follows: dict[tuple[int, int], dict[str, Follow]] = {}
         self.tied = self._tied()
         if len(self.cluster.kinds()) > 1:
             self.tally.notes.append("the devices differ; compute is priced as on the first of them")
@@ -101,11 +101,12 @@ class Search:
                         readers.setdefault(argument.name, set()).add(index)
         return [name for name, indices in readers.items() if len(indices) > 1]
 
-    def follow(self, axis: str, case: Case) -> Follow:
-        size = case.mesh.size(axis)
-        if (axis, size) not in self.follows:
-            self.follows[axis, size] = follow(self.trace, axis, case.mesh)
-        return self.follows[axis, size]
+    def follow(self, case: Case) -> dict[str, Follow]:
+        """How the batch is split on the axes "mb" and "dp" of a case."""
+        sizes = case.dp, case.microbatches
+        if sizes not in self.follows:
+            self.follows[sizes] = follow_batch(self.trace, case.mesh)
+        return self.follows[sizes]
 
     def cases(self) -> list[Case]:
         """Every case that the constraints and the batch allow."""
@@ -162,11 +163,9 @@ class Search:
 
     def exact(self, case: Case) -> str | None:
         """Why a case would not compute what one device computes, or None."""
-        for axis in ("dp", "mb"):
-            if case.mesh.size(axis) > 1:
-                reason = self.follow(axis, case).reason
-                if reason is not None:
-                    return f"{'microbatches' if axis == 'mb' else 'replicas'}: {reason}"
+        for axis, followed in self.follow(case).items():
+            if followed.reason is not None:
+                return f"{'microbatches' if axis == 'mb' else 'replicas'}: {followed.reason}"
         return None
 
     # -- one case ------------------------------------------------------------------------------------------------------
@@ -174,12 +173,11 @@ class Search:
     def columns(self, case: Case) -> Columns:
         """The maker of a case's columns."""
         if case not in self.makers:
-            follows = {axis: self.follow(axis, case) for axis in ("dp", "mb") if case.mesh.size(axis) > 1}
             self.makers[case] = Columns(
                 self.trace,
                 case,
                 self.costs,
-                follows,
+                self.follow(case),
                 self.keeps,
                 self.budget,
                 self.options.optimizer_factor,

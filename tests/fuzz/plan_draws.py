@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from shardplan.planner import schedules
 from shardplan.planner.placement import Mesh
 from shardplan.planner.plan import Plan
-from shardplan.planner.propagate import follow
+from shardplan.planner.propagate import follow_batch
 from shardplan.planner.stages import split_stages
 from shardplan.planner.trace import Trace
 from tests.fuzz.builder import Draws
@@ -59,10 +59,8 @@ def draw_plan(trace: Trace, choice: Choice) -> Plan | None:
     dp, microbatches = choice.dp, choice.microbatches
     if trace.batch_size % dp:
         dp = 1
-    if trace.batch_size % (dp * microbatches) or not _exact(trace, "mb", dp, microbatches, choice.tp):
+    if trace.batch_size % (dp * microbatches) or not _exact(trace, dp, microbatches):
         microbatches = 1
-    if dp > 1 and not _exact(trace, "dp", dp, microbatches, choice.tp):
-        return None
     starts = sorted(rng.sample(range(1, len(trace.segments)), pp - 1))
     names = [s.name for s in trace.segments]
     recomputed = [[], names, [n for n in names if rng.random() < 0.5]][choice.recompute]
@@ -77,6 +75,6 @@ def draw_plan(trace: Trace, choice: Choice) -> Plan | None:
     return replace(plan, schedule=choice.schedule, instructions=instructions)
 
 
-def _exact(trace: Trace, axis: str, dp: int, microbatches: int, tp: int) -> bool:
-    """Whether the batch can be split exactly on the axis."""
-    return follow(trace, axis, Mesh(("dp", "mb", "tp"), (dp, microbatches, tp))).reason is None
+def _exact(trace: Trace, dp: int, microbatches: int) -> bool:
+    """Whether the batch can be split exactly."""
+    return all(f.reason is None for f in follow_batch(trace, Mesh(("mb", "dp"), (microbatches, dp))).values())

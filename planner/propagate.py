@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import fx
 
 from shardplan.planner.placement import (
@@ -24,10 +23,11 @@ from shardplan.planner.placement import (
     R,
     S,
     conversion,
+    divides,
     fits,
 )
 from shardplan.planner.rules import Strategy, strategies
-from shardplan.planner.trace import Trace, info, infos, is_tensor, mutated, needs_grad, resolve, tensor_args
+from shardplan.planner.trace import Trace, info, infos, is_tensor, leaf_of, mutated, needs_grad, resolve, tensor_args
 
 
 @dataclass(slots=True)
@@ -44,21 +44,9 @@ def placed(strategy: Strategy | None, index: int) -> Placement:
     return R if strategy is None or index >= len(strategy.outputs) else strategy.outputs[index]
 
 
-def follow(
-    trace: Trace, axis: str, mesh: Mesh, beside: Mapping[str, Mapping[str, Strategy]] | None = None
-) -> Follow:
-    """The batch-split strategy of every node on `axis` ("dp" or "mb") of a mesh whose other axes are split as in
-    `beside` (axis -> node name -> Strategy)."""
-    return _Follower(trace, axis, mesh, beside or {}).run()
-
-
-def follow_batch(trace: Trace, mesh: Mesh) -> dict[str, Follow]:
-    """The axes of the mesh that the batch is split on, those of size 1 left out: microbatches, and replicas within."""
-    found: dict[str, Follow] = {}
-    for axis in (MICROBATCH_AXIS, "dp"):
-        if mesh.size(axis) > 1:
-            found[axis] = follow(trace, axis, mesh, {other: result.strategies for other, result in found.items()})
-    return found
+def follow(trace: Trace, axis: str, mesh: Mesh) -> Follow:
+    """The batch-split strategy of every node on `axis` ("dp" or "mb")."""
+    return _Follower(trace, axis, mesh.size(axis)).run()
 
 
 def carry(
@@ -77,16 +65,14 @@ def carry(
 
 
 class _Follower:
-    def __init__(self, trace: Trace, axis: str, mesh: Mesh, beside: Mapping[str, Mapping[str, Strategy]]) -> None:
+    def __init__(self, trace: Trace, axis: str, size: int) -> None:
         self.trace = trace
-        self.mesh = mesh
-        self.beside = beside
+        self.size = size
         self.silent = axis == MICROBATCH_AXIS
         self.axis = axis
         self.result = Follow()
         self.chosen = self.result.strategies
         self.used: dict[str, int] = {}
-        self.rewrites: list[str] = []
 
     def run(self) -> Follow:
         for node in self.trace.nodes():
@@ -95,8 +81,6 @@ class _Follower:
             elif node.op == "call_function" and resolve(node)[0] is node and infos(node):
                 self.op(node)
         self.loss()
-        if self.rewrites and self.result.reason is None:
-            self.result.reason = self.rewrites[0]
         return self.result
 
     def source(self, node: fx.Node) -> Placement:
@@ -112,8 +96,6 @@ class _Follower:
 
     def op(self, node: fx.Node) -> None:
         arguments = tensor_args(node)
-        if self.silent and not _repeatable(node):
-            self.rewrites.append(f"{node.name} ({node.target}) would write to a buffer once per microbatch")
         carries = any(self.state(argument).kind in ("S", "P") for argument in arguments)
         best: tuple[tuple[float, ...], Strategy] | None = None
         for order, strategy in enumerate(strategies(node, inner=True)):
@@ -136,8 +118,6 @@ class _Follower:
         if not self.silent or strategy.impl is None:
             return False
         if strategy.impl in ("cross_entropy", "nll_loss"):
-            if not strategy.inputs[1].is_shard:
-                return True  # the classes are split
             return not all(self.from_inputs(argument) for argument in tensor_args(node)[1:])
         return strategy.impl == "batch_norm"
 
@@ -146,20 +126,14 @@ class _Follower:
         return maker.op == "placeholder" or maker.name in self.trace.shared
 
     def divisible(self, node: fx.Node, arguments: tuple[fx.Node, ...], strategy: Strategy) -> bool:
-        """Whether all parts are even, beside the splits of the other axes, and a buffer is written as it lies."""
-        others = {axis: of[node.name] for axis, of in self.beside.items() if node.name in of}
-
-        def whole(shape: tuple[int, ...], place: Callable[[Strategy], Placement]) -> bool:
-            by_axis = {**{axis: place(other) for axis, other in others.items()}, self.axis: place(strategy)}
-            return fits(shape, tuple(by_axis.get(axis, R) for axis in self.mesh.axes), self.mesh)
-
-        written = mutated(node)
-        for index, argument in enumerate(arguments):
-            if argument in written and strategy.inputs[index] != self.state(argument):
-                return False
-            if is_tensor(argument) and not whole(info(argument).shape, lambda s, i=index: s.inputs[i]):
-                return False
-        return all(whole(made.shape, lambda s, i=index: placed(s, i)) for index, made in enumerate(infos(node)))
+        shapes = [info(a).shape if is_tensor(a) else () for a in arguments]
+        return all(
+            divides(shape, placement, self.size)
+            for shape, placement in [
+                *zip(shapes, strategy.inputs, strict=True),
+                *zip((i.shape for i in infos(node)), strategy.outputs, strict=True),
+            ]
+        )
 
     def price(self, arguments: tuple[fx.Node, ...], strategy: Strategy) -> tuple[float, ...] | None:
         """(bytes communicated, bytes converted without communication), or None where it cannot be."""
@@ -220,14 +194,12 @@ class _Follower:
 
     def fail(self, node: fx.Node, arguments: tuple[fx.Node, ...]) -> None:
         if self.result.reason is None:
+            note = leaf_of(node)
+            if note is not None:
+                self.result.reason = f"{note.leaf.name} is kept whole and {note.unsplit or 'splits its batch otherwise'}"
+                return
             states = ", ".join(f"{a.name} {self.state(a)}" for a in arguments)
             self.result.reason = f"{node.name} ({node.target}) mixes the whole batch: its arguments stand as {states}"
-
-
-def _repeatable(node: fx.Node) -> bool:
-    """Whether an op may run once per microbatch: one that writes to a buffer may if it always writes the same and
-    nobody reads what was there before."""
-    return all(node.target is torch.ops.aten.copy_.default and set(b.users) == {node} for b in mutated(node))
 
 
 class _Carrier(_Follower):
@@ -239,8 +211,10 @@ class _Carrier(_Follower):
         given: Callable[[fx.Node], Strategy | None],
         beside: Mapping[str, Mapping[str, Strategy]],
     ) -> None:
-        super().__init__(trace, axis, mesh, beside)
+        super().__init__(trace, axis, mesh.size(axis))
+        self.mesh = mesh
         self.given = given
+        self.beside = beside
 
     def source(self, node: fx.Node) -> Placement:
         strategy = self.given(node)
@@ -250,7 +224,26 @@ class _Carrier(_Follower):
 
     def op(self, node: fx.Node) -> None:
         strategy, arguments = self.given(node), tensor_args(node)
+            note = leaf_of(node)
+            if note is not None:
+                self.result.reason = f"{note.leaf.name} is kept whole and {note.unsplit or 'splits its batch otherwise'}"
+                return
         if strategy in strategies(node) and self.divisible(node, arguments, strategy):
             self.chosen[node.name] = strategy  # nothing is pulled: what makes the arguments was given as well
         else:
             super().op(node)
+
+    def divisible(self, node: fx.Node, arguments: tuple[fx.Node, ...], strategy: Strategy) -> bool:
+        others = {axis: of[node.name] for axis, of in self.beside.items() if node.name in of}
+
+        def whole(shape: tuple[int, ...], place: Callable[[Strategy], Placement]) -> bool:
+            by_axis = {**{axis: place(other) for axis, other in others.items()}, self.axis: place(strategy)}
+            return fits(shape, tuple(by_axis.get(axis, R) for axis in self.mesh.axes), self.mesh)
+
+        written = mutated(node)
+        for index, argument in enumerate(arguments):
+            if argument in written and strategy.inputs[index] != self.state(argument):
+                return False
+            if is_tensor(argument) and not whole(info(argument).shape, lambda s, i=index: s.inputs[i]):
+                return False
+        return all(whole(made.shape, lambda s, i=index: placed(s, i)) for index, made in enumerate(infos(node)))

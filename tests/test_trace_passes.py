@@ -73,6 +73,15 @@ def write_pieces(m, x):
     return m.b(m.a(y))
 
 
+def write_complex(m, x):
+    z = torch.fft.fft(m.a(x).view(-1, 2, 2, 2), dim=1)
+    z = z.transpose(1, 2).contiguous()
+    z[:, 0] *= 2j
+    z[..., 1:] = z[..., :1].conj()
+    torch.diagonal(z, 0, 2, 1).copy_(z[:, :, 0] * 1j)
+    return m.b(z.real.flatten(1) + z.imag.flatten(1))
+
+
 def write_by_index(m, x):
     y = m.a(x) * 1
     i = torch.tensor([0, 2])
@@ -175,6 +184,7 @@ ODD = [
     copy_into_unused_view,
     write_base_and_views,
     write_pieces,
+    write_complex,
     write_by_index,
     copy_keeps_its_source,
     in_place_activations,

@@ -209,14 +209,14 @@ class _Functionalizer:
         emit, before = self.draft.emit, parent.meta["val"]
         op, args = packet(template), template.args[1:]
         if op == "aten.slice":
-            return emit(node, aten.slice_scatter.default, parent, value, *args, like=node)
+            return self._overwrite(node, aten.slice_scatter.default, parent, value, *args)
         if op == "aten.narrow":
             dim, start, length = args
-            return emit(node, aten.slice_scatter.default, parent, value, dim, start, start + length, like=node)  # type: ignore[operator]
+            return self._overwrite(node, aten.slice_scatter.default, parent, value, dim, start, start + length)  # type: ignore[operator]
         if op == "aten.select":
-            return emit(node, aten.select_scatter.default, parent, value, *args, like=node)
+            return self._overwrite(node, aten.select_scatter.default, parent, value, *args)
         if op == "aten.diagonal":
-            return emit(node, aten.diagonal_scatter.default, parent, value, *args, like=node)
+            return self._overwrite(node, aten.diagonal_scatter.default, parent, value, *args)
         if op == "aten.transpose":
             return emit(node, aten.transpose.int, value, *args, like=node)
         if op in ("aten.t", "aten.numpy_T"):
@@ -236,10 +236,30 @@ class _Functionalizer:
         position = 1 if op == "aten.unbind" else 2
         dim = template.args[position] if len(template.args) > position else template.kwargs.get("dim", 0)
         if op == "aten.unbind":
-            return self.draft.emit(node, aten.select_scatter.default, parent, value, dim, i, like=node)
+            return self._overwrite(node, aten.select_scatter.default, parent, value, dim, i)
         start = sum(piece.shape[dim] for piece in pieces[:i])
         stop = start + pieces[i].shape[dim]
-        return self.draft.emit(node, aten.slice_scatter.default, parent, value, dim, start, stop, like=node)
+        return self._overwrite(node, aten.slice_scatter.default, parent, value, dim, start, stop)
+
+    def _overwrite(self, node: fx.Node, scatter: Any, parent: fx.Node, value: fx.Node, *args: Any) -> fx.Node:
+        """A scatter of `value` into `parent`. Complex numbers go by their real parts: autograd knows these ops for real
+        numbers only."""
+        emit, held = self.draft.emit, parent.meta["val"]
+        if not held.is_complex():
+            return emit(node, scatter, parent, value, *args, like=node)
+        given = {a.name: a.default_value for a in scatter._schema.arguments[2:]}
+        given |= dict(zip(given, args, strict=False))
+        for name in {"dim", "dim1", "dim2"} & given.keys():
+            given[name] %= held.ndim  # there is one more dim behind
+        parts = []
+        for complex_ in (parent, value):
+            if complex_.meta["val"].is_conj():
+                complex_ = emit(node, aten.resolve_conj.default, complex_, like=node)
+            parts.append(emit(node, aten.view_as_real.default, complex_, like=node))
+        if scatter is aten.diagonal_scatter.default:  # a diagonal becomes the last dim
+            parts[1] = emit(node, aten.transpose.int, parts[1], -1, -2, like=node)
+        made = emit(node, scatter, *parts, *given.values(), like=node)
+        return emit(node, aten.view_as_complex.default, made, like=node)
 
 
 _RESHAPES = aten_ops(

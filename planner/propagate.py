@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 
 from shardplan.planner.placement import (
@@ -23,7 +24,6 @@ from shardplan.planner.placement import (
     R,
     S,
     conversion,
-    divides,
     fits,
 )
 from shardplan.planner.rules import Strategy, strategies
@@ -44,9 +44,21 @@ def placed(strategy: Strategy | None, index: int) -> Placement:
     return R if strategy is None or index >= len(strategy.outputs) else strategy.outputs[index]
 
 
-def follow(trace: Trace, axis: str, mesh: Mesh) -> Follow:
-    """The batch-split strategy of every node on `axis` ("dp" or "mb")."""
-    return _Follower(trace, axis, mesh.size(axis)).run()
+def follow(
+    trace: Trace, axis: str, mesh: Mesh, beside: Mapping[str, Mapping[str, Strategy]] | None = None
+) -> Follow:
+    """The batch-split strategy of every node on `axis` ("dp" or "mb") of a mesh whose other axes are split as in
+    `beside` (axis -> node name -> Strategy)."""
+    return _Follower(trace, axis, mesh, beside or {}).run()
+
+
+def follow_batch(trace: Trace, mesh: Mesh) -> dict[str, Follow]:
+    """The axes of the mesh that the batch is split on, those of size 1 left out: microbatches, and replicas within."""
+    found: dict[str, Follow] = {}
+    for axis in (MICROBATCH_AXIS, "dp"):
+        if mesh.size(axis) > 1:
+            found[axis] = follow(trace, axis, mesh, {other: result.strategies for other, result in found.items()})
+    return found
 
 
 def carry(
@@ -65,14 +77,16 @@ def carry(
 
 
 class _Follower:
-    def __init__(self, trace: Trace, axis: str, size: int) -> None:
+    def __init__(self, trace: Trace, axis: str, mesh: Mesh, beside: Mapping[str, Mapping[str, Strategy]]) -> None:
         self.trace = trace
-        self.size = size
+        self.mesh = mesh
+        self.beside = beside
         self.silent = axis == MICROBATCH_AXIS
         self.axis = axis
         self.result = Follow()
         self.chosen = self.result.strategies
         self.used: dict[str, int] = {}
+        self.rewrites: list[str] = []
 
     def run(self) -> Follow:
         for node in self.trace.nodes():
@@ -81,6 +95,8 @@ class _Follower:
             elif node.op == "call_function" and resolve(node)[0] is node and infos(node):
                 self.op(node)
         self.loss()
+        if self.rewrites and self.result.reason is None:
+            self.result.reason = self.rewrites[0]
         return self.result
 
     def source(self, node: fx.Node) -> Placement:
@@ -96,6 +112,8 @@ class _Follower:
 
     def op(self, node: fx.Node) -> None:
         arguments = tensor_args(node)
+        if self.silent and not _repeatable(node):
+            self.rewrites.append(f"{node.name} ({node.target}) would write to a buffer once per microbatch")
         carries = any(self.state(argument).kind in ("S", "P") for argument in arguments)
         best: tuple[tuple[float, ...], Strategy] | None = None
         for order, strategy in enumerate(strategies(node, inner=True)):
@@ -118,6 +136,8 @@ class _Follower:
         if not self.silent or strategy.impl is None:
             return False
         if strategy.impl in ("cross_entropy", "nll_loss"):
+            if not strategy.inputs[1].is_shard:
+                return True  # the classes are split
             return not all(self.from_inputs(argument) for argument in tensor_args(node)[1:])
         return strategy.impl == "batch_norm"
 
@@ -126,14 +146,20 @@ class _Follower:
         return maker.op == "placeholder" or maker.name in self.trace.shared
 
     def divisible(self, node: fx.Node, arguments: tuple[fx.Node, ...], strategy: Strategy) -> bool:
-        shapes = [info(a).shape if is_tensor(a) else () for a in arguments]
-        return all(
-            divides(shape, placement, self.size)
-            for shape, placement in [
-                *zip(shapes, strategy.inputs, strict=True),
-                *zip((i.shape for i in infos(node)), strategy.outputs, strict=True),
-            ]
-        )
+        """Whether all parts are even, beside the splits of the other axes, and a buffer is written as it lies."""
+        others = {axis: of[node.name] for axis, of in self.beside.items() if node.name in of}
+
+        def whole(shape: tuple[int, ...], place: Callable[[Strategy], Placement]) -> bool:
+            by_axis = {**{axis: place(other) for axis, other in others.items()}, self.axis: place(strategy)}
+            return fits(shape, tuple(by_axis.get(axis, R) for axis in self.mesh.axes), self.mesh)
+
+        written = mutated(node)
+        for index, argument in enumerate(arguments):
+            if argument in written and strategy.inputs[index] != self.state(argument):
+                return False
+            if is_tensor(argument) and not whole(info(argument).shape, lambda s, i=index: s.inputs[i]):
+                return False
+        return all(whole(made.shape, lambda s, i=index: placed(s, i)) for index, made in enumerate(infos(node)))
 
     def price(self, arguments: tuple[fx.Node, ...], strategy: Strategy) -> tuple[float, ...] | None:
         """(bytes communicated, bytes converted without communication), or None where it cannot be."""
@@ -202,6 +228,12 @@ class _Follower:
             self.result.reason = f"{node.name} ({node.target}) mixes the whole batch: its arguments stand as {states}"
 
 
+def _repeatable(node: fx.Node) -> bool:
+    """Whether an op may run once per microbatch: one that writes to a buffer may if it always writes the same and
+    nobody reads what was there before."""
+    return all(node.target is torch.ops.aten.copy_.default and set(b.users) == {node} for b in mutated(node))
+
+
 class _Carrier(_Follower):
     def __init__(
         self,
@@ -211,10 +243,8 @@ class _Carrier(_Follower):
         given: Callable[[fx.Node], Strategy | None],
         beside: Mapping[str, Mapping[str, Strategy]],
     ) -> None:
-        super().__init__(trace, axis, mesh.size(axis))
-        self.mesh = mesh
+        super().__init__(trace, axis, mesh, beside)
         self.given = given
-        self.beside = beside
 
     def source(self, node: fx.Node) -> Placement:
         strategy = self.given(node)
@@ -224,26 +254,7 @@ class _Carrier(_Follower):
 
     def op(self, node: fx.Node) -> None:
         strategy, arguments = self.given(node), tensor_args(node)
-            note = leaf_of(node)
-            if note is not None:
-                self.result.reason = f"{note.leaf.name} is kept whole and {note.unsplit or 'splits its batch otherwise'}"
-                return
         if strategy in strategies(node) and self.divisible(node, arguments, strategy):
             self.chosen[node.name] = strategy  # nothing is pulled: what makes the arguments was given as well
         else:
             super().op(node)
-
-    def divisible(self, node: fx.Node, arguments: tuple[fx.Node, ...], strategy: Strategy) -> bool:
-        others = {axis: of[node.name] for axis, of in self.beside.items() if node.name in of}
-
-        def whole(shape: tuple[int, ...], place: Callable[[Strategy], Placement]) -> bool:
-            by_axis = {**{axis: place(other) for axis, other in others.items()}, self.axis: place(strategy)}
-            return fits(shape, tuple(by_axis.get(axis, R) for axis in self.mesh.axes), self.mesh)
-
-        written = mutated(node)
-        for index, argument in enumerate(arguments):
-            if argument in written and strategy.inputs[index] != self.state(argument):
-                return False
-            if is_tensor(argument) and not whole(info(argument).shape, lambda s, i=index: s.inputs[i]):
-                return False
-        return all(whole(made.shape, lambda s, i=index: placed(s, i)) for index, made in enumerate(infos(node)))

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from shardplan.errors import NotSupported
+from shardplan.planner.leaf_op import Leaf
 from shardplan.planner.placement import MICROBATCH_AXIS, Layout, Mesh, R, conversion, local_shape
 from shardplan.planner.plan import Plan
 from shardplan.planner.propagate import placed
@@ -20,7 +21,7 @@ from shardplan.planner.stages import StageSplit
 from shardplan.planner.trace import Trace, info, is_tensor, mutated, needs_grad, resolve, tensor_args
 from shardplan.rewrite import collectives, kernels
 from shardplan.rewrite.conversions import conversion_call
-from shardplan.rewrite.emit import emit, set_group
+from shardplan.rewrite.emit import Bound, emit, set_group
 from shardplan.rewrite.implement import IMPLEMENTATIONS, OpContext, implementation_of
 from shardplan.rewrite.program import Argument, Denominator
 
@@ -34,11 +35,14 @@ def stage_mesh(plan: Plan, stage: int) -> Mesh:
 
 @dataclass(slots=True)
 class Lowered:
-    """A stage graph and what goes in. arguments: in placeholder order, behind comm and device."""
+    """A stage graph and what goes in. arguments: in placeholder order, behind comm and device. leaves: by the name that
+    the source calls them. uneven: see `Program`."""
 
     graph: fx.Graph
     arguments: list[Argument] = field(default_factory=list)
     denominators: list[Denominator] = field(default_factory=list)
+    leaves: dict[str, Leaf] = field(default_factory=dict)
+    uneven: set[str] = field(default_factory=set)
 
 
 class StageLowering:
@@ -164,6 +168,12 @@ class StageLowering:
         if scale > 1:
             made = self.emit(torch.ops.aten.mul.Tensor, (made, 1.0 / scale), {})
         self.home[node.name] = made
+
+    def leaf(self, leaf: Leaf) -> Bound:
+        """Make a submodule that is kept whole known to the stage's source."""
+        name = "leaf_" + re.sub(r"\W", "_", leaf.name)
+        self.lowered.leaves[name] = leaf
+        return Bound(name)
 
     def fill(self, value: Any, arguments: list[fx.Node]) -> Any:
         """A local call's arguments with slots replaced, and baked devices by the device at hand."""

@@ -111,7 +111,10 @@ class Calls:
         shapes = ", ".join(f"{name} {text}" for name, text in plan.inputs.items())
         dp = plan.stages[0].mesh.size("dp")
         whole = f"; {plan.batch_size} does not divide by dp={dp}: every replica computes all of it" if dp > 1 else ""
-        log.warning(
+        # The planned batch in another mode is what everybody does; other sizes may be news.
+        level = logging.INFO if plan.inputs.items() <= self.planned.plan.inputs.items() else logging.WARNING
+        log.log(
+            level,
             "%s with %s is not the planned call: traced in %.1f s (%d of %d such calls are kept)%s",
             told,
             shapes,

@@ -227,6 +227,61 @@ def run_command(
 app.command("simulate")(simulate_command)
 
 
+@app.command("check")
+def check_command(
+    target: Target,
+    devices: Devices = "2",
+    input: Input = None,
+    batch: Batch = None,
+    seq: Seq = None,
+    memory: MemoryLimit = None,
+    pin: Pin = None,
+    dp: Degree = None,
+    tp: Degree = None,
+    pp: Degree = None,
+    microbatches: Microbatches = None,
+    plan: Annotated[Path | None, typer.Option(help="check this plan file instead of planning")] = None,
+    tolerance: Annotated[float | None, typer.Option(help="relative error that is allowed; default: measured")] = None,
+    seed: Annotated[int, typer.Option(help="of weights, random inputs and dropout")] = 0,
+    solver: Solver = "highs",
+    time_limit: TimeLimit = 60.0,
+    gap: Gap = 0.01,
+    cache: Cache = True,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run the plan and the model on one device on the same batch; compare loss, gradients, buffers and outputs.
+
+    Exit status 7 where they differ; the first op at fault is named.
+    """
+    from shardplan import cli_work
+
+    job = cli_work.Job(
+        target=target,
+        devices=devices,
+        inputs=tuple(input or ()),
+        batch=batch,
+        seq=seq,
+        memory=memory,
+        pins=tuple(pin or ()),
+        degrees=_degrees(dp, tp, pp),
+        microbatches=microbatches,
+        solver=solver,
+        time_limit=time_limit,
+        gap=gap,
+        cache=cache,
+        verbose=verbose,
+    )
+    found = cli_work.check(job, plan, tolerance, seed)
+    if json:
+        print(found.to_json())
+    elif not quiet or not found.equal:
+        print(found)
+    if not found.equal:
+        raise typer.Exit(7)
+
+
 @cluster_app.command("detect")
 def cluster_detect(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="write a cluster file")] = None,

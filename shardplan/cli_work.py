@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from shardplan import checking
 from shardplan.api import auto_parallel, plan_with_trace, under_torchrun
 from shardplan.batch import example_batch
+from shardplan.checking import Check
 from shardplan.errors import UsageError
 from shardplan.planner import constraints
 from shardplan.planner.plan import Plan
@@ -138,6 +140,29 @@ def train(job: Job, plan: Path | None, steps: int, lr: float, seed: int, quiet: 
             print(f"step time: predicted {pm.plan.step_seconds * 1e3:.1f} ms, measured {usual * 1e3:.1f} ms")
         sys.stdout.flush()
         return Trained(pm.plan, tuple(losses), usual, replace(found, step_seconds=usual)) if leader else None
+
+
+def check(job: Job, plan: Path | None, tolerance: float | None, seed: int) -> Check:
+    """`shardplan check`."""
+    torch.manual_seed(seed)
+    target = load_target(job.target, job.inputs, job.batch, job.seq, on_meta=False)
+    return checking.check(
+        target.model,
+        job.devices,
+        target.random_batch(seed),
+        target.loss_fn,
+        plan,
+        tolerance=tolerance,
+        seed=seed,
+        constraints=job.constraints(),
+        microbatches=job.microbatches or "auto",
+        memory_limit=job.limit(),
+        solver=job.solver,
+        time_limit=job.time_limit,
+        gap=job.gap,
+        cache=job.cache,
+        verbose=job.verbose,
+    )
 
 
 def _rank() -> int:

@@ -173,6 +173,11 @@ class ParallelModel:
             raise UsageError("there is no plan yet", hints=["pass example_inputs=, or make the first call"])
         return self._planned.plan
 
+    @property
+    def trace(self) -> Trace:
+        """The traced graph that the plan is for. Raises UsageError before the first call, as `plan`."""
+        return self._ready().trace
+
     def _ready(self) -> Planned:
         if self._closed:
             raise UsageError("this model was closed", hints=["call auto_parallel again"])

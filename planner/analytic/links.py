@@ -2,6 +2,10 @@
 
 Ranks are numbered as Megatron-LM does: tensor parallel fastest, then context, data, and pipeline parallel slowest, so
 that the group that talks most sits on the fewest nodes. Stage s stands on the ranks s n .. (s+1) n - 1.
+
+A bandwidth that the row gives replaces that of the preset: between nodes the link is then taken to be RDMA; inside a
+node it is still the preset's kind, and no faster than one direction of the device's own links (tables like to quote
+both directions together; the prediction notes it).
 """
 
 from __future__ import annotations
@@ -141,8 +145,7 @@ def _described(
                     rate = link.bytes_per_s
                 link = replace(link, bytes_per_s=rate, source="row")
             if inter is not None:
-                fabric = uplink.fabric if uplink.fabric == "rdma" or inter < 10e9 else "rdma"
-                uplink = replace(uplink, bytes_per_s=inter, per=inter_per, fabric=fabric, source="row")
+                uplink = replace(uplink, bytes_per_s=inter, per=inter_per, fabric="rdma", source="row")
             changed[wires] = Wiring(link, uplink)
         wiring.append(changed[wires])
     cluster = replace(cluster, wiring=tuple(wiring))

@@ -8,6 +8,11 @@ from shardplan.planner.analytic.constants import Architecture, Constants, System
 from shardplan.planner.cluster import DeviceKind
 
 
+def peak_flops(kind: DeviceKind, precision: str) -> float:
+    """Peak of matrix products in a row's precision. fp32: TF32 where there is such, as NVIDIA's containers set it."""
+    return kind.peak_flops("tf32" if precision == "fp32" and "tf32" in kind.flops else precision)
+
+
 @dataclass(frozen=True, slots=True)
 class Chip:
     """A device kind at work in one precision. peak: operations per second of matrix products; peak16: of attention,
@@ -25,11 +30,8 @@ class Chip:
     @staticmethod
     def of_kind(kind: DeviceKind, precision: str, zero: int, constants: Constants) -> Chip:
         item = 4 if precision == "fp32" else 2
-        high = "bf16" if precision == "fp8" else precision
-        # Frameworks let matrix products of fp32 tensors run in TF32 only when asked to; training scripts do ask.
-        high = "tf32" if precision == "fp32" and "tf32" in kind.flops else high
-        peak16 = kind.peak_flops(high)
-        peak = kind.peak_flops("fp8") if precision == "fp8" else peak16
+        peak = peak_flops(kind, precision)
+        peak16 = peak_flops(kind, "bf16") if precision == "fp8" else peak
         of = constants.architectures[architecture(kind)]
         return Chip(kind, of, constants.system(zero), constants.imbalance, precision, peak, peak16, item)
 

@@ -24,7 +24,7 @@ from shardplan.planner.analytic.layer import (
     uses_flash,
 )
 from shardplan.planner.analytic.links import Network, network
-from shardplan.planner.analytic.ops import Chip
+from shardplan.planner.analytic.ops import Chip, peak_flops
 from shardplan.planner.analytic.row import Row, Shape, read_row
 from shardplan.planner.cluster import Cluster
 
@@ -224,8 +224,8 @@ def _among_replicas(kind: str, item: int, mine: memory.Held, net: Network, stage
 def _peak_flops(row: Row, net: Network) -> float:
     """Of all the ranks together, in the row's precision."""
     if net.uniform is not None:
-        return row.ranks * net.uniform.peak_flops(row.precision)
-    return sum(device.kind.peak_flops(row.precision) for device in net.cluster.devices[: row.ranks])
+        return row.ranks * peak_flops(net.uniform, row.precision)
+    return sum(peak_flops(device.kind, row.precision) for device in net.cluster.devices[: row.ranks])
 
 
 def _peaks(row: Row, shape: Shape, net: Network, constants: Constants, chunks: list[int]) -> tuple[int, ...]:

@@ -126,7 +126,7 @@ def _experts(row: Row, shape: Shape, chip: Chip, net: Network, stage: int) -> Se
     width = shape.ffn / split
     shapes = [(width * (2 if shape.gated else 1), shape.hidden), (shape.hidden, width)]
     item = chip.item * shape.hidden
-    move = 2 * net.expert(item * sent, stage) + 2 * chip.traffic(2 * item * sent)
+    move = 2 * net.expert(item * sent, stage, shape.top_k) + 2 * chip.traffic(2 * item * sent)
     if split > 1:
         gathered = _tensor_parallel(row, item * routed, net, stage)
         move += gathered * (1 - chip.system.tp_overlap_backward)

@@ -60,10 +60,20 @@ class Network:
         size = max(1, row.dp * row.cp * row.tp // (row.ep * expert_tp(row)))
         return self._slowest(kind, nbytes, [self._group(stage, row.ep * expert_tp(row), size)])
 
-    def expert(self, nbytes: float, stage: int) -> float:
-        """All-to-all among the ranks that share out the experts."""
+    def expert(self, nbytes: float, stage: int, copies: int) -> float:
+        """All-to-all among the ranks that share out the experts. nbytes: a rank's tokens, each `copies` times.
+
+        A token whose experts are on the same node travels there once: of `copies` experts drawn from N nodes,
+        N (1 - (1 - 1/N)^copies) nodes are different ones (dispatch by node, as in DeepSeek-V3's DeepEP).
+        """
         row = self.row
-        return self._slowest("all_to_all", nbytes, [self._group(stage, expert_tp(row), row.ep)]) if row.ep > 1 else 0.0
+        if row.ep == 1:
+            return 0.0
+        ranks = self._group(stage, expert_tp(row), row.ep)
+        nodes = len({self.cluster.devices[rank].node for rank in ranks})
+        if nodes > 1:
+            nbytes *= nodes * (1 - (1 - 1 / nodes) ** copies) / copies
+        return self._slowest("all_to_all", nbytes, [ranks])
 
     def context(self, nbytes: float, stage: int) -> float:
         """All-gather of keys and values among the context-parallel ranks."""

@@ -29,20 +29,33 @@ class Piped:
 
 def run(kind: str, positions: int, microbatches: int, stages: Sequence[Seconds], sends: Sequence[float]) -> Piped:
     """stages: of one microbatch, stage s at position s mod positions. sends[p]: seconds of a message from position p to
-    the next one or back."""
+    the next one or back.
+
+    Interleaving goes by groups of `positions` microbatches; what an incomplete last group lacks is counted as busy time
+    saved.
+    """
     times = tuple((stage.forward, stage.backward_input, stage.backward_weight) for stage in stages)
-    seconds = _seconds(kind, positions, microbatches, times, tuple(sends))
+    whole = _whole_groups(microbatches, positions, len(stages))
+    seconds = _seconds(kind, positions, whole, times, tuple(sends))
+    if whole > microbatches:
+        slowest = max(sum(sum(times[s]) for s in range(p, len(times), positions)) for p in range(positions))
+        seconds -= (whole - microbatches) * slowest
     busy = microbatches * sum(map(sum, times))
     return Piped(seconds, max(0.0, 1 - busy / (positions * seconds)) if seconds > 0 else 0.0)
 
 
 def held_nbytes(kind: str, positions: int, microbatches: int, nbytes: Sequence[float]) -> list[float]:
     """The most that every position holds at once. nbytes: kept per stage and microbatch."""
-    few = _few(positions, microbatches)
+    few = _few(positions, _whole_groups(microbatches, positions, len(nbytes)))
     return [
         _peak(order, nbytes) if kind != "gpipe" else microbatches * nbytes[position]
         for position, order in enumerate(_orders(kind, positions, few, len(nbytes) // positions))
     ]
+
+
+def _whole_groups(microbatches: int, positions: int, stages: int) -> int:
+    """Microbatches up to the end of the last group where stages are interleaved."""
+    return microbatches if stages == positions else -(-microbatches // positions) * positions
 
 
 def _peak(order: Sequence[Instruction], nbytes: Sequence[float]) -> float:

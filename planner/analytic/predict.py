@@ -85,6 +85,8 @@ def predict(
     notes: tuple[str, ...] = ()
     if row.devices is not None or cluster is not None:
         net, notes = network(row, cluster)
+    if row.interleave > 1 and row.microbatches % row.pp:
+        notes = (*notes, f"interleave: {row.microbatches} microbatches are not a multiple of pp = {row.pp}")
     if row.stage_seconds is not None:
         return _schedule_only(row, net, notes, limit_nbytes)
     assert row.shape is not None and net is not None

@@ -264,8 +264,6 @@ def _check(row: Row) -> None:
     chunks = row.pp * row.interleave
     if row.interleave > 1 and row.pp == 1:
         raise UsageError("interleave: needs pp of at least 2")
-    if row.interleave > 1 and row.microbatches % row.pp:
-        raise UsageError(f"interleave: {row.microbatches} microbatches are not a multiple of pp = {row.pp}")
     shape = row.shape
     if shape is None:
         return

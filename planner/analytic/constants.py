@@ -37,7 +37,7 @@ class Architecture:
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "volta": Architecture(0.72, 0.72, 60, 200, 200, 0.40, 0.30, 512, 1.0, 0.82, 8e-6),
+    "volta": Architecture(0.72, 0.72, 60, 200, 200, 0.40, 0.30, 512, 1.0, 0.92, 8e-6),
     "ampere": Architecture(0.764, 0.84, 120, 200, 120, 0.541, 0.42, 178, 0.75, 0.75, 6e-6),
     "ada": Architecture(0.70, 0.60, 120, 200, 120, 0.45, 0.38, 554, 0.75, 0.75, 6e-6),
     "hopper": Architecture(0.72, 0.64, 120, 200, 200, 0.537, 0.42, 1340, 0.395, 0.75, 6e-6),

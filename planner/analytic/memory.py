@@ -33,11 +33,13 @@ from shardplan.planner.analytic.shapes import parts
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Bytes per parameter: of the copy that computes, of its gradient, of the optimizer with any 32-bit copy."""
+    """Bytes per parameter: of the copies that compute, of its gradient, of the optimizer with any 32-bit copy.
+    gathered: of the copy that travels between replicas."""
 
     weight: int
     gradient: int
     optimizer: int
+    gathered: int
 
 
 def recipe(row: Row) -> Recipe:
@@ -48,9 +50,9 @@ def recipe(row: Row) -> Recipe:
     and their transposes beside the 16-bit ones, 16-bit gradients (Transformer Engine in NeMo; 18 bytes). fp32: 16.
     """
     if row.precision == "fp32":
-        return Recipe(4, 4, 8)
+        return Recipe(4, 4, 8, 4)
     gradient = 2 if row.precision in ("fp16", "fp8") or row.zero >= 2 else 4
-    return Recipe(4 if row.precision == "fp8" else 2, gradient, 12)
+    return Recipe(4 if row.precision == "fp8" else 2, gradient, 12, 2)
 
 
 @dataclass(frozen=True, slots=True)

@@ -172,10 +172,10 @@ def _gathered(row: Row, shape: Shape, chip: Chip, net: Network, stage: int, laye
     """A layer whose parameters are gathered and whose gradients are scattered behind its arithmetic."""
     mine = memory.held(row, shape, 1, False, False)
     each = memory.recipe(row)
-    gather = net.data("all_gather", each.weight * mine.dense, stage)
+    gather = net.data("all_gather", each.gathered * mine.dense, stage)
     scatter = net.data("reduce_scatter", each.gradient * mine.dense, stage)
     if mine.experts:
-        gather += net.expert_data("all_gather", each.weight * mine.experts, stage)
+        gather += net.expert_data("all_gather", each.gathered * mine.experts, stage)
         scatter += net.expert_data("reduce_scatter", each.gradient * mine.experts, stage)
     slack = chip.system.gather_slack
     ahead = _both(layer.forward, gather, slack)
@@ -208,7 +208,7 @@ def _once(
         forward = behind * sum(seconds.forward for seconds in mine_times)
         if row.zero:
             exposed += max(0.0, _among_replicas("reduce_scatter", each.gradient, mine, net, stage) - backward)
-            exposed += max(0.0, _among_replicas("all_gather", each.weight, mine, net, stage) - forward)
+            exposed += max(0.0, _among_replicas("all_gather", each.gathered, mine, net, stage) - forward)
         else:
             exposed += max(0.0, _among_replicas("all_reduce", each.gradient, mine, net, stage) - backward)
     shared = mine.total / (replicas if row.zero else 1)

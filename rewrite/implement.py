@@ -17,9 +17,10 @@ from shardplan.errors import NotSupported
 from shardplan.planner.leaf_op import is_leaf
 from shardplan.planner.placement import S
 from shardplan.planner.rules import LocalCall, Slot, Strategy
+from shardplan.planner.rules.positions import bag_step
 from shardplan.planner.rules.randomness import random_impl
 from shardplan.planner.trace import info, tensor_args
-from shardplan.rewrite import kernels
+from shardplan.rewrite import index_kernels, kernels
 from shardplan.rewrite.implement_random import implement_random
 from shardplan.rewrite.leaf_kernel import implement_leaf
 
@@ -113,11 +114,35 @@ def _nll(op: OpContext) -> fx.Node:
     return op.emit(kernels.nll_loss, logs, target, weight, reduction, ignore_index, denominator=denominator)
 
 
+def _positions(op: OpContext) -> fx.Node:
+    """Indices that count through a split dim count from the start of the rank's part of it."""
+    split = {op.chosen[axis].inputs[0].dim for axis in op.axes_of("positions")}
+    used = [dim for dim, index in enumerate(op.call.args[1]) if index is not None]
+    arguments = list(op.arguments)
+    for slot, dim in enumerate(used, 1):
+        if dim in split:
+            arguments[slot] = op.emit(index_kernels.from_start, arguments[slot])
+    args = op.stage.fill(op.call.args, arguments)
+    return op.emit(op.call.target, *args, **op.stage.fill(op.call.kwargs, arguments))
+
+
+def _embedding_bag(op: OpContext) -> fx.Node:
+    names = {"weight": None, "indices": None, "offsets": None, "scale_grad_by_freq": False, "mode": 0, "sparse": False,
+             "per_sample_weights": None, "include_last_offset": False, "padding_idx": None}  # fmt: skip
+    values = [op.argument(position, name, default) for position, (name, default) in enumerate(names.items())]
+    axes = op.axes_of("embedding_bag")
+    vocab = tuple(axis for axis in axes if op.chosen[axis].inputs[0] == S(0))
+    step = bag_step(op.node) if len(vocab) < len(axes) else None
+    return op.emit(index_kernels.embedding_bag, op.stage.comm, *values, vocab_axes=vocab, step=step)
+
+
 IMPLEMENTATIONS: dict[str, Callable[[OpContext], fx.Node]] = {
     "vocab_embedding": _vocab_embedding,
     "cross_entropy": _cross_entropy,
     "batch_norm": _batch_norm,
     "nll_loss": _nll,
+    "positions": _positions,
+    "embedding_bag": _embedding_bag,
     "leaf": implement_leaf,
     "random": implement_random,
 }

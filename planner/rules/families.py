@@ -10,7 +10,7 @@ from torch import fx
 
 from shardplan.planner.leaf_op import LEAF
 from shardplan.planner.placement import R, S
-from shardplan.planner.rules import indexing, losses, pointwise, products, reductions, spatial, views
+from shardplan.planner.rules import indexing, losses, pointwise, positions, products, reductions, spatial, views
 from shardplan.planner.rules.letters import split_letters
 from shardplan.planner.rules.randomness import random_impl
 from shardplan.planner.rules.schema import argument, shapes
@@ -130,6 +130,7 @@ RULES: dict[Any, Rule] = _table(
         (reductions.cosine_similarity, "cosine_similarity"),
         # indexing
         (indexing.embedding, "embedding"),
+        (positions.embedding_bag, "embedding_bag embedding_bag.padding_idx"),
         (indexing.gather, "gather take_along_dim"),
         (indexing.scatter, "scatter.src scatter.value scatter_add scatter_reduce.two"),
         (indexing.overwrite, "slice_scatter select_scatter"),

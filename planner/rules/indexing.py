@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from shardplan.planner.rules import positions
 from shardplan.planner.rules.letters import Term, broadcast_terms, linear_in, split_letters
 from shardplan.planner.rules.randomness import random_impl
 from shardplan.planner.rules.schema import argument, shapes
@@ -84,8 +85,8 @@ def index_add(node: fx.Node) -> list[Strategy]:
     return [*found, linear_in(node, (0, 2))]
 
 
-def _indexed(node: fx.Node) -> tuple[Term, list[Term], Term] | None:
-    """(source, indices, result) of ``x[i, :, j]``; None where an index is a mask."""
+def _indexed(node: fx.Node) -> tuple[Term, list[Term], Term, dict[str, str]] | None:
+    """(source, indices, result, implementations) of ``x[i, :, j]``; None where an index is a mask."""
     indices = argument(node, "indices")
     used = [i for i, item in enumerate(indices) if item is not None]
     taken = [info(indices[i]) for i in used]
@@ -101,7 +102,9 @@ def _indexed(node: fx.Node) -> tuple[Term, list[Term], Term] | None:
     together = used == list(range(used[0], used[-1] + 1))
     before = source[: used[0]] if together else []
     after = source[used[-1] + 1 :] if together else [x for i, x in enumerate(source) if i not in used]
-    return source, [named(term) for term in terms], [*before, *named(letters), *after]
+    rows = [named(term) for term in terms]
+    source, impl = positions.rows(node, source, rows, used)
+    return source, rows, [*before, *named(letters), *after], impl
 
 
 def index(node: fx.Node) -> list[Strategy]:
@@ -109,8 +112,8 @@ def index(node: fx.Node) -> list[Strategy]:
     found = _indexed(node)
     if found is None:
         return []
-    source, terms, result = found
-    return [*split_letters(node, [source, *terms], [result]), linear_in(node, (0,))]
+    source, terms, result, impl = found
+    return [*split_letters(node, [source, *terms], [result], impl=impl), linear_in(node, (0,))]
 
 
 def index_put(node: fx.Node) -> list[Strategy]:
@@ -118,12 +121,12 @@ def index_put(node: fx.Node) -> list[Strategy]:
     found = _indexed(node)
     if found is None:
         return _masked_put(node)
-    source, terms, result = found
+    source, terms, result, impl = found
     values = shapes(node)[-1]
     offset = len(result) - len(values)
     term: Term = [None if extent == 1 else result[offset + i] for i, extent in enumerate(values)]
-    gone = {x for t in terms for x in t if x} if argument(node, "accumulate") else set()
-    strategies = split_letters(node, [source, *terms, term], [source], partial=gone, summand=0)
+    gone = {x for t in terms for x in t if x} - set(source) if argument(node, "accumulate") else set()
+    strategies = split_letters(node, [source, *terms, term], [source], partial=gone, summand=0, impl=impl)
     return [*strategies, linear_in(node, (0, len(terms) + 1))]
 
 
@@ -138,6 +141,8 @@ def _masked_put(node: fx.Node) -> list[Strategy]:
 
 
 def one_hot(node: fx.Node) -> list[Strategy]:
+    if argument(node, "num_classes") == -1:
+        return []  # the largest label decides
     term: Term = [f"b{i}" for i in range(len(shapes(node)[0]))]
     return split_letters(node, [term], [[*term, None]])
 

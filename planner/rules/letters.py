@@ -58,7 +58,7 @@ def split_letters(
     op takes a mean. skip: letters that only align dims. impl: name of the implementation, for all letters or by letter.
     summand: argument that is added to the result (a bias); it is a summand too where the result is one.
     """
-    arguments, whole_state = tensor_args(node), _read_whole(node)
+    arguments, whole_state = tensor_args(node), read_whole(node)
     found = []
     for letter in dict.fromkeys(x for term in (*inputs, *outputs) for x in term if x is not None):
         if letter in skip:
@@ -80,7 +80,7 @@ def split_letters(
     return found
 
 
-def _read_whole(node: fx.Node) -> list[Placement]:
+def read_whole(node: fx.Node) -> list[Placement]:
     """States of tensor arguments that split compute reads whole: their gradients, where there are any, are summands."""
     flows = needs_grad(node)
     return [D if flows and needs_grad(argument) else R for argument in tensor_args(node)]
@@ -96,7 +96,7 @@ def whole_strategies(node: fx.Node) -> list[Strategy]:
     """The two ways to run any op on all ranks alike: replicated, and its dual."""
     arguments, results = tensor_args(node), infos(node)
     found = [Strategy("-", (R,) * len(arguments), (R,) * len(results))]
-    ins = tuple(_read_whole(node))
+    ins = tuple(read_whole(node))
     if D in ins:
         found.append(Strategy("d", ins, tuple(D if r.needs_grad else R for r in results)))
     return found
@@ -105,7 +105,7 @@ def whole_strategies(node: fx.Node) -> list[Strategy]:
 def linear_in(node: fx.Node, slots: Collection[int]) -> Strategy:
     """Summands pass through an op that is linear in these arguments taken together. The other operands of a product
     see only a summand of it, so their gradients are summands."""
-    ins = tuple(P if slot in slots else state for slot, state in enumerate(_read_whole(node)))
+    ins = tuple(P if slot in slots else state for slot, state in enumerate(read_whole(node)))
     return Strategy("p", ins, (P,) * len(infos(node)))
 
 

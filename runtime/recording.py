@@ -35,12 +35,13 @@ _OVERWRITE = {
 class Recorder(TorchDispatchMode):
     """Runs operations on the meta device and writes them on a tape; numbers that Python asks for are computed.
 
-    Tensors that exist for real (made of Python numbers, read from files) stay real. What names the meta device itself
-    is not recorded. protected: real tensors that keep their values, whatever is done to them.
+    Tensors that exist for real (made of Python numbers, read from files) stay real. protected: real tensors that keep
+    their values, whatever is done to them. aside: nothing is recorded now.
     """
 
     def __init__(self, seed: int, protected: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
+        self.aside = False
         self.protected = {tensor.untyped_storage()._cdata for tensor in protected}
         self.tape = Tape(seed)
         self._numbers: dict[int, int] = {}
@@ -104,10 +105,10 @@ class Recorder(TorchDispatchMode):
         written = _written_by(func, args, kwargs)
         if any(tensor.untyped_storage()._cdata in self.protected for tensor in written):
             return written[0] if len(func._schema.returns) == 1 else tuple(written)
-        device = kwargs.get("device")
-        if device is not None and torch.device(device).type == "meta":
-            return func(*args, **kwargs)
-        if any(tensor.is_meta and not self.holds(tensor) for tensor in tensors):
+        if self.aside or any(tensor.is_meta and not self.holds(tensor) for tensor in tensors):
+            for tensor in written:
+                if self.holds(tensor):
+                    self._written[self.adopt(tensor)] = []
             return func(*args, **kwargs)
         if tensors and not any(tensor.is_meta for tensor in tensors):
             return func(*args, **kwargs)
@@ -205,6 +206,8 @@ class Recorder(TorchDispatchMode):
 
     def _really(self, func: Any, args: Any, kwargs: dict[str, Any], reason: Exception | None = None) -> Any:
         """Compute now, of the values that recorded tensors have."""
+        if any(value.alias_info is not None and not value.alias_info.is_write for value in func._schema.returns):
+            raise reason or NotImplementedError(f"{func} of a tensor whose values are not there")
         real: dict[int, torch.Tensor] = {}
 
         def given(tensor: torch.Tensor) -> torch.Tensor:
@@ -263,13 +266,25 @@ class _Faces(TorchFunctionMode):
                 if func is torch.Tensor.__deepcopy__:
                     return _copied(tensor, args[1])
                 return func(self.recorder.real(tensor.detach()), *args[1:], **kwargs)
-        return func(*args, **kwargs)
+        if self.recorder.aside or not any(_is_meta(value) for value in (*args, *kwargs.values())):
+            return func(*args, **kwargs)
+        # The caller names the meta device and means it. (Below Python, any device that is named is that of a recorded
+        # tensor.)
+        self.recorder.aside = True
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.recorder.aside = False
 
 
 def _copied(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
     if id(tensor) not in memo:
         memo[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
     return memo[id(tensor)]
+
+
+def _is_meta(value: Any) -> bool:
+    return (isinstance(value, torch.device) and value.type == "meta") or (isinstance(value, str) and value == "meta")
 
 
 def _stored(recorder: Recorder, leaf: Any) -> Any:
@@ -281,7 +296,7 @@ def _stored(recorder: Recorder, leaf: Any) -> Any:
 
 
 def _returns_tensors(func: Any) -> bool:
-    return all(str(value.type).removesuffix("[]") == "Tensor" for value in func._schema.returns)
+    return all("Tensor" in str(value.type) for value in func._schema.returns)
 
 
 def _written_by(func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[torch.Tensor]:

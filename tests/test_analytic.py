@@ -280,7 +280,7 @@ def test_recomputation_trades_time_for_memory(given_row: dict) -> None:
     kept = [memory.layer_nbytes(each, none.shape, bool(none.shape.flash)) for each in (full, some, none)]
     assert kept == sorted(kept)
     seconds = [predict(each).step_seconds for each in (none, some, full)]
-    assert seconds == sorted(seconds)
+    assert all(less <= more * (1 + 1e-9) for less, more in zip(seconds, seconds[1:]))
 
 
 @CHECK

@@ -43,7 +43,7 @@ def _call(op: OpContext, function: Callable[..., Any], shape: tuple[int, ...] | 
 def _given(op: OpContext, name: str, default: Any = None) -> Any:
     """An argument by its schema name, tensors lowered."""
     names = [a.name for a in op.node.target._schema.arguments]  # type: ignore[union-attr]
-    value = op.argument(names.index(name), name, default)
+    value = op.argument(names.index(name), name, default) if name in names else default
     return op.stage.fill(value, op.arguments) if isinstance(value, (tuple, list)) else value
 
 
@@ -75,6 +75,15 @@ def _features(function: Callable[..., Any]) -> Callable[[OpContext], fx.Node]:
 def _integers(op: OpContext) -> fx.Node:
     low, high = argument(op.node, "low", 0), argument(op.node, "high")
     return _call(op, random_ops.integers, None, infos(op.node)[0].dtype, op.stage.device, low, high)
+
+
+def _any_integers(op: OpContext) -> fx.Node:
+    """random: between given ends, or any that the dtype holds exactly and that is not negative."""
+    dtype = infos(op.node)[0].dtype
+    low, high = _given(op, "from", 0), _given(op, "to")
+    if high is None:
+        high = int(1 / torch.finfo(dtype).eps) * 2 if dtype.is_floating_point else torch.iinfo(dtype).max
+    return _call(op, random_ops.integers, None, dtype, op.stage.device, low, high)
 
 
 def _multinomial(op: OpContext) -> fx.Node:
@@ -132,3 +141,4 @@ _CALLS: dict[Any, Callable[[OpContext], fx.Node]] = {
 }
 _CALLS |= dict.fromkeys(_RECURRENT, _recurrent)
 _CALLS |= dict.fromkeys(_INTEGERS, _integers)
+_CALLS |= dict.fromkeys((aten.random.default, getattr(aten.random, "from"), aten.random.to), _any_integers)

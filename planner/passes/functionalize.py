@@ -26,6 +26,11 @@ aten = torch.ops.aten
 
 # Composite ops that change arguments without saying so in their schema: (flag that turns it on, changed arguments).
 SILENT = {"aten.batch_norm": (5, (3, 4)), "aten.instance_norm": (5, (3, 4))}
+# Forms that give a new value, where they go by another name than the in-place op's without its underscore.
+_OTHER_NAMES = {
+    aten.bernoulli_.float: aten.bernoulli.p,
+    aten.normal_.default: aten.normal_functional.default,
+}
 
 
 @dataclass(eq=False)
@@ -159,7 +164,6 @@ class _Functionalizer:
                 value = self._put_back(node, inner[-1], parent, value)
             fresh[chain] = value
         storage.version += 1
-        needed = any(flows(argument) for argument in node.all_input_nodes) and not node.meta.get("no_grad")
         storage.values = fresh
         for part, made in fresh.items():
             self.aliases[made] = Alias(storage, part)
@@ -201,6 +205,8 @@ class _Functionalizer:
         found = getattr(getattr(torch.ops, node.target.namespace), base.rstrip("_") if base[:2] != "__" else base, None)
         overload = getattr(found, node.target._overloadname, None) if found is not None else None
         if overload is None or overload._schema.is_mutable:
+            if op == "aten.bernoulli_" and len(args) < 2:
+                args = (*args, 0.5)
             raise not_traceable(node, f"calls {node.target}, which has no form that leaves its arguments alone")
         return overload
 
@@ -210,6 +216,8 @@ class _Functionalizer:
         op, args = packet(template), template.args[1:]
         if op == "aten.slice":
             return self._overwrite(node, aten.slice_scatter.default, parent, value, *args)
+        if node.target in _OTHER_NAMES:
+            return _OTHER_NAMES[node.target]
         if op == "aten.narrow":
             dim, start, length = args
             return self._overwrite(node, aten.slice_scatter.default, parent, value, dim, start, start + length)  # type: ignore[operator]

@@ -28,6 +28,7 @@ _UNTAGGED = frozenset(
         aten.randint_like.low_dtype, aten.uniform.default, aten.exponential.default, aten.cauchy.default,
         aten.geometric.default, aten.log_normal.default, aten.normal_functional.default, aten.normal.Tensor_float,
         aten.normal.float_Tensor, aten.normal.Tensor_Tensor, aten.bernoulli.Tensor, aten.rrelu.default,
+        aten.random.default, getattr(aten.random, "from"), aten.random.to,
         aten.expand_as.default, aten.masked_fill_.Scalar, aten.bitwise_not.default, aten.logical_not.default,
         aten.__and__.Tensor, aten.__or__.Tensor, aten.__xor__.Tensor, aten.__and__.Scalar,
         aten.__or__.Scalar, aten.rsub.Tensor, aten.rsub.Scalar, aten.polar.default, aten.complex.default,

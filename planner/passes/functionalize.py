@@ -17,6 +17,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from shardplan.planner.passes.draft import Draft, aten_ops, not_traceable, packet
+from shardplan.planner.rules.views import PERMUTES, order_of
 from shardplan.planner.trace import needs_grad as flows
 from shardplan.planner.trace import set_mutated, set_needs_grad
 
@@ -25,12 +26,12 @@ name = "functionalize"
 aten = torch.ops.aten
 
 # Composite ops that change arguments without saying so in their schema: (flag that turns it on, changed arguments).
-SILENT = {"aten.batch_norm": (5, (3, 4)), "aten.instance_norm": (5, (3, 4))}
 # Forms that give a new value, where they go by another name than the in-place op's without its underscore.
 _OTHER_NAMES = {
     aten.bernoulli_.float: aten.bernoulli.p,
     aten.normal_.default: aten.normal_functional.default,
 }
+SILENT = {"aten.batch_norm": (5, (3, 4)), "aten.instance_norm": (5, (3, 4))}
 
 
 @dataclass(eq=False)
@@ -136,6 +137,7 @@ class _Functionalizer:
         viewed = next(n for n in template.all_input_nodes if n in self.aliases and self.aliases[n].storage is storage)
         args, kwargs = map_arg((template.args, template.kwargs), lambda n: parent if n is viewed else n)
         made = self.draft.emit(before, template.target, *args, like=template, **kwargs)  # type: ignore[arg-type]
+        set_needs_grad(made, flows(template))
         self.aliases[made] = alias
         storage.values[alias.chain] = made
         return made
@@ -149,9 +151,12 @@ class _Functionalizer:
         source = self.draft.sources.get(storage.base)
         if source is not None and source.kind == "param":
             raise not_traceable(node, f"changes the parameter {source.name} in forward")
-        if node.meta.get("no_grad") and flows(written[0]):
-            raise not_traceable(node, "changes under no_grad a tensor that needs a gradient")
+        unseen = bool(node.meta.get("no_grad"))
+        needed = any(flows(argument) for argument in node.all_input_nodes) and not unseen
         value = self._functional(node, written[0])
+        node.meta["no_grad"] = False  # what puts the value in its place is seen by autograd
+        if unseen and flows(written[0]):
+            value, unseen = self._unseen(node, written[0], value), False
         chain = alias.chain
         fresh = {chain: value}
         while chain:
@@ -162,6 +167,9 @@ class _Functionalizer:
                 value = self._put_back_piece(node, inner[-2], parent, value, int(inner[-1].args[1]))  # type: ignore[arg-type]
             else:
                 value = self._put_back(node, inner[-1], parent, value)
+            unseen = unseen or packet(inner[-1]) == "aten.detach"
+            if unseen and flows(parent):
+                value, unseen = self._unseen(node, parent, value), False
             fresh[chain] = value
         storage.version += 1
         storage.values = fresh
@@ -177,6 +185,13 @@ class _Functionalizer:
             self.draft.note(f"the model changes its input {source.name} in place; the caller's tensor stays as it is")
         self.draft.graph.erase_node(node)
 
+    def _unseen(self, node: fx.Node, held: fx.Node, value: fx.Node) -> fx.Node:
+        """`value` with the gradient of `held`: autograd did not see this write, under no_grad or through detach."""
+        emit = self.draft.emit
+        cut = emit(node, aten.detach.default, held, like=node)
+        nothing = emit(node, aten.sub.Tensor, held, cut, like=node)
+        return emit(node, aten.add.Tensor, emit(node, aten.detach.default, value, like=node), nothing, like=node)
+
     def _functional(self, node: fx.Node, target: fx.Node) -> fx.Node:
         """The value that the written tensor has afterwards, in its own dtype and shape."""
         emit, held = self.draft.emit, target.meta["val"]
@@ -190,6 +205,8 @@ class _Functionalizer:
         elif op == "aten.zero_":
             return emit(node, aten.zeros_like.default, target, like=node)
         else:
+            if op == "aten.bernoulli_" and len(args) < 2:
+                args = (*args, 0.5)
             value = emit(node, self._functional_overload(node), *args, like=node, **node.kwargs)
         if value.meta["val"].dtype != held.dtype:
             value = emit(node, aten.to.dtype, value, held.dtype, like=node)
@@ -199,14 +216,14 @@ class _Functionalizer:
 
     def _functional_overload(self, node: fx.Node) -> Callable[..., Any]:
         assert isinstance(node.target, torch._ops.OpOverload)
+        if node.target in _OTHER_NAMES:
+            return _OTHER_NAMES[node.target]
         base = node.target._schema.name.split("::")[1]
         if base.startswith("__i"):
             base = "__" + base[3:]
         found = getattr(getattr(torch.ops, node.target.namespace), base.rstrip("_") if base[:2] != "__" else base, None)
         overload = getattr(found, node.target._overloadname, None) if found is not None else None
         if overload is None or overload._schema.is_mutable:
-            if op == "aten.bernoulli_" and len(args) < 2:
-                args = (*args, 0.5)
             raise not_traceable(node, f"calls {node.target}, which has no form that leaves its arguments alone")
         return overload
 
@@ -216,8 +233,6 @@ class _Functionalizer:
         op, args = packet(template), template.args[1:]
         if op == "aten.slice":
             return self._overwrite(node, aten.slice_scatter.default, parent, value, *args)
-        if node.target in _OTHER_NAMES:
-            return _OTHER_NAMES[node.target]
         if op == "aten.narrow":
             dim, start, length = args
             return self._overwrite(node, aten.slice_scatter.default, parent, value, dim, start, start + length)  # type: ignore[operator]
@@ -225,12 +240,8 @@ class _Functionalizer:
             return self._overwrite(node, aten.select_scatter.default, parent, value, *args)
         if op == "aten.diagonal":
             return self._overwrite(node, aten.diagonal_scatter.default, parent, value, *args)
-        if op == "aten.transpose":
-            return emit(node, aten.transpose.int, value, *args, like=node)
-        if op in ("aten.t", "aten.numpy_T"):
-            return emit(node, aten.t.default, value, like=node)
-        if op == "aten.permute":
-            dims = [d % before.ndim for d in args[0]]  # type: ignore[union-attr,operator]
+        if template.target in PERMUTES and template.target is not aten.mH.default:
+            dims = order_of(template, before.ndim)
             return emit(node, aten.permute.default, value, [dims.index(d) for d in range(before.ndim)], like=node)
         if before.numel() == value.meta["val"].numel() and op in _RESHAPES:
             return emit(node, aten.reshape.default, value, list(before.shape), like=node)

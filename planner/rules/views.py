@@ -97,11 +97,16 @@ def _regroup(node: fx.Node, name: str, before: Placement, after: Placement) -> S
     return Strategy(name, (before, *(after for _ in tensor_args(node)[1:])), (after,))
 
 
-def permute(node: fx.Node) -> list[Strategy]:
-    """A reordering of dims, found by running it on distinct extents."""
-    rank = len(info(tensor_args(node)[0]).shape)
+def order_of(node: fx.Node, rank: int) -> list[int]:
+    """The dims of the argument in the order that the result has them, found by running it on distinct extents."""
     probe = torch.empty([i + 2 for i in range(rank)], device="meta")
-    order = [extent - 2 for extent in node.target(probe, *node.args[1:], **node.kwargs).shape]  # type: ignore[operator]
+    return [extent - 2 for extent in node.target(probe, *node.args[1:], **node.kwargs).shape]  # type: ignore[operator]
+
+
+def permute(node: fx.Node) -> list[Strategy]:
+    """A reordering of dims."""
+    rank = len(info(tensor_args(node)[0]).shape)
+    order = order_of(node, rank)
     letters: Term = [f"b{i}" for i in range(rank)]
     return [*split_letters(node, [letters], [[letters[i] for i in order]]), linear_in(node, (0,))]
 

@@ -51,6 +51,11 @@ def test_published_memory(errors):
     assert max(errors["hold-out"]["zero_bubble"]) < 0.05
 
 
+def test_the_page_shows_the_errors_of_today(published):
+    """`python benchmarks/published.py --docs` writes them."""
+    assert published.documentation(published.load()) in published.DOCS.read_text()
+
+
 def test_sources_are_in_one_set_and_say_where_they_come_from(published):
     for path in published.FOLDER.glob("*.toml"):
         text = path.read_text()

@@ -77,7 +77,8 @@ class _Line:
     """The compute nodes by position.
 
     first, uses: positions where the floating values are made, and, for each value, the sorted positions of its uses.
-    closed: positions where no cut may be (between an op with several results and the getitems that take them apart).
+    closed: positions where no cut may be (between an op with several results and the getitems that take them apart, and
+        between the ops that read or write a buffer that changes: it lives on one stage).
     heavy: positions of the heavy ops.
     """
 
@@ -93,6 +94,9 @@ class _Line:
                 self.closed.update(range(i + 1, uses[-1] + 1))
             floating = isinstance(value, torch.Tensor) and value.dtype.is_floating_point
             self.uses.append(uses if floating else [])
+        for buffer in {buffer for node in compute for buffer in mutated(node)}:
+            touching = sorted(position[user] for user in buffer.users if user in position)
+            self.closed.update(range(touching[0] + 1, touching[-1] + 1))
         self.heavy = [i for i, node in enumerate(compute) if is_heavy(node)]
         self.embeds = [op_name(compute[i]) in EMBEDDINGS for i in self.heavy]
 

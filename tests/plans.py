@@ -9,7 +9,7 @@ from torch import fx
 
 from shardplan.planner import schedules
 from shardplan.planner.describe import describe_nodes
-from shardplan.planner.placement import Mesh, R, fits
+from shardplan.planner.placement import Mesh, Placement, R, fits
 from shardplan.planner.plan import DeviceSummary, Memory, Plan, StagePlan, Status, input_texts
 from shardplan.planner.propagate import follow_batch
 from shardplan.planner.rules import Strategy, strategies
@@ -73,18 +73,20 @@ def random_plan(
             chosen.setdefault(name, {})[axis] = strategy
             splits.setdefault(axis, {})[name] = str(strategy)
     if tp > 1:
+        lying: dict[fx.Node, Placement] = {}  # a buffer that an op writes to lies as the op reads it
         for node in trace.nodes():
             if node.op == "output" or resolve(node)[0] is not node or not infos(node):
                 continue
             options = tp_options(node, chosen.get(node.name, {}), mesh)
+            written = {tensor_args(node).index(buffer): buffer for buffer in mutated(node)}
+            options = [s for s in options if all(lying.get(b, s.inputs[i]) == s.inputs[i] for i, b in written.items())]
             split = [s for s in options if any(p.kind != "R" for p in (*s.inputs, *s.outputs))]
             pool = split if split and rng.random() < split_bias else options
-            splits.setdefault("tp", {})[node.name] = str(rng.choice(pool))
-        for node in trace.nodes():  # a buffer that an op writes to lies as the op reads it
-            for buffer in mutated(node):
-                text = splits["tp"].get(node.name)
-                placement = Strategy.parse(text).inputs[tensor_args(node).index(buffer)] if text else R
-                splits["tp"][buffer.name] = str(Strategy("-", (), (placement,)))
+            strategy = rng.choice(pool)
+            splits.setdefault("tp", {})[node.name] = str(strategy)
+            lying |= {buffer: strategy.inputs[position] for position, buffer in written.items()}
+        for buffer, placement in lying.items():
+            splits["tp"][buffer.name] = str(Strategy("-", (), (placement,)))
     bounds = bounds or even_bounds(trace, pp)
     split_ = split_stages(trace, bounds)
     ends = [*bounds[1:], len(trace.segments)]

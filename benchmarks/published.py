@@ -6,8 +6,8 @@
     python benchmarks/published.py --docs     # write the errors into docs/simulate.md
 
 Each file in ``benchmarks/published`` is one source: ``columns`` and ``rows`` of the table, ``common`` fields,
-``models`` by name, and whether constants may be fitted to it (``set``); a source is in one set as a whole. The
-published column is one of `PUBLISHED`.
+``models`` by name, and whether constants may be fitted to it (``set``); a source is in one set as a whole. ``kin``: the
+source of the fit set that the same people published of the same system. The published column is one of `PUBLISHED`.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ _MORE_IS_SLOWER = ("step_seconds", "peak_memory_gb")
 
 @dataclass(frozen=True)
 class Case:
-    """One published figure. what: the column it is in; value: the figure."""
+    """One published figure. what: the column it is in; value: the figure. kin: see module docstring, else empty."""
 
     source: str
     set: str
+    kin: str
     row: Row
     what: str
     value: float
@@ -88,7 +89,7 @@ def _cases(path: Path) -> Iterable[Case]:
             given["dp"] = gpus // split
         if kind is not None:
             given["devices"] = f"{split * given.get('dp', 1)}x{kind}"
-        yield Case(path.stem, data["set"], read_row(given), what, value)
+        yield Case(path.stem, data["set"], data.get("kin", ""), read_row(given), what, value)
 
 
 def show(cases: Sequence[Case], rows: bool) -> None:
@@ -96,9 +97,8 @@ def show(cases: Sequence[Case], rows: bool) -> None:
     if rows:
         for case in cases:
             found = value_of(predict(case.row), case)
-            print(
-                f"{case.source:22} {case.row.id:28} {case.what:28} {case.value:10.4g} {found:10.4g} {case.error():+7.1%}"
-            )
+            figures = f"{case.value:10.4g} {found:10.4g} {case.error():+7.1%}"
+            print(f"{case.source:22} {case.row.id:28} {case.what:28} {figures}")
     print(f"{'set':9} {'source':24} {'rows':>4} {'median':>8} {'worst':>8} {'bias':>8}")
     for line in summary(cases):
         print(f"{line.set:9} {line.source:24} {line.rows:4} {line.median:8.1%} {line.worst:8.1%} {line.bias:+8.1%}")
@@ -106,8 +106,10 @@ def show(cases: Sequence[Case], rows: bool) -> None:
 
 @dataclass(frozen=True)
 class Summary:
-    """Relative errors of a source, or of a set as a whole (source "all"). bias: of the seconds or bytes, on average;
-    positive is predicted too long."""
+    """Relative errors of a source, or of a set as a whole (source "all"; "not kin": those without a kin).
+
+    bias: of the seconds or bytes, on average; positive is predicted too long.
+    """
 
     set: str
     source: str
@@ -123,10 +125,12 @@ def summary(cases: Sequence[Case]) -> list[Summary]:
     for case in cases:
         errors.setdefault((case.set, case.source), []).append(case.error())
     whole = {
-        (wanted, "all"): [e for (set_, _), group in errors.items() if set_ == wanted for e in group]
-        for wanted in ("fit", "hold-out")
+        ("fit", "all"): [case for case in cases if case.set == "fit"],
+        ("hold-out", "all"): [case for case in cases if case.set == "hold-out"],
+        ("hold-out", "not kin"): [case for case in cases if case.set == "hold-out" and not case.kin],
     }
-    return [_summary(*key, group) for key, group in [*sorted(errors.items()), *whole.items()]]
+    errors = dict(sorted(errors.items())) | {key: [case.error() for case in group] for key, group in whole.items()}
+    return [_summary(*key, group) for key, group in errors.items() if group]
 
 
 def _summary(set_: str, source: str, errors: Sequence[float]) -> Summary:
@@ -141,7 +145,7 @@ def documentation(cases: Sequence[Case], folder: Path = FOLDER) -> str:
     lines = ["| set | source | figures | median | worst | bias |", "|---|---|---:|---:|---:|---:|"]
     for line in summary(cases):
         known = names.get(line.source)
-        source = f"[{known['source']}]({known['url'].split()[0]})" if known else "**all**"
+        source = f"[{known['source']}]({known['url'].split()[0]})" if known else f"**{line.source}**"
         lines.append(
             f"| {line.set} | {source} | {line.rows} | {line.median:.1%} | {line.worst:.1%} | {line.bias:+.1%} |"
         )

@@ -16,7 +16,8 @@ from shardplan.planner.cluster import DeviceKind
 class Architecture:
     """math: share of the 16-bit peak that large matrix products reach. math_fp8: of the 8-bit peak.
 
-    half_m, half_n, half_k: size of a dim at which a product reaches half of that. attention: share of the peak that
+    half_m, half_n, half_k: size of a dim at which a product reaches half of that. grouped: share of it that the grouped
+    products of several experts reach. attention: share of the peak that
     fused attention reaches in forward, attention_backward in backward, both for long sequences (causal work counted
     half); half_seq: sequence length at which they reach half. eager: share of that which the kernels of eager PyTorch
     reach, which were mostly written for the generation before. traffic: share of the memory bandwidth that elementwise
@@ -28,6 +29,7 @@ class Architecture:
     half_m: float
     half_n: float
     half_k: float
+    grouped: float
     attention: float
     attention_backward: float
     half_seq: float
@@ -37,11 +39,11 @@ class Architecture:
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "volta": Architecture(0.72, 0.72, 60, 200, 200, 0.40, 0.30, 512, 1.0, 0.92, 8e-6),
-    "ampere": Architecture(0.764, 0.84, 120, 200, 120, 0.541, 0.42, 178, 0.75, 0.75, 6e-6),
-    "ada": Architecture(0.70, 0.60, 120, 200, 120, 0.45, 0.38, 554, 0.75, 0.75, 6e-6),
-    "hopper": Architecture(0.72, 0.64, 120, 200, 200, 0.537, 0.42, 1340, 0.395, 0.75, 6e-6),
-    "blackwell": Architecture(0.7, 0.512, 120, 200, 300, 0.315, 0.381, 1000, 0.4, 0.75, 6e-6),
+    "volta": Architecture(0.72, 0.72, 60, 200, 200, 0.8, 0.40, 0.30, 512, 1.0, 0.92, 8e-6),
+    "ampere": Architecture(0.764, 0.84, 120, 200, 120, 0.87, 0.541, 0.42, 178, 0.75, 0.75, 6e-6),
+    "ada": Architecture(0.70, 0.60, 120, 200, 120, 0.85, 0.45, 0.38, 554, 0.75, 0.75, 6e-6),
+    "hopper": Architecture(0.72, 0.64, 120, 200, 200, 0.8, 0.537, 0.42, 1340, 0.395, 0.75, 6e-6),
+    "blackwell": Architecture(0.7, 0.512, 120, 200, 300, 0.7, 0.315, 0.381, 1000, 0.4, 0.75, 6e-6),
 }
 
 

@@ -44,6 +44,7 @@ class Chip:
             return 0.0
         of, fp8 = self.of, self.precision == "fp8" and not high
         reach = (of.math_fp8 if fp8 else of.math) / (1 + of.half_m / m + of.half_n / n + of.half_k / k)
+        reach *= of.grouped if count > 1 else 1.0
         arithmetic = 2.0 * m * n * k * count / ((self.peak if fp8 else self.peak16) * reach)
         item = 1 if fp8 else self.item
         moved = (item * (m * k + k * n) + self.item * m * n) * count

@@ -43,6 +43,7 @@ def custom(function):
         return torch.utils._pytree.tree_unflatten(given, spec)
 
     op.register_autograd(backward, setup_context=setup_context)
+    op.register_fake(function)
     return getattr(torch.ops.discovery, name).default
 
 

@@ -44,9 +44,9 @@ def trace_model(
     target: Any = None,
     training: bool = True,
     evaluate: bool | None = None,
-    leaves: Sequence[str] = (),
+    leaves: Sequence[str] | Mapping[str, str] = (),
 ) -> Trace:
-    """Trace one call ``model(*args, **kwargs)`` with its loss, without copying its weights or, leaves aside, running it.
+    """Trace one call ``model(*args, **kwargs)`` with its loss, neither copying its weights nor (leaves aside) running it.
 
     model: real or on the meta device. args, kwargs: a global batch (real, meta or fake tensors; other values are
         constants of the trace). Dim 0 of the first tensor with a dim is the global batch size, and every input whose
@@ -56,8 +56,9 @@ def trace_model(
     training: with a loss and gradients; False: the loss may be missing (None).
     evaluate: put the model in eval mode, rather than trace it in the mode that its modules are in; default: where it is
         not trained.
-    leaves: globs of submodules to keep whole. Those in which tracing fails are kept whole as well; where there are any,
-        a copy of the modules is run once on the example, if it and the model have values.
+    leaves: globs of submodules to keep whole, or `Trace.leaves` of another call of the model. Those in which tracing
+        fails are kept whole as well; where there are any, a copy of the modules is run once on the example, if it and
+        the model have values.
 
     Raises UsageError for wrong arguments or a missing loss, NotTraceable for what cannot be one graph.
     """

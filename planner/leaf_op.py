@@ -28,7 +28,7 @@ LEAF = torch.ops.shardplan.leaf.default
 
 _RESULT = re.compile(r"^(\w+)\[([\d,]*)\](\*?)$")
 # The tensors of a leaf are put into its modules for as long as it runs, and simulated ranks are threads.
-_RUNNING = threading.RLock()
+RUNNING = threading.RLock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +101,13 @@ class Held:
     places: tuple[Place, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Input:
+    """Stands for the tensor of that position among the arguments of a leaf."""
+
+    position: int
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Leaf:
     """A submodule that is run whole, called with tensors in the order of the op's argument ``tensors``.
@@ -108,7 +115,7 @@ class Leaf:
     name: the submodule's qualified name, with ``#2`` for its second call.
     module: the submodule without values (its parameters and buffers on the meta device).
     held: its parameters and buffers, each once, behind the `inputs` tensors of the call.
-    spec, values: the call's (args, kwargs) as a pytree; a value is None where a tensor stands, else a tuple of it.
+    arguments: the call's (args, kwargs), with an `Input` where a tensor stands.
     autocast: dtype of the autocast region in which the module was called, or None.
     constants: per leaf of what the module returns: None for a tensor, else a tuple of the plain value.
     ranges: least and largest entry of every integer among the tensors, as the example had them (None for others).
@@ -120,8 +127,7 @@ class Leaf:
     module: nn.Module
     held: tuple[Held, ...]
     inputs: int
-    spec: pytree.TreeSpec
-    values: tuple[tuple[Any] | None, ...]
+    arguments: tuple[tuple[Any, ...], dict[str, Any]]
     autocast: torch.dtype | None = None
     constants: tuple[tuple[Any] | None, ...] = ()
     ranges: tuple[tuple[int, int] | None, ...] = ()
@@ -134,12 +140,10 @@ class Leaf:
 
     def call(self, *tensors: torch.Tensor) -> Any:
         """What the module returns."""
-        inputs, held = iter(tensors[: self.inputs]), tensors[self.inputs :]
-        flat = [next(inputs) if value is None else value[0] for value in self.values]
-        args, kwargs = pytree.tree_unflatten(flat, self.spec)
+        args, kwargs = pytree.tree_map_only(Input, lambda given: tensors[given.position], self.arguments)
         device_type = tensors[0].device.type if tensors else "cpu"
         region = torch.autocast(device_type, dtype=self.autocast) if self.autocast else contextlib.nullcontext()
-        with _RUNNING, _filled(self, held), region:
+        with RUNNING, _filled(self, tensors[self.inputs :]), region:
             return self.module(*args, **kwargs)
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -17,7 +17,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from shardplan.planner.costs.base import OpSaves
-from shardplan.planner.leaf_op import Leaf, LeafResult, plain
+from shardplan.planner.leaf_op import RUNNING, Leaf, LeafResult, plain
 from shardplan.planner.trace import TensorInfo
 
 _TRIALS = 4
@@ -48,9 +48,10 @@ class Facts:
 
 @contextmanager
 def drawing(seed: int) -> Iterator[None]:
-    """The generators of PyTorch, Python and numpy start from a seed and go on afterwards as if nothing had been drawn."""
+    """The generators of PyTorch, Python and numpy start from a seed and go on afterwards as if nothing had been drawn.
+    One thread at a time: simulated ranks share the generators."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices), plain_drawing(seed):
+    with RUNNING, torch.random.fork_rng(devices), plain_drawing(seed):
         torch.manual_seed(seed)
         yield
 
@@ -102,7 +103,7 @@ def _range(tensor: torch.Tensor) -> tuple[int, int] | None:
 
 
 def check_shapes(facts: Facts, inputs: Sequence[torch.Tensor], held: Sequence[torch.Tensor]) -> None:
-    """Raises Unsuitable where the shapes of results, or plain values beside them, depend on the numbers in the inputs."""
+    """Raises Unsuitable where shapes of results, or plain values beside them, depend on the numbers in the inputs."""
     for seed in range(1, _TRIALS):
         try:
             again = _run(facts.leaf, redrawn(inputs, seed), held, False)
@@ -231,7 +232,7 @@ def _states() -> tuple[Any, ...]:
 def _fresh(tensor: torch.Tensor, grad: bool) -> torch.Tensor:
     """A copy that may be written to; with grad, one that autograd has made."""
     made = tensor.detach().clone()
-    return made.requires_grad_().view_as(made) if grad else made
+    return made.requires_grad_().clone() if grad else made
 
 
 def _floating(tensor: torch.Tensor) -> bool:
@@ -340,9 +341,9 @@ def _together(pieces: list[torch.Tensor], whole: torch.Tensor, parts: int) -> in
             piece.shape[dim] * parts == whole.shape[dim] and piece.ndim == whole.ndim for piece in pieces
         ) and _close(torch.cat(pieces, dim), whole):
             return dim
-    if _floating(whole) and all(piece.shape == whole.shape for piece in pieces):
-        if _close(torch.stack(pieces).sum(0), whole):
-            return "sum"
+    alike = _floating(whole) and all(piece.shape == whole.shape for piece in pieces)
+    if alike and _close(torch.stack(pieces).sum(0), whole):
+        return "sum"
     raise Unsuitable("gives other results for parts of the batch")
 
 

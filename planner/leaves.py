@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from shardplan.errors import NotTraceable, UsageError
 from shardplan.planner import leaf_probe
 from shardplan.planner.constraints import matches
-from shardplan.planner.leaf_op import LEAF, Leaf, held_by, is_leaf, plain, results_text, tensor_at
+from shardplan.planner.leaf_op import LEAF, Input, Leaf, held_by, is_leaf, results_text, tensor_at
 from shardplan.planner.leaf_probe import Facts, Unsuitable
 from shardplan.planner.placement import D, Mesh, P, Placement, R, S
 from shardplan.planner.propagate import follow, placed
@@ -41,6 +41,7 @@ from shardplan.planner.trace import (
     tensor_args,
 )
 
+ASKED = "asked for"
 MOST_ROUNDS = 24
 _PROOF_ROUNDS = 4
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",
@@ -55,14 +56,17 @@ class NeedsRun(NotTraceable):
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """One call of a leaf: tensors described, and plain values in their places."""
+    """One call of a leaf. flat: the leaves of (args, kwargs), with an `Input` where a tensor stands."""
 
     path: str
     number: int
     tensors: tuple[TensorInfo, ...]
     spec: pytree.TreeSpec
-    values: tuple[tuple[Any] | None, ...]
+    flat: tuple[Any, ...]
     autocast: torch.dtype | None
+
+    def arguments(self) -> Any:
+        return pytree.tree_unflatten(self.flat, self.spec)
 
     @property
     def name(self) -> str:
@@ -96,18 +100,23 @@ class Leaves:
     known: dict[str, Known] = field(default_factory=dict)
     called: list[str] = field(default_factory=list)
     _seen: dict[tuple[type, str], str] = field(default_factory=dict)
+    _asked: list[str] = field(default_factory=list)
     _rounds: int = 0
 
-    def ask(self, globs: Sequence[str]) -> None:
-        """Keep what matches whole, as the user asked. Raises NoMatch, UsageError."""
+    def ask(self, globs: Sequence[str] | Mapping[str, str]) -> None:
+        """Keep what matches whole: as the user asked, or for the given reasons. Raises NoMatch."""
         modules = dict(self.model.named_modules())
         for glob in globs:
+            earlier = isinstance(globs, Mapping)
+            reason = globs[glob] if isinstance(globs, Mapping) else ASKED
             found = [path for path in modules if path and fnmatchcase(path, glob)]
             if not found:
                 found = [path for path in matches(glob, [p for p in modules if p]) if path in modules]
             for path in found:
                 for callable_path in _callable(modules[path], path):
-                    self._add(callable_path, "asked for")
+                    self._add(callable_path, reason)
+                    if not earlier:
+                        self._asked.append(callable_path)
         if globs:
             self._record()
 
@@ -123,7 +132,7 @@ class Leaves:
         while path and (path in self.reasons or any(path.startswith(f"{leaf}.") for leaf in self.reasons)):
             path = path.rpartition(".")[0]  # what is called is not its forward
         modules = dict(self.model.named_modules())
-        while path and not _callable(modules[path], path) == [path]:
+        while path and _callable(modules[path], path) != [path]:
             path = path.rpartition(".")[0]
         if not path:
             return False
@@ -156,7 +165,9 @@ class Leaves:
             return
         calls: list[tuple[_Call, list[torch.Tensor]]] = []
         counts: dict[str, int] = {}
-        memo: dict[int, Any] = {id(p): p for p in self.model.parameters()}
+        # The run may do anything to the parameters of leaves, so it gets copies of these.
+        inside = {id(p) for path in self.reasons for p in self.model.get_submodule(path).parameters()}
+        memo: dict[int, Any] = {id(p): p for p in self.model.parameters() if id(p) not in inside}
         try:
             copied = copy.deepcopy(self.model, memo)
         except Exception:
@@ -183,7 +194,7 @@ class Leaves:
     def _run(self, call: _Call, inputs: list[torch.Tensor] | None) -> None:
         module = self.model.get_submodule(call.path)
         leaf = Leaf(
-            call.name, _structure(module, self.evaluate), held_by(module), len(call.tensors), call.spec, call.values,
+            call.name, _structure(module, self.evaluate), held_by(module), len(call.tensors), call.arguments(),
             autocast=call.autocast, digest=_digest(module),
         )  # fmt: skip
         held = [_valued(tensor_at(module, part), i) for i, part in enumerate(leaf.held)]
@@ -199,7 +210,9 @@ class Leaves:
         self.known[call.name] = Known(facts, call, inputs, held, recorded)
 
     def _refused(self, path: str, error: Exception) -> NotTraceable:
-        why = str(error) if isinstance(error, Unsuitable) else f"cannot be run by itself: {type(error).__name__}: {error}"
+        why = f"cannot be run by itself: {type(error).__name__}: {error}"
+        if isinstance(error, Unsuitable):
+            why = str(error)
         return NotTraceable(f"{path} cannot be kept whole: it {why}", [f"kept whole because: {self.reasons[path]}"])
 
     # -- in the trace --------------------------------------------------------------------------------------------------
@@ -226,7 +239,7 @@ class Leaves:
             counts[0] += 1
             call = _described(path, counts[0], args, kwargs)
             known = self.known.get(call.name)
-            if known is None or (known.call.tensors, known.call.values) != (call.tensors, call.values):
+            if known is None or (known.call.tensors, known.call.flat) != (call.tensors, call.flat):
                 error = NeedsRun(f"{path} is kept whole and was not run")
                 error.call = call
                 raise error
@@ -242,8 +255,8 @@ class Leaves:
     def check_called(self) -> None:
         """Raises UsageError for a leaf that was asked for and that the model does not call."""
         called = {self.known[name].call.path for name in self.called}
-        for path, reason in self.reasons.items():
-            if reason == "asked for" and path not in called:
+        for path in self._asked:
+            if path in self.reasons and path not in called:
                 raise UsageError(
                     f"leaf({path!r}): the model does not call it", [], ["name the module that is called as a whole"]
                 )
@@ -257,15 +270,16 @@ def _restore(module: nn.Module, before: Mapping[str, Any]) -> None:
 def _described(path: str, number: int, args: Any, kwargs: Any) -> _Call:
     """Raises NotTraceable where a number that depends on data is handed in."""
     flat, spec = pytree.tree_flatten((args, kwargs))
-    tensors, values = [], []
+    tensors: list[TensorInfo] = []
+    values: list[Any] = []
     for leaf in flat:
         if isinstance(leaf, torch.Tensor):
+            values.append(Input(len(tensors)))
             tensors.append(TensorInfo(tuple(int(extent) for extent in leaf.shape), leaf.dtype))
-            values.append(None)
         elif isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             raise NotTraceable(f"{path} is given a number that depends on data")
         else:
-            values.append((plain(leaf) if plain(leaf) is not None else leaf,))
+            values.append(leaf)
     device_type = next((leaf.device.type for leaf in flat if isinstance(leaf, torch.Tensor)), "cpu")
     device_type = "cpu" if device_type == "meta" else device_type
     autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
@@ -334,7 +348,8 @@ def annotate(graph: fx.Graph, leaves: Leaves) -> None:
 
 
 def prove_splits(trace: Trace, leaves: Leaves) -> None:
-    """Give every leaf of the trace the split of its batch, where running it on parts of the batch shows that it has one.
+    """Give every leaf of the trace the split of its batch, where running it on parts of the batch shows that there is
+    one.
 
     Which dims carry the batch is what follows from the ops before, so a leaf behind another may need another round.
     """

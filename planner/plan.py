@@ -148,6 +148,8 @@ class Plan:
     replicated_ops: (op, number of nodes, share of the stages' compute, why) for ops that have no rule, so every rank of
         an axis runs them whole. discovered_ops: (op, number of nodes, ways to split it) for ops whose rule was found by
         running them.
+    leaves: (name, share of the stages' compute, why, how) for submodules that run whole; how: "batch split", or
+        "whole: " and why its batch is not split.
     links: messages between stages, one entry per edge of the schedule. nodes: node name -> summary, getitem left out.
     flops: of a step of the model itself, recomputation left out; peak_flops: per second, of all devices together.
     coverage: share of predicted op seconds that was "measured", "interpolated", "modelled".
@@ -170,6 +172,7 @@ class Plan:
     coverage: dict[str, float] = field(default_factory=dict)
     replicated_ops: tuple[tuple[str, int, float, str], ...] = ()
     discovered_ops: tuple[tuple[str, int, str], ...] = ()
+    leaves: tuple[tuple[str, float, str, str], ...] = ()
     constraints: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     trace_seconds: float = field(default=0.0, compare=False)

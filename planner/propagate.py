@@ -222,7 +222,8 @@ class _Follower:
         if self.result.reason is None:
             note = leaf_of(node)
             if note is not None:
-                self.result.reason = f"{note.leaf.name} is kept whole and {note.unsplit or 'splits its batch otherwise'}"
+                why = note.unsplit or "splits its batch otherwise"
+                self.result.reason = f"{note.leaf.name} is kept whole and {why}"
                 return
             states = ", ".join(f"{a.name} {self.state(a)}" for a in arguments)
             self.result.reason = f"{node.name} ({node.target}) mixes the whole batch: its arguments stand as {states}"

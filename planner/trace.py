@@ -145,6 +145,11 @@ class Trace:
         """Parameter name -> placeholder (tied parameters once, under their first name)."""
         return {s.name: self.node(n) for n, s in self.sources.items() if s.kind == "param"}
 
+    def leaves(self) -> dict[str, str]:
+        """Submodules that are kept whole -> why."""
+        notes = [note for node in self.nodes() if (note := leaf_of(node)) is not None]
+        return {note.leaf.name.partition("#")[0]: note.reason for note in notes}
+
 
 _INFO, _ARGUMENTS = "shardplan_info", "shardplan_arguments"
 

@@ -98,6 +98,7 @@ class Calls:
                 target=batch.target if training else None,
                 training=training,
                 evaluate=False,
+                leaves=self.planned.trace.leaves(),
             )
             plan, inputs = adapt(self.planned.plan, trace), Inputs(trace, batch.on_meta(), batch.target)
             seconds = trace.seconds

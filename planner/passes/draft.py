@@ -108,7 +108,7 @@ def way_out(path: str | None) -> list[str]:
         return []
     if path:
         return [f'constraints=[leaf("{path}")] keeps it whole', f"choose with torch.where or torch.cond in {path}"]
-    return ['move that part into a submodule "name" of its own: it is then kept whole, as by constraints=[leaf("name")]']
+    return ['move that part into a submodule "name": it is then kept whole, as by constraints=[leaf("name")]']
 
 
 def not_traceable(node: fx.Node, what: str) -> NotTraceable:

@@ -43,7 +43,8 @@ def _needs(draft: Draft, node: fx.Node) -> bool:
         return draft.sources[node].trainable
     if node.target is operator.getitem:
         source: Any = node.args[0]
-        return leaf_results(source)[int(node.args[1])].differentiable and flows(source) if is_leaf(source) else flows(source)  # type: ignore[arg-type]
+        linked = not is_leaf(source) or leaf_results(source)[int(node.args[1])].differentiable  # type: ignore[arg-type]
+        return linked and flows(source)
     if node.op != "call_function" or node.meta.get("no_grad") or packet(node) in SHAPE_ONLY:
         return False
     return any(flows(argument) for argument in tensor_args(node))

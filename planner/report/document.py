@@ -117,6 +117,7 @@ def document(facts: Facts) -> tuple[Section, ...]:
         Section("Links", _links(facts.plan)),
         Section("Assumptions and coverage", _lines(facts.assumptions)),
         Section("Ops without a written rule", _unwritten(facts.plan)),
+        Section("Submodules kept whole", _leaves(facts.plan)),
         Section("Constraints", _lines(facts.plan.constraints)),
         Section("Notes", _lines(facts.plan.notes)),
     )
@@ -319,6 +320,14 @@ def _links(plan: Plan) -> tuple[Block, ...]:
             )
     columns = (("stages", False), ("what", False), ("a message", True), ("takes", True), ("a step", True))
     return (Table(columns, tuple(rows)),)
+
+
+def _leaves(plan: Plan) -> tuple[Block, ...]:
+    if not plan.leaves:
+        return ()
+    facts = tuple((name, share_text(share), how, why) for name, share, why, how in plan.leaves)
+    columns = (("module", False), ("of the compute", True), ("runs", False), ("because", False))
+    return (Lines(("These run as the model has them: no op inside is planned.",)), Table(columns, facts))
 
 
 def _unwritten(plan: Plan) -> tuple[Block, ...]:

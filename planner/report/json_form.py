@@ -105,6 +105,7 @@ def report_object(found: Facts) -> dict[str, Any]:
         "coverage": dict(sorted(plan.coverage.items())),
         "replicated_ops": [{"op": o, "nodes": n, "share": s, "reason": r} for o, n, s, r in plan.replicated_ops],
         "discovered_ops": [{"op": o, "nodes": n, "splits": ways} for o, n, ways in plan.discovered_ops],
+        "leaves": [{"module": m, "share": s, "reason": r, "batch": how} for m, s, r, how in plan.leaves],
         "measured": _measured(found),
         "assumptions": list(found.assumptions),
         "constraints": list(plan.constraints),

@@ -15,7 +15,8 @@ from shardplan.planner.rules.strategy import Strategy
 from shardplan.planner.trace import info, infos, is_tensor, resolve, tensor_args
 
 __all__ = [
-    "LocalCall", "Slot", "Strategy", "forget_strategies", "has_rule", "is_discovered", "local_call", "strategies", "why_whole",
+    "LocalCall", "Slot", "Strategy", "forget_strategies", "has_rule", "is_discovered", "local_call", "strategies",
+    "why_whole",
 ]  # fmt: skip
 
 

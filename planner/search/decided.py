@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from shardplan.errors import ConflictingConstraints, NotSupported, UsageError
+from shardplan.errors import ConflictingConstraints, UsageError
 from shardplan.planner.cluster import Cluster
 from shardplan.planner.constraints import (
     Constraint,

@@ -27,7 +27,7 @@ from shardplan.planner.rules import Strategy, has_rule, is_discovered, strategie
 from shardplan.planner.search.columns import held_by, ops_of
 from shardplan.planner.simulate import Simulation, StageTimes, simulate
 from shardplan.planner.stages import StageSplit, split_stages
-from shardplan.planner.trace import info, resolve
+from shardplan.planner.trace import info, leaf_of, resolve
 
 if TYPE_CHECKING:
     from shardplan.planner.search.candidate import Candidate
@@ -120,6 +120,7 @@ class Finished:
             coverage=coverage() if coverage is not None else {},
             replicated_ops=self._without_rule(search),
             discovered_ops=self._discovered(search),
+            leaves=self._leaves(search),
             links=self.links,
             nodes=describe_nodes(trace, self.split),
             constraints=tuple(map(str, search.options.constraints)),
@@ -158,6 +159,18 @@ class Finished:
                     why = why_whole(node) or "no split of it is exact"
                     seconds.setdefault((op_name(node), why), []).append(columns.op_price(node, None).seconds)
         return tuple((name, len(values), sum(values) / total, why) for (name, why), values in sorted(seconds.items()))
+
+    def _leaves(self, search: Search) -> tuple[tuple[str, float, str, str], ...]:
+        total = sum(s.forward_seconds + s.backward_seconds for s in self.stages) or 1.0
+        found = []
+        for segment in search.trace.segments:
+            for node in ops_of(search.trace, segment):
+                note = leaf_of(node)
+                if note is not None:
+                    seconds = self.candidate.columns.op_price(node, self.chosen.get(node.name)).seconds
+                    how = "batch split" if note.splits else f"whole: {note.unsplit}"
+                    found.append((note.leaf.name, seconds / total, note.reason, how))
+        return tuple(found)
 
     def _discovered(self, search: Search) -> tuple[tuple[str, int, str], ...]:
         found: dict[tuple[str, str], int] = {}

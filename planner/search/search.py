@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import product
 
 from torch import fx
 
@@ -35,7 +36,7 @@ from shardplan.planner.rules import strategies
 from shardplan.planner.schedules import in_flight
 from shardplan.planner.search.baselines import NAMES, hand_made, why_missing
 from shardplan.planner.search.candidate import Candidate, Prepared
-from shardplan.planner.search.columns import Case, Columns, SegmentColumns
+from shardplan.planner.search.columns import Case, Columns, SegmentColumns, held_by, ops_of
 from shardplan.planner.search.decided import decide
 from shardplan.planner.search.finish import Finished, finish
 from shardplan.planner.search.infeasible import explain_infeasible
@@ -47,6 +48,8 @@ from shardplan.planner.search.stage_ilp import StageProblem, solve_stages
 from shardplan.planner.trace import Trace, info, infos, is_tensor, needs_grad, resolve
 
 _RUNNERS_UP = 4
+_TIED_OPTIONS = 8
+"""Up to so many combinations of placements of tied parameters are all tried."""
 
 
 @dataclass(slots=True)
@@ -122,9 +125,9 @@ class Search:
     def _all_cases(self) -> Iterator[Case]:
         total = len(self.cluster)
         used_counts = sorted({n for n in range(1, total + 1) if total % n == 0} | {total}, reverse=True)
-        product = math.prod(self.decided.degrees.values()) if len(self.decided.degrees) == 3 else 0
-        if product and product <= total:
-            used_counts = [product]
+        wanted = math.prod(self.decided.degrees.values()) if len(self.decided.degrees) == 3 else 0
+        if wanted and wanted <= total:
+            used_counts = [wanted]
         for used in used_counts:
             for stages in _divisors(used):
                 for tp in _divisors(used // stages):
@@ -198,8 +201,9 @@ class Search:
         return found
 
     def _forced(self, columns: Columns) -> list[dict[str, Placement]]:
+        """Placements of the tied parameters to be tried: all, or where those are many, what their readers like."""
         base = self.decided.placements if columns.case.tp > 1 else {}
-        options: list[dict[str, Placement]] = [base]
+        choices: dict[str, list[Placement]] = {}
         for name in self.tied:
             if name in base:
                 continue
@@ -211,8 +215,32 @@ class Search:
             legal = [p for p in placements if fits(info(node).shape, columns.layout(node, p), mesh)]
             if needs_grad(node) and len(legal) > 1:
                 legal = [p for p in legal if p != R]
-            options = [{**option, name: p} for option in options for p in legal]
-        return options[:8]
+            choices[name] = legal
+        if math.prod(map(len, choices.values())) > _TIED_OPTIONS:
+            return self._liked(columns, base, choices)
+        return [{**base, **dict(zip(choices, option))} for option in product(*choices.values())]
+
+    def _liked(
+        self, columns: Columns, base: dict[str, Placement], choices: dict[str, list[Placement]]
+    ) -> list[dict[str, Placement]]:
+        """Placements that segments which read a tied parameter choose when they are solved for themselves: those of
+        the first reader, those of the last, and all whole. Readers of one kind agree, so this is what fits them all."""
+        weights = Weights(once=1.0 / (columns.case.stages + columns.case.microbatches - 1))
+        first: dict[str, Placement] = {}
+        last: dict[str, Placement] = {}
+        for index, segment in enumerate(self.trace.segments):
+            held = [node.name for node in held_by(self.trace, ops_of(self.trace, segment))]
+            made = columns.of(index, base, [weights]) if any(name in choices for name in held) else None
+            if made is None or not made.columns:
+                continue
+            best = min(made.columns, key=lambda column: weights.of(column.price))
+            for name, strategy in zip(held, made.runs[best.index].parameters, strict=True):
+                if name in choices and strategy is not None:
+                    first.setdefault(name, strategy.outputs[0])
+                    last[name] = strategy.outputs[0]
+        whole = {name: legal[0] for name, legal in choices.items()}
+        found = [{**base, **whole, **liked} for liked in (first, last, {})]
+        return [option for i, option in enumerate(found) if option not in found[:i]]
 
     def problem(self, columns: Columns, segments: list[SegmentColumns], schedule: str) -> StageProblem:
         case = columns.case

@@ -165,7 +165,9 @@ def prepare(entry: Entry) -> Subject:
     state = {k: v.detach().clone() for k, v in case.model.state_dict(keep_vars=True).items()}
     state |= {k: v.detach().clone() for k, v in case.model.named_buffers()}
     trace = trace_model(case.model, (), case.kwargs, loss_fn=case.loss_fn, target=case.target)
-    return Subject(entry, case, trace, models.run_eager(case), state)
+    eager = models.run_eager(case)
+    assert eager.loss is not None and bool(eager.loss.isfinite()), "the model itself gives no finite loss"
+    return Subject(entry, case, trace, eager, state)
 
 
 def plan_for(subject: Subject, column: str, mix: int = 0) -> Plan:

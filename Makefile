@@ -6,13 +6,16 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 RUN = $(VENV)/bin/python
 INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint setup setup-test clean
+.PHONY: demo test fuzz lint setup setup-test clean
 
 demo: setup
 	$(RUN) examples/train_byte_gpt.py
 
 test: setup-test
 	$(RUN) -m pytest
+
+fuzz: setup-test
+	$(RUN) -m tests.fuzz --examples 2000 --processes 2
 
 lint: setup-test
 	$(INSTALL) -e ".[lint]"

@@ -184,5 +184,5 @@ def _usable(tensor: torch.Tensor) -> bool:
     if tensor.numel() > MOST_ENTRIES or tensor.ndim > MOST_DIMS or tensor.numel() == 0:
         return False
     values = tensor.detach()
-    values = values.abs() if not values.dtype == torch.bool else values
+    values = values.abs() if values.dtype != torch.bool else values
     return bool((values.double() < LARGEST).all())

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from tests.fuzz import elementwise, products, shapes, writes
+from tests.fuzz import elementwise, products, shapes, whole, writes
 from tests.fuzz.builder import Builder, Draws, Skip, Value
 from tests.fuzz.program import Program
 
@@ -22,7 +22,9 @@ STATEMENTS: tuple[Callable[[Builder], None], ...] = (
     shapes.divide, shapes.divide, shapes.regroup, shapes.permute, shapes.permute, shapes.ones, shapes.ones,
     shapes.join, shapes.join, shapes.take_apart, shapes.take_apart, shapes.cut, shapes.cut, shapes.move,
     shapes.lookup, shapes.lookup, shapes.scatter, writes.in_place, writes.into_part, writes.through_view,
-    writes.by_index, writes.statistics, writes.constant_buffer, writes.plain_state,
+    writes.by_index, writes.statistics, writes.constant_buffer, writes.plain_state, whole.inner_loss, whole.inner_loss,
+    whole.rotary, whole.experts, whole.scan, whole.complex_numbers, whole.autocast, whole.relative_positions,
+    whole.windows, whole.pooled, whole.graph,
 )  # fmt: skip
 
 
@@ -98,9 +100,9 @@ def _finish(b: Builder) -> None:
 
 
 def _term(b: Builder, x: Value) -> str:
-    forms = ("{x}.mean()", "{x}.sum()", "({x} ** 2).mean()", "F.mse_loss({x}, torch.ones_like({x}))", "{x}.sum(-1).mean()",
-             "F.smooth_l1_loss({x}, {x} * 0.5)", "({x} * {x}).sum() / {n}", "F.l1_loss({x}, {x}.detach() + 1)",
-             "{x}.logsumexp(0).sum()")  # fmt: skip
+    forms = ("{x}.mean()", "{x}.sum()", "({x} ** 2).mean()", "F.mse_loss({x}, torch.ones_like({x}))",
+             "{x}.sum(-1).mean()", "F.smooth_l1_loss({x}, {x} * 0.5)", "({x} * {x}).sum() / {n}",
+             "F.l1_loss({x}, {x}.detach() + 1)", "{x}.logsumexp(0).sum()")  # fmt: skip
     return b.draws.one(forms if x.rank else forms[:2]).format(x=x, n=max(1, x.rank * 3))
 
 
@@ -115,9 +117,10 @@ def _classify(b: Builder, x: Value) -> None:
         return
     classes = x.shape[-1]
     b.program.returned = f"{x} * self.last.sum()"
-    weights = b.draws.one(("", "", ", label_smoothing=0.1", f", weight=torch.linspace(1, 2, {classes}, dtype=output.dtype)"))
-    reduction = b.draws.one(("mean", "mean", "mean", "sum"))
-    b.program.loss = (
-        f"F.cross_entropy(output.reshape(-1, {classes}), target.reshape(-1), ignore_index=0, reduction={reduction!r}{weights})"
+    weights = b.draws.one(
+        ("", "", ", label_smoothing=0.1", f", weight=torch.linspace(1, 2, {classes}, dtype=output.dtype)")
     )
+    reduction = b.draws.one(("mean", "mean", "mean", "sum"))
+    rows = f"output.reshape(-1, {classes}), target.reshape(-1)"
+    b.program.loss = f"F.cross_entropy({rows}, ignore_index=0, reduction={reduction!r}{weights})"
     b.program.target = f"torch.randint(0, {classes}, {list(x.shape[:-1])})"

@@ -146,7 +146,7 @@ def along(b: Builder) -> None:
 def integers(b: Builder) -> None:
     """Integer arithmetic and integers turned into numbers."""
     i = b.pick(lambda v: v.rank < 4, "int")
-    templates = ("{i} + 1", "{i} % 3", "{i}.clamp(max=3)", "{i}.to(D)", "F.one_hot({i} % 4, 4)", "F.one_hot({i} % 3, 3).to(D)",
-                 "{i}.flip(0)", "{i}.cumsum(-1)", "{i} // 2", "{i}.unsqueeze(-1)", "({i} > 1)", "({i} != 2).to(D)",
-                 "{i}.sum(-1)", "{i}[..., 1:]", "torch.arange({n})")  # fmt: skip
+    templates = ("{i} + 1", "{i} % 3", "{i}.clamp(max=3)", "{i}.to(D)", "F.one_hot({i} % 4, 4)", "{i}.flip(0)",
+                 "F.one_hot({i} % 3, 3).to(D)", "{i}.cumsum(-1)", "{i} // 2", "{i}.unsqueeze(-1)", "({i} > 1)",
+                 "({i} != 2).to(D)", "{i}.sum(-1)", "{i}[..., 1:]", "torch.arange({n})")  # fmt: skip
     b.add(b.draws.one(templates).format(i=i, n=i.shape[-1] if i.rank else 3))

@@ -5,14 +5,19 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
+from shardplan.errors import BatchNotDivisible, ConflictingConstraints, NoFeasiblePlan
 from shardplan.planner import schedules
+from shardplan.planner.cluster import Cluster
+from shardplan.planner.constraints import degrees
 from shardplan.planner.placement import Mesh
 from shardplan.planner.plan import Plan
 from shardplan.planner.propagate import follow_batch
+from shardplan.planner.search import SolveOptions, solve
 from shardplan.planner.stages import split_stages
 from shardplan.planner.trace import Trace
 from tests.fuzz.builder import Draws
 from tests.plans import random_plan
+from tests.prices import SimplePrices
 
 MESHES = (
     (1, 2, 1), (2, 1, 1), (1, 1, 2), (2, 2, 1), (1, 2, 2), (2, 1, 2), (1, 4, 1), (1, 3, 1), (4, 1, 1), (2, 2, 2),
@@ -33,11 +38,12 @@ class Choice:
     recompute: int
     outputs: bool
     seed: int
+    searched: bool = False
 
     def __str__(self) -> str:
         return (
             f"dp{self.dp} tp{self.tp} pp{self.pp} mb{self.microbatches} {self.schedule} split {self.split} "
-            f"recompute {self.recompute} seed {self.seed}"
+            f"recompute {self.recompute} seed {self.seed}{' searched' if self.searched else ''}"
         )
 
 
@@ -47,11 +53,14 @@ def draw_choice(data: bytes) -> Choice:
     return Choice(
         dp, tp, pp, draws.one((1, 2, 1, 4, 3)), draws.one(("1f1b", "gpipe")), draws.one((0.9, 0.5, 1.0, 0.2)),
         draws.one((0, 0, 1, 2)), draws.chance(3), draws.below(256),
+        draws.chance(24),
     )  # fmt: skip
 
 
 def draw_plan(trace: Trace, choice: Choice) -> Plan | None:
     """The plan of a choice, with degrees lowered where the graph does not allow them; None where nothing is left."""
+    if choice.searched:
+        return _search(trace, choice)
     rng = random.Random(choice.seed)
     pp = min(choice.pp, len(trace.segments))
     if pp < 1:
@@ -78,3 +87,16 @@ def draw_plan(trace: Trace, choice: Choice) -> Plan | None:
 def _exact(trace: Trace, dp: int, microbatches: int) -> bool:
     """Whether the batch can be split exactly."""
     return all(f.reason is None for f in follow_batch(trace, Mesh(("mb", "dp"), (microbatches, dp))).values())
+
+
+def _search(trace: Trace, choice: Choice) -> Plan | None:
+    """The plan that the search finds at random prices, for given degrees or with a free choice."""
+    rng = random.Random(choice.seed)
+    cluster = Cluster.cpu(choice.dp * choice.tp * choice.pp).slower_links(10.0 ** rng.uniform(-4, 0))
+    prices = SimplePrices(cluster, 10.0 ** rng.uniform(7, 11), 10.0 ** rng.uniform(6, 10))
+    fixed = (degrees(dp=choice.dp, tp=choice.tp, pp=choice.pp),) if rng.random() < 0.7 else ()
+    options = SolveOptions(constraints=fixed, microbatches="auto", rematerialize=choice.recompute > 0)
+    try:
+        return solve(trace, cluster, prices, options)
+    except (BatchNotDivisible, ConflictingConstraints, NoFeasiblePlan):
+        return None

@@ -175,7 +175,7 @@ def attention(b: Builder) -> None:
 def fused_attention(b: Builder) -> None:
     """One projection to query, key and value, taken apart by chunk or split."""
     x = b.pick(lambda v: v.rank == 3)
-    batch, length, width = x.shape
+    width = x.shape[2]
     heads, size = b.draws.one((2, 4)), b.draws.one((2, 3))
     inner = heads * size
     y = b.add(f"F.linear({x}, {b.param((3 * inner, width))})")

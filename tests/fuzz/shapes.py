@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from tests.fuzz.builder import EXTENTS, Builder, Skip, Value
+from tests.fuzz.builder import EXTENTS, Builder, Value
 
 
 def merge(b: Builder) -> None:
@@ -12,7 +12,11 @@ def merge(b: Builder) -> None:
     first = b.draws.below(x.rank - 1)
     last = first + 1 + b.draws.below(x.rank - first - 1)
     if b.draws.chance(2):
-        shape = [*x.shape[:first], -1 if b.draws.chance(2) else math.prod(x.shape[first : last + 1]), *x.shape[last + 1 :]]
+        shape = [
+            *x.shape[:first],
+            -1 if b.draws.chance(2) else math.prod(x.shape[first : last + 1]),
+            *x.shape[last + 1 :],
+        ]
         b.add(f"{x}.reshape({shape})")
     else:
         b.add(f"{x}.flatten({first}, {last})")
@@ -134,7 +138,8 @@ def cut(b: Builder) -> None:
     extent = x.shape[dim]
     i = b.draws.below(extent)
     words = (
-        f"{i}", f"{i}:", f":{i + 1}", f"{i - extent}", "::2", f"{-1 - i}:", "1::2", f":-1", "None", f"{i}:{i + 1}", "1:-1",
+        f"{i}", f"{i}:", f":{i + 1}", f"{i - extent}", "::2", f"{-1 - i}:", "1::2", ":-1", "None",
+        f"{i}:{i + 1}", "1:-1",
     )  # fmt: skip
     word = b.draws.one(words)
     text = ", ".join([*[":"] * dim, word])

@@ -48,7 +48,9 @@ def into_part(b: Builder) -> None:
 def through_view(b: Builder) -> None:
     """A view kept under a name, written to, and both read afterwards."""
     x = _written(b)
-    view = b.add(b.draws.one((f"{x}.transpose(0, -1)", f"{x}.view(-1)", f"{x}.unsqueeze(0)", f"{x}.detach()", _part(b, x))))
+    view = b.add(
+        b.draws.one((f"{x}.transpose(0, -1)", f"{x}.view(-1)", f"{x}.unsqueeze(0)", f"{x}.detach()", _part(b, x)))
+    )
     y = b.pick(lambda v: v.rank <= view.rank)
     b.run(b.draws.one(CHANGES).format(x=view, y=y))
     b.add(f"{x}.sum() + {view}")

@@ -26,7 +26,7 @@ from shardplan.planner.placement import (
     conversion,
     fits,
 )
-from shardplan.planner.rules import Strategy, strategies
+from shardplan.planner.rules import Strategy, groups_fit, strategies
 from shardplan.planner.trace import Trace, info, infos, is_tensor, leaf_of, mutated, needs_grad, resolve, tensor_args
 
 
@@ -153,6 +153,8 @@ class _Follower:
             by_axis = {**{axis: place(other) for axis, other in others.items()}, self.axis: place(strategy)}
             return fits(shape, tuple(by_axis.get(axis, R) for axis in self.mesh.axes), self.mesh)
 
+        if not groups_fit({**others, self.axis: strategy}, self.mesh):
+            return False
         written = mutated(node)
         for index, argument in enumerate(arguments):
             if argument in written and strategy.inputs[index] != self.state(argument):

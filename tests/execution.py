@@ -17,7 +17,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from shardplan.planner.placement import Layout, Mesh, R, fits, local_slices
-from shardplan.planner.rules import LocalCall, Slot, Strategy, local_call
+from shardplan.planner.rules import LocalCall, Slot, Strategy, groups_fit, local_call
 from shardplan.planner.trace import infos, mutated, needs_grad, set_mutated, set_needs_grad, tensor_args
 from shardplan.rewrite import kernels
 from shardplan.rewrite.implement import IMPLEMENTATIONS, OpContext, implementation_of
@@ -231,7 +231,9 @@ def layouts(op: Op, chosen: Mapping[str, Strategy], mesh: Mesh) -> tuple[list[La
 
 
 def can_run(op: Op, chosen: Mapping[str, Strategy], mesh: Mesh) -> bool:
-    """Whether every shard divides."""
+    """Whether every shard divides, and no group is cut."""
+    if not groups_fit(chosen, mesh):
+        return False
     ins, outs = layouts(op, chosen, mesh)
     return all(fits(v.shape, layout, mesh) for v, layout in zip(op.values, ins, strict=True)) and all(
         fits(r.shape, layout, mesh) for r, layout in zip(op.results, outs, strict=True)

@@ -12,7 +12,7 @@ from shardplan.planner.describe import describe_nodes
 from shardplan.planner.placement import Mesh, Placement, R, fits
 from shardplan.planner.plan import DeviceSummary, Memory, Plan, StagePlan, Status, input_texts
 from shardplan.planner.propagate import follow_batch
-from shardplan.planner.rules import Strategy, strategies
+from shardplan.planner.rules import Strategy, groups_fit, strategies
 from shardplan.planner.stages import split_stages
 from shardplan.planner.trace import Trace, info, infos, is_tensor, mutated, resolve, tensor_args
 
@@ -36,7 +36,7 @@ def tp_options(node: fx.Node, others: dict[str, Strategy], mesh: Mesh) -> list[S
     arguments = [a for a in tensor_args(node)] if node.op == "call_function" else []
     for strategy in strategies(node):
         chosen = {**others, mesh.axes[-1]: strategy}
-        good = True
+        good = groups_fit(chosen, mesh)
         for position, argument in enumerate(arguments):
             if is_tensor(argument):
                 layout = tuple(chosen[a].inputs[position] if a in chosen else R for a in mesh.axes)

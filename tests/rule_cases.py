@@ -191,6 +191,8 @@ CONVOLUTIONS = [
     case("conv2d same", "n o c", aten.conv2d.padding, t(4, 6, 5, 5), t(8, 6, 3, 3), t(8), [1, 1], "same"),
     case("conv2d unbatched", "o c p", aten.conv2d.default, t(6, 5, 5), t(8, 6, 3, 3), t(8)),
     case("depthwise", "n g", aten.conv2d.default, t(2, 8, 5, 5), t(8, 1, 3, 3), t(8), [1, 1], [0, 0], [1, 1], 8),
+    case("conv groups of many", "n g", aten.conv2d.default, t(4, 16, 3, 3), t(8, 4, 2, 2), t(8), groups=4),
+    case("conv groups of two", "n g", aten.conv1d.default, t(4, 8, 5), t(16, 4, 3), t(16), groups=2),
     case("depthwise kw", "n g", aten.conv1d.default, t(2, 8, 5), t(16, 1, 3), t(16), groups=8),
     case("grouped", "n", aten.conv2d.default, t(2, 8, 5, 5), t(8, 4, 3, 3), t(8), [1, 1], [0, 0], [1, 1], 2),
     case("conv3d", "n o c", aten.conv3d.default, t(2, 4, 3, 3, 3), t(6, 4, 2, 2, 2), t(6)),
@@ -247,7 +249,7 @@ NORMS = [
     case("layer_norm plain", "b0", aten.layer_norm.default, t(4, 8), [8]),
     case("native_layer_norm", "b0", aten.native_layer_norm.default, t(4, 8), [8], t(8), t(8), 1e-5),
     case("rms_norm", "b0 b1", aten.rms_norm.default, t(4, 6, 8), [8], t(8), 1e-6),
-    case("group_norm", "n", aten.group_norm.default, t(4, 8, 3, 3), 4, t(8), t(8)),
+    case("group_norm", "n c", aten.group_norm.default, t(4, 8, 3, 3), 4, t(8), t(8)),
     case("group_norm each", "n c", aten.group_norm.default, t(4, 8, 3, 3), 8, t(8), t(8)),
     case(
         "instance_norm",

@@ -77,6 +77,8 @@ PAIRS = [
     case("depthwise", "", aten.conv1d.default, t(4, 8, 5), t(8, 1, 3), t(8), groups=8),
     case("layer_norm", "", aten.layer_norm.default, t(4, 8, 8), [8], t(8), t(8)),
     case("group_norm", "", aten.group_norm.default, t(4, 8, 3), 8, t(8), t(8)),
+    case("group_norm of two", "", aten.group_norm.default, t(4, 8, 3), 2, t(8), t(8)),
+    case("conv groups", "", aten.conv2d.default, t(4, 16, 3, 3), t(8, 4, 2, 2), t(8), groups=4),
     case(
         "batch_norm", "", aten.batch_norm.default,
         t(4, 8, 4), t(8), t(8), fixed(8), fixed(8), True, 0.1, 1e-5, False,
@@ -306,11 +308,10 @@ def test_ops_that_draw(target, args):
 # -- ops without a rule ------------------------------------------------------------------------------------------------
 
 WHOLE = [
-    (aten.linalg_solve.default, (t(4, 4), t(4, 2))),
     (aten.cholesky_inverse.default, (t(4, 4),)),
-    (aten.masked_scatter.default, (t(4, 4), b(4, 4), t(4, 4))),
     (aten.linalg_det.default, (t(4, 4),)),
     (aten.nonzero.default, (b(4, 4),)),
+    (aten.masked_select.default, (t(4, 4), b(4, 4))),
     (aten.linalg_qr.default, (t(4, 4),)),
 ]
 

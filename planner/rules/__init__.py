@@ -11,12 +11,12 @@ from shardplan.planner.placement import D, P, R, S
 from shardplan.planner.rules import discovery, families, sections, views
 from shardplan.planner.rules.letters import whole_strategies
 from shardplan.planner.rules.localize import LocalCall, Slot, local_call
-from shardplan.planner.rules.strategy import Strategy
+from shardplan.planner.rules.strategy import Strategy, groups_fit
 from shardplan.planner.trace import info, infos, is_tensor, resolve, tensor_args
 
 __all__ = [
-    "LocalCall", "Slot", "Strategy", "forget_strategies", "has_rule", "is_discovered", "local_call", "strategies",
-    "why_whole",
+    "LocalCall", "Slot", "Strategy", "forget_strategies", "groups_fit", "has_rule", "is_discovered", "local_call",
+    "strategies", "why_whole",
 ]  # fmt: skip
 
 

@@ -51,12 +51,14 @@ def split_letters(
     skip: Collection[str] = (),
     impl: str | Mapping[str, str] | None = None,
     summand: int | None = None,
+    groups: Mapping[str, int] | None = None,
 ) -> list[Strategy]:
     """One strategy per letter.
 
     partial: letters that may be missing from the results, which are then summands. scale: those of them over which the
     op takes a mean. skip: letters that only align dims. impl: name of the implementation, for all letters or by letter.
     summand: argument that is added to the result (a bias); it is a summand too where the result is one.
+    groups: of a letter that consists of so many groups which stay together.
     """
     arguments, whole_state = tensor_args(node), read_whole(node)
     found = []
@@ -76,7 +78,7 @@ def split_letters(
                 ins.append(whole_state[slot])
         outs = tuple(P if whole else S(term.index(letter)) for term in outputs)
         name = impl.get(letter) if isinstance(impl, Mapping) else impl
-        found.append(Strategy(letter, tuple(ins), outs, name, letter in scale))
+        found.append(Strategy(letter, tuple(ins), outs, name, letter in scale, (groups or {}).get(letter, 0)))
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -99,8 +98,7 @@ def einsum(node: fx.Node) -> list[Strategy]:
 def convolution(node: fx.Node) -> list[Strategy]:
     """x [n, c, ...], weight [o, c / groups, ...] (transposed: [c, o / groups, ...]), bias [o].
 
-    Grouped channels are split group by group, which the extents of the tensors have to tell: a split of the channels
-    must always be one of the groups too.
+    Grouped channels are split group by group.
     """
     sizes = shapes(node)
     rank = len(sizes[1])
@@ -116,10 +114,9 @@ def convolution(node: fx.Node) -> list[Strategy]:
         result: Term = [*sample, "o", *windows]
         found = split_letters(node, terms, [result], partial=("c",), summand=2 if has_bias else None)
         return [*found, linear_in(node, slots)]
-    channels = [sizes[0][len(sample)], infos(node)[0].shape[len(sample)]]
-    split = "g" if math.gcd(*channels) == groups else None
-    terms = [[*sample, split, *windows], [split, None, *windows], [split]][: len(sizes)]
-    return [*split_letters(node, terms, [[*sample, split, *windows]]), linear_in(node, slots)]
+    terms = [[*sample, "g", *windows], ["g", None, *windows], ["g"]][: len(sizes)]
+    found = split_letters(node, terms, [[*sample, "g", *windows]], groups={"g": groups})
+    return [*found, linear_in(node, slots)]
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------

@@ -27,12 +27,11 @@ def layer_norm(node: fx.Node) -> list[Strategy]:
 
 
 def group_norm(node: fx.Node) -> list[Strategy]:
-    """Channels can be split where each is a group, so that a split of the channels is one of the groups."""
+    """Channels are split group by group."""
     shape = shapes(node)[0]
-    split = "c" if argument(node, "num_groups") == shape[1] else None
-    term: Term = ["n", split, *[None] * (len(shape) - 2)]
-    channels: Term = [split]
-    return split_letters(node, [term, *[channels] * (len(tensor_args(node)) - 1)], [term])
+    term: Term = ["n", "c", *[None] * (len(shape) - 2)]
+    groups = {"c": int(argument(node, "num_groups"))}
+    return split_letters(node, [term, *[["c"]] * (len(tensor_args(node)) - 1)], [term], groups=groups)
 
 
 def instance_norm(node: fx.Node) -> list[Strategy]:

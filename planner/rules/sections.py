@@ -48,7 +48,7 @@ def variants(node: fx.Node, plain: Iterable[Strategy], wanted: Wanted) -> list[S
         return found
     shapes = [info(a).shape if is_tensor(a) else () for a in tensor_args(node)] if node.op == "call_function" else []
     for strategy in plain:
-        if not strategy.is_split or not strategy.outputs[0].is_shard or strategy.outputs[0].sections:
+        if not strategy.is_split or not strategy.outputs[0].is_shard or strategy.outputs[0].sections or strategy.groups:
             continue
         for dim, sizes in wanted:
             if dim != strategy.outputs[0].dim or results[0].shape[dim] != sum(sizes):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from shardplan.planner.placement import Placement, parse
+from shardplan.planner.placement import Mesh, Placement, parse
 
-_TEXT = re.compile(r"^(?P<name>[^:]*): (?P<ins>.*?) -> (?P<outs>[^\[*/]*)(?:\[(?P<impl>\w+)\])?(?P<scale> /n)?$")
+_TEXT = re.compile(
+    r"^(?P<name>[^:]*): (?P<ins>.*?) -> (?P<outs>[^\[*/]*)(?:\[(?P<impl>\w+)\])?(?P<scale> /n)?(?: \*(?P<groups>\d+))?$"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +26,10 @@ class Strategy:
         shapes with localised size arguments.
     scale: the local result has to be divided by the axis size (a mean over a split dim). On one axis of several the
         factors multiply.
+    groups: what is split consists of so many groups that stay together (channels of a group normalisation), so the
+        ranks that split it must divide them; 0: of none. See `groups_fit`.
 
-    Prints as ``n: R S(0) S(0) -> S(2)`` (``[impl]`` and `` /n`` behind it) and parses back.
+    Prints as ``n: R S(0) S(0) -> S(2)`` (``[impl]``, `` /n`` and `` *groups`` behind it) and parses back.
     """
 
     name: str
@@ -31,6 +37,7 @@ class Strategy:
     outputs: tuple[Placement, ...]
     impl: str | None = None
     scale: bool = False
+    groups: int = 0
 
     @property
     def is_split(self) -> bool:
@@ -40,7 +47,8 @@ class Strategy:
     def __str__(self) -> str:
         ins = " ".join(map(str, self.inputs))
         outs = " ".join(map(str, self.outputs))
-        return f"{self.name}: {ins} -> {outs}" + (f"[{self.impl}]" if self.impl else "") + (" /n" if self.scale else "")
+        marks = (f"[{self.impl}]" if self.impl else "") + (" /n" if self.scale else "")
+        return f"{self.name}: {ins} -> {outs}{marks}" + (f" *{self.groups}" if self.groups else "")
 
     @staticmethod
     @lru_cache(maxsize=65536)
@@ -55,4 +63,12 @@ class Strategy:
             tuple(parse(part) for part in found["outs"].split()),
             found["impl"],
             bool(found["scale"]),
+            int(found["groups"] or 0),
         )
+
+
+def groups_fit(chosen: Mapping[str, Strategy], mesh: Mesh) -> bool:
+    """Whether no group that an op keeps together is cut when axis `a` of the mesh runs it by ``chosen[a]``."""
+    grouped = {axis: strategy.groups for axis, strategy in chosen.items() if strategy.groups}
+    ranks = math.prod(mesh.size(axis) for axis in grouped)
+    return all(groups % ranks == 0 for groups in grouped.values())

@@ -14,7 +14,7 @@ from torch import fx
 from shardplan.planner.costs.base import Costs
 from shardplan.planner.placement import COLLECTIVES, D, Mesh, Placement, R, S, conversion, fits, local_shape
 from shardplan.planner.propagate import Follow, placed
-from shardplan.planner.rules import Strategy, local_call, strategies
+from shardplan.planner.rules import Strategy, groups_fit, local_call, strategies
 from shardplan.planner.search.memory import Keeps, copies
 from shardplan.planner.search.problem import Option, Price, SegmentProblem, Value, Weights, total_price
 from shardplan.planner.search.segment_ilp import solve_segment
@@ -204,8 +204,8 @@ class Columns:
             if self.case.tp == 1 and strategy.name != "-":
                 continue
             chosen = {**others, "tp": strategy}
-            if len({s.impl for s in chosen.values() if s.impl}) > 1:
-                continue  # an op is replaced by one implementation
+            if len({s.impl for s in chosen.values() if s.impl}) > 1 or not groups_fit(chosen, mesh):
+                continue  # an op is replaced by one implementation, and keeps its groups of channels together
             layouts = [
                 (info(argument).shape, tuple(chosen[a].inputs[i] if a in chosen else R for a in mesh.axes))
                 for i, argument in enumerate(tensor_args(node))

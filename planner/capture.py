@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from shardplan.errors import NotTraceable, UsageError
 from shardplan.planner.custom_backward import is_plain
+from shardplan.planner.data_checks import Answers
 from shardplan.planner.passes.draft import way_out
 from shardplan.planner.shadow import fake_like
 
@@ -237,12 +238,15 @@ def quiet() -> Iterator[None]:
 # -- capture -----------------------------------------------------------------------------------------------------------
 
 
-def capture(wrapper: Wrapper, inputs: tuple[Any, Any, Any], fake_mode: Any) -> Captured:
-    """inputs: (args, kwargs, target) of fake tensors. Raises NotTraceable or UsageError."""
+def capture(wrapper: Wrapper, inputs: tuple[Any, Any, Any], fake_mode: Any, answers: Answers) -> Captured:
+    """inputs: (args, kwargs, target) of fake tensors. answers: to questions about numbers. Raises NotTraceable or
+    UsageError, and passes on what the model raises behind such a question."""
     try:
-        with plain_python(wrapper.need_loss), quiet():
+        with plain_python(wrapper.need_loss), quiet(), answers.given():
             return _export(wrapper, inputs, fake_mode)
     except Exception as error:
+        if answers.checked(error):
+            raise
         usage = _find(error, UsageError, NotTraceable)
         if usage is not None:
             raise usage from None
@@ -250,9 +254,11 @@ def capture(wrapper: Wrapper, inputs: tuple[Any, Any, Any], fake_mode: Any) -> C
             raise explain(error, wrapper.model) from error
         first = error
     try:
-        with plain_python(wrapper.need_loss), quiet():
+        with plain_python(wrapper.need_loss), quiet(), answers.given():
             made = _make_fx(wrapper, inputs, fake_mode)
     except Exception as error:
+        if answers.checked(error):
+            raise
         known = depends_on_data(error) or _find(error, CustomBackward)
         raise explain(error if known else first, wrapper.model) from error
     reason = f"{type(first).__name__}: {str(first).strip().splitlines()[0] if str(first).strip() else ''}"
@@ -352,7 +358,7 @@ def explain(error: BaseException, model: nn.Module) -> NotTraceable:
                 place = f"{frame.f_code.co_filename}:{line}"
                 text = _source_line(frame.f_code.co_filename, line)
             owner = frame.f_locals.get("self")
-            if place and path is None and id(owner) in names:
+            if path is None and id(owner) in names:
                 path = names[id(owner)]
         if place:
             break

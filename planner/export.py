@@ -6,6 +6,7 @@ import inspect
 import re
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from torch.utils import _pytree as pytree
 
 from shardplan.errors import NotTraceable, UsageError
 from shardplan.planner.capture import PLAIN, Captured, Wrapper, capture
+from shardplan.planner.data_checks import Answers, settle
 from shardplan.planner.leaves import Leaves, annotate, prove_splits
-from shardplan.planner.passes import Draft, normalize
+from shardplan.planner.passes import Draft, drop_checks, normalize
 from shardplan.planner.passes.draft import not_traceable, packet
 from shardplan.planner.passes.inline_regions import mark_switched
 from shardplan.planner.segments import fill_segments
@@ -134,14 +136,19 @@ def _batch_size(inputs: Any) -> int:
 def _capture(model: nn.Module, inputs: Any, loss_fn: Any, kept: Leaves, fake_mode: Any) -> Captured:
     """Trace a copy of the modules; the model itself where it cannot be copied or the loss function holds on to it."""
     own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
+
+    def attempt(copied: bool, answers: Answers) -> Captured:
+        with shadow(model, fake_mode, copied) as traced, without_caches(traced), kept.installed(traced):
+            if kept.evaluate:
+                traced.eval()
+            return capture(Wrapper(traced, loss_fn, kept.training), inputs, fake_mode, answers)
+
     for copied in (True, False):
         try:
-            with shadow(model, fake_mode, copied) as traced, without_caches(traced), kept.installed(traced):
-                if kept.evaluate:
-                    traced.eval()
-                found = capture(Wrapper(traced, loss_fn, kept.training), inputs, fake_mode)
+            found, notes = settle(partial(attempt, copied))
         except CannotCopy:
             continue
+        found.notes.extend(notes)
         constants = [value for kind, value in found.kinds.values() if kind == "constant"]
         if not any(value.untyped_storage()._cdata in own for value in constants):
             return found
@@ -194,6 +201,7 @@ def _draft(captured: Captured, model: nn.Module, inputs: Any, notes: list[str], 
             _to_literal(node, leaves[what])
             captured.module.graph.erase_node(node)
     _flatten_output(captured)
+    drop_checks.drop(captured.module.graph)
     _refuse_unknown_sizes(captured.module)
     return draft
 

@@ -58,12 +58,13 @@ class Transcriber(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.head = nn.Linear(width, letters)
+        self.loss = nn.CTCLoss(zero_infinity=True)
 
     def forward(self, wave: torch.Tensor, letters: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """wave: [batch, samples]; letters: [batch, longest] int64, of which lengths [batch] count -> scalar."""
         frames = self.head(self.encoder(wave)[0]).log_softmax(-1).transpose(0, 1)
         seen = torch.full((wave.shape[0],), frames.shape[0])
-        return F.ctc_loss(frames, letters, seen, lengths, zero_infinity=True)
+        return self.loss(frames, letters, seen, lengths)
 
 
 def wav2vec2_ctc() -> Case:

@@ -44,9 +44,7 @@ def placed(strategy: Strategy | None, index: int) -> Placement:
     return R if strategy is None or index >= len(strategy.outputs) else strategy.outputs[index]
 
 
-def follow(
-    trace: Trace, axis: str, mesh: Mesh, beside: Mapping[str, Mapping[str, Strategy]] | None = None
-) -> Follow:
+def follow(trace: Trace, axis: str, mesh: Mesh, beside: Mapping[str, Mapping[str, Strategy]] | None = None) -> Follow:
     """The batch-split strategy of every node on `axis` ("dp" or "mb") of a mesh whose other axes are split as in
     `beside` (axis -> node name -> Strategy)."""
     return _Follower(trace, axis, mesh, beside or {}).run()
@@ -87,17 +85,65 @@ class _Follower:
         self.chosen = self.result.strategies
         self.used: dict[str, int] = {}
         self.rewrites: list[str] = []
+        self.known: dict[tuple[object, ...], list[Strategy]] | None = {}
+        self.inside: frozenset[str] = frozenset()
+        self.pulled_outside = False
 
     def run(self) -> Follow:
-        for node in self.trace.nodes():
-            if node.op == "placeholder":
-                self.chosen[node.name] = Strategy("-", (), (self.source(node),))
-            elif node.op == "call_function" and resolve(node)[0] is node and infos(node):
-                self.op(node)
+        segment_of = {segment.nodes[0]: segment for segment in self.trace.segments}
+        nodes, position = list(self.trace.nodes()), 0
+        while position < len(nodes):
+            segment = segment_of.get(nodes[position].name)
+            if segment is None:
+                self.node(nodes[position])
+                position += 1
+                continue
+            # Shared ops that stand between those of the segment go first: the segment may read them.
+            mine, left = frozenset(segment.nodes), len(segment.nodes)
+            start = position
+            while left:
+                left -= nodes[position].name in mine
+                position += 1
+            span = nodes[start:position]
+            for node in span:
+                if node.name not in mine:
+                    self.node(node)
+            self.segment(segment.kind, mine, [node for node in span if node.name in mine])
         self.loss()
         if self.rewrites and self.result.reason is None:
             self.result.reason = self.rewrites[0]
         return self.result
+
+    def node(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            self.chosen[node.name] = Strategy("-", (), (self.source(node),))
+        elif node.op == "call_function" and resolve(node)[0] is node and infos(node):
+            self.op(node)
+
+    def segment(self, kind: int, mine: frozenset[str], nodes: list[fx.Node]) -> None:
+        """The ops of a segment; as in an earlier one of its kind whose arguments stood alike, if there is one."""
+        ops = [node for node in nodes if resolve(node)[0] is node and infos(node)]
+        outside = dict.fromkeys(
+            argument for node in ops for argument in tensor_args(node) if resolve(argument)[0].name not in mine
+        )
+        key = (
+            kind,
+            *((self.state(a), self.used.get(a.name, 0) > 0, self.is_counted(a)) for a in outside),
+            *(of.get(node.name) for of in self.beside.values() for node in ops),
+        )
+        found = self.known.get(key) if self.known is not None else None
+        if found is not None:
+            for node, strategy in zip(ops, found, strict=True):
+                self.chosen[node.name] = strategy
+                for argument in tensor_args(node):
+                    self.used[argument.name] = self.used.get(argument.name, 0) + 1
+            return
+        self.inside, self.pulled_outside = mine, False
+        for node in ops:
+            self.op(node)
+        self.inside = frozenset()
+        if self.known is not None and not self.pulled_outside:
+            self.known[key] = [self.chosen[node.name] for node in ops]
 
     def source(self, node: fx.Node) -> Placement:
         source = self.trace.sources[node.name]
@@ -145,6 +191,10 @@ class _Follower:
         maker = resolve(value)[0]
         return maker.op == "placeholder" or maker.name in self.trace.shared
 
+    def is_counted(self, value: fx.Node) -> bool:
+        """Whether the sum of the microbatches' summands can be had before the first: it follows from the inputs."""
+        return resolve(value)[0].name in self.trace.shared
+
     def divisible(self, node: fx.Node, arguments: tuple[fx.Node, ...], strategy: Strategy) -> bool:
         """Whether all parts are even, beside the splits of the other axes, and a buffer is written as it lies."""
         others = {axis: of[node.name] for axis, of in self.beside.items() if node.name in of}
@@ -174,7 +224,7 @@ class _Follower:
                 continue
             nbytes = float(info(argument).nbytes)
             talks = [part for part in (step.forward, step.backward) if part in COLLECTIVES]
-            if talks and self.silent:
+            if talks and self.silent and not (have == P and self.is_counted(argument)):
                 return None
             sent += nbytes * sum(2 if part == "all_reduce" else 1 for part in talks)
             moved += nbytes
@@ -203,6 +253,7 @@ class _Follower:
             if price is None or price[0] > 0:
                 continue
             self.chosen[node.name] = strategy
+            self.pulled_outside |= node.name not in self.inside
             for argument, part in zip(arguments, strategy.inputs, strict=True):
                 if part.is_shard and self.state(argument) != part and self.used.get(argument.name, 0) <= 1:
                     self.used[argument.name] = 0
@@ -248,6 +299,7 @@ class _Carrier(_Follower):
     ) -> None:
         super().__init__(trace, axis, mesh, beside)
         self.given = given
+        self.known = None  # what is given differs from segment to segment
 
     def source(self, node: fx.Node) -> Placement:
         strategy = self.given(node)

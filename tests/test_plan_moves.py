@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from shardplan.planner.cluster import Cluster
 from shardplan.planner.constraints import degrees, memory
+from shardplan.planner.costs.links import LinkModel
+from shardplan.planner.costs.model import CostModel
 from shardplan.planner.costs.recorded import RecordedCosts
 from shardplan.planner.export import trace_model
 from shardplan.planner.plan import Plan
@@ -34,7 +36,11 @@ def traced():
 
 @cache
 def prices(name: str) -> RecordedCosts:
-    return RecordedCosts.parse((HERE / "recorded" / f"plan_moves_{name}.json").read_text())
+    """As recorded; what a search asks besides is modelled."""
+    cluster = Cluster.cpu(2, "8 GiB")
+    links = LinkModel(cluster.slower_links(100) if name == "slow" else cluster, None)
+    rest = CostModel(cluster, links, None, measure=False)
+    return RecordedCosts.parse((HERE / "recorded" / f"plan_moves_{name}.json").read_text(), rest)
 
 
 def planned(name: str, *constraints) -> Plan:

@@ -50,7 +50,7 @@ def _solved_late(search: Search, cases: list[Case]) -> list[Candidate]:
         try:
             for prepared in search.prepare(case):
                 columns, segments, forced = prepared.columns, prepared.segments, prepared.forced
-                problem = search.problem(columns, segments, search.schedule)
+                problem = search.problem(prepared, search.schedule)
                 choice = solve_stages(problem, search.budget)
                 if choice is not None:
                     return [Candidate(case, columns, segments, problem, choice, search.schedule, forced)]

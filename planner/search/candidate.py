@@ -27,6 +27,7 @@ class Candidate:
 class Prepared:
     """A case's columns for one placement of the tied parameters."""
 
+    case: Case
     columns: Columns
     segments: list[SegmentColumns]
     forced: dict[str, Placement]

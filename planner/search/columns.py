@@ -1,13 +1,15 @@
 """From the trace and its costs to columns: the ways to run a segment on one mesh.
 
-For every kind of segment and every layout of the tensors at its two ends one op-level problem is built and solved; each
-solution is a column, and so is each with its activations recomputed in backward. Segments of one kind share them.
+For every kind of segment one op-level problem is built and solved between all layouts of the tensors at its two ends;
+each solution is a column. Activations may be recomputed in backward: that is another weighting of the same problem, in
+which forward counts twice and activations do not. Segments of one kind share their columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 from torch import fx
 
@@ -15,6 +17,7 @@ from shardplan.planner.costs.base import Costs
 from shardplan.planner.placement import COLLECTIVES, D, Mesh, Placement, R, S, conversion, fits, local_shape
 from shardplan.planner.propagate import Follow, placed
 from shardplan.planner.rules import Strategy, groups_fit, local_call, strategies
+from shardplan.planner.search.elimination import eliminate
 from shardplan.planner.search.memory import Keeps, copies
 from shardplan.planner.search.problem import Option, Price, SegmentProblem, Value, Weights, total_price
 from shardplan.planner.search.segment_ilp import solve_segment
@@ -85,8 +88,16 @@ def held_by(trace: Trace, nodes: Iterable[fx.Node]) -> list[fx.Node]:
     return list(found)
 
 
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A solution of an op-level problem: its price and how it runs."""
+
+    price: Price
+    run: Run
+
+
 class Columns:
-    """Columns of every segment in one case. forced: tp placements of parameters that the user or a tie fixes."""
+    """Columns of every segment on one mesh; cases that differ in their number of stages share them."""
 
     def __init__(
         self,
@@ -101,8 +112,8 @@ class Columns:
         rematerialize: bool | str,
     ) -> None:
         self.trace = trace
-        self.case = case
         self.mesh = case.mesh
+        self.tp, self.width, self.microbatches = case.tp, case.width, case.microbatches
         self.costs = costs
         self.follows = follows
         self.keeps = keeps
@@ -112,7 +123,8 @@ class Columns:
         self.rematerialize = rematerialize
         self.tp_ranks = tuple(range(case.tp))
         self.dp_ranks = tuple(range(0, case.width, case.tp))
-        self._cache: dict[object, tuple[Price, Run] | None] = {}
+        self._builders: dict[object, _Builder] = {}
+        self._made: dict[object, dict[tuple[int, int], _Made]] = {}
         self.proven = 1.0
         """Share of their cost that is proven of all columns: a bound on a program of them is worth that share."""
         self._floors: dict[int, float] = {}
@@ -155,7 +167,7 @@ class Columns:
         """Layouts that the free tensor behind a segment may have; whole first."""
         node = self.boundary(index) if 0 <= index < len(self.trace.segments) - 1 else None
         found = [R]
-        if node is not None and self.case.tp > 1 and len(info(node).shape) > 1:
+        if node is not None and self.tp > 1 and len(info(node).shape) > 1:
             shard = S(1)
             if fits(info(node).shape, self.layout(node, shard), self.mesh):
                 found.append(shard)
@@ -164,25 +176,25 @@ class Columns:
     # -- columns -------------------------------------------------------------------------------------------------------
 
     def of(self, index: int, forced: dict[str, Placement], weights: Iterable[Weights]) -> SegmentColumns:
-        """Columns of segment `index`."""
+        """Columns of segment `index`: the best for every weighting, between all layouts at its ends, with and without
+        recomputation. forced: tp placements of parameters that the user or a tie fixes."""
+        modes = self._modes(index)
+        wanted = [(replace(w, forward=2.0, in_flight=0.0) if again else w, again) for w in weights for again in modes]
         found = SegmentColumns()
         seen: set[tuple[object, ...]] = set()
-        for entering in self.boundary_layouts(index - 1):
-            for leaving in self.boundary_layouts(index):
-                for weight in weights:
-                    made = self._solve(index, entering, leaving, forced, weight)
-                    if made is None:
-                        continue
-                    price, run = made
-                    for recompute in self._modes(index):
-                        mine = self._recomputed(index, price, entering) if recompute else price
-                        key = (entering, leaving, mine)
-                        if key in seen:
-                            continue
-                        seen.add(key)
-                        layouts = (0 if entering == R else 1, 0 if leaving == R else 1)
-                        found.columns.append(Column(mine, *layouts, index=len(found.runs)))
-                        found.runs.append(replace(run, rematerialized=recompute))
+        entering = self.boundary_layouts(index - 1)
+        solved = self._solve(index, forced, [w for w, _ in wanted])
+        for ends in sorted({key for made in solved for key in made}):
+            for (_, recompute), made in zip(wanted, solved, strict=True):
+                if ends not in made:
+                    continue
+                price, run = made[ends].price, made[ends].run
+                mine = self._recomputed(index, price, entering[ends[0]]) if recompute else price
+                if (ends, mine) in seen:
+                    continue
+                seen.add((ends, mine))
+                found.columns.append(Column(mine, *ends, index=len(found.runs)))
+                found.runs.append(replace(run, rematerialized=recompute))
         return found
 
     def floor(self, index: int) -> float:
@@ -201,7 +213,7 @@ class Columns:
         others, mesh = self.others(node), self.mesh
         found = []
         for strategy in strategies(node):
-            if self.case.tp == 1 and strategy.name != "-":
+            if self.tp == 1 and strategy.name != "-":
                 continue
             chosen = {**others, "tp": strategy}
             if len({s.impl for s in chosen.values() if s.impl}) > 1 or not groups_fit(chosen, mesh):
@@ -237,24 +249,47 @@ class Columns:
         )
 
     def _solve(
-        self, index: int, entering: Placement, leaving: Placement, forced: dict[str, Placement], weights: Weights
-    ) -> tuple[Price, Run] | None:
+        self, index: int, forced: dict[str, Placement], weights: Sequence[Weights]
+    ) -> list[dict[tuple[int, int], _Made]]:
+        """Per weighting, (layout that enters, layout that leaves) -> the best run of the segment."""
         segment = self.trace.segments[index]
         held = held_by(self.trace, ops_of(self.trace, segment))
-        mine = tuple(sorted((n.name, str(forced[n.name])) for n in held if n.name in forced))
         # Forced parameters are named, so segments with different ones do not share a solution.
-        key = (segment.kind, entering, leaving, weights, mine)
-        if key not in self._cache:
-            builder = _Builder(self, index, entering, leaving, forced)
-            problem = builder.problem()
-            choice = None if problem is None else solve_segment(problem, weights, self.budget)
-            price = None if problem is None or choice is None else total_price(problem, choice.options)
-            if choice is None or price is None:
-                self._cache[key] = None
-            else:
+        kind = (segment.kind, tuple(sorted((n.name, str(forced[n.name])) for n in held if n.name in forced)))
+        missing = [w for w in dict.fromkeys(weights) if (kind, w) not in self._made]
+        if missing:
+            builder = self._builders.get(kind)
+            if builder is None:
+                builder = self._builders[kind] = _Builder(self, index, forced)
+            for weighting, made in zip(missing, self._run(builder, missing), strict=True):
+                self._made[kind, weighting] = made
+        return [self._made[kind, w] for w in weights]
+
+    def _run(self, builder: _Builder, weights: list[Weights]) -> list[dict[tuple[int, int], _Made]]:
+        problem = builder.problem
+        if problem is None:
+            return [{} for _ in weights]
+        solved = eliminate(problem, weights)
+        options = [m.options for m in solved] if solved is not None else [self._program(problem, w) for w in weights]
+        found: list[dict[tuple[int, int], _Made]] = []
+        for by_ends in options:
+            found.append({})
+            for ends, choice in by_ends.items():
+                price = total_price(problem, choice)
+                assert price is not None
+                found[-1][ends] = _Made(price + builder.constant, builder.run(choice))
+        return found
+
+    def _program(self, problem: SegmentProblem, weights: Weights) -> dict[tuple[int, int], tuple[int, ...]]:
+        """The same by integer programs."""
+        found = {}
+        for enters, leaves in product(*map(range, problem.ends)):
+            fixed, kept = problem.between(enters, leaves)
+            choice = solve_segment(fixed, weights, self.budget) if all(fixed.ops) else None
+            if choice is not None:
                 self.proven = min(self.proven, choice.proven)
-                self._cache[key] = price + builder.constant, builder.run(choice.options)
-        return self._cache[key]
+                found[enters, leaves] = tuple(keep[k] for keep, k in zip(kept, choice.options, strict=True))
+        return found
 
     # -- prices --------------------------------------------------------------------------------------------------------
 
@@ -321,7 +356,7 @@ class Columns:
         """Ranks of the first replica group over which a gradient has to be summed."""
         axes = {axis for axis, p in zip(self.mesh.axes, layout, strict=True) if p == D and axis != "mb"}
         if axes == {"dp", "tp"}:
-            return tuple(range(self.case.width))
+            return tuple(range(self.width))
         return self.dp_ranks if "dp" in axes else self.tp_ranks if "tp" in axes else (0,)
 
     def conversion_price(self, value: fx.Node, source: Placement, target: Placement) -> Price | None:
@@ -333,7 +368,7 @@ class Columns:
         if not differentiable:
             seconds[1] = 0.0
         copied = step.forward != "identity"
-        held = whole / self.case.tp if target.is_shard else whole
+        held = whole / self.tp if target.is_shard else whole
         keep = self.training and copied and self.keeps.is_read_again(value)
         return Price(seconds[0], seconds[1], 0.0, 0.0, held if keep else 0.0, held if copied else 0.0)
 
@@ -357,23 +392,22 @@ class Columns:
                 continue
             maker, position = resolve(argument)
             step = conversion(placed(self.others(maker).get("dp"), position), wanted, needs_grad(argument))
-            nbytes = float(info(argument).nbytes) / self.case.microbatches
+            nbytes = float(info(argument).nbytes) / self.microbatches
             forward += self._seconds(step.forward, nbytes, "dp")
             backward += self._seconds(step.backward, nbytes, "dp") if self.training else 0.0
         return Price(forward, backward)
 
 
 class _Builder:
-    """The op-level problem of one segment."""
+    """The op-level problem of one segment (None where some op has no legal option left)."""
 
-    def __init__(
-        self, columns: Columns, index: int, entering: Placement, leaving: Placement, forced: dict[str, Placement]
-    ) -> None:
+    def __init__(self, columns: Columns, index: int, forced: dict[str, Placement]) -> None:
         self.columns = columns
         self.trace = columns.trace
-        self.entering, self.leaving, self.forced = entering, leaving, forced
+        self.forced = forced
         self.enters = columns.boundary(index - 1) if index else None
         self.leaves = columns.boundary(index) if index < len(self.trace.segments) - 1 else None
+        self.entering, self.leaving = columns.boundary_layouts(index - 1), columns.boundary_layouts(index)
         self.index = index
         self.ops = ops_of(self.trace, self.trace.segments[index])
         self.held = held_by(self.trace, self.ops)
@@ -385,26 +419,39 @@ class _Builder:
         self.names: list[str] = []
         self.values: dict[Value, fx.Node] = {}
         self.constant = Price()
+        self.problem = self._problem()
 
     def state(self, placement: Placement) -> int:
         return self.states.setdefault(placement, len(self.states))
 
-    def problem(self) -> SegmentProblem | None:
-        """None where some op has no legal option left."""
+    def _problem(self) -> SegmentProblem | None:
         inside = set(self.ops)
         wanted = self._wanted_of_held()
+        enter = -1
         for node in self._outside(inside):
-            self._add(node, [None], [Option(Price(), tuple(self.state(p) for p in self._fixed(node)), ())])
+            layouts = self._layouts(node)
+            options = [Option(Price(), tuple(self.state(p) for p in layout), ()) for layout in layouts]
+            self._add(node, [None] * len(options), options)
+            if self.enters is not None and resolve(self.enters)[0] is node:
+                enter = self.numbers[node]
         for node in self.held:
             self._held(node, wanted[node])
         for node in self.ops:
             if not self._op(node):
                 return None
             self.constant += self.columns.batch_conversions(node)
-        conversions = self._conversions()
+        leave = None
+        if self.leaves is not None:
+            maker, result = resolve(self.leaves)
+            leave = (self.numbers[maker], result), tuple(self.state(p) for p in self.leaving)
         names = {number: str(placement) for placement, number in self.states.items()}
         return SegmentProblem(
-            tuple(self.names), tuple(self.options), conversions, tuple(names[i] for i in range(len(names)))
+            tuple(self.names),
+            tuple(self.options),
+            self._conversions(),
+            tuple(names[i] for i in range(len(names))),
+            enter,
+            leave,
         )
 
     def run(self, choice: tuple[int, ...]) -> Run:
@@ -430,10 +477,13 @@ class _Builder:
                     found[maker] = None
         return list(found)
 
-    def _fixed(self, node: fx.Node) -> list[Placement]:
-        if self.enters is not None and resolve(self.enters)[0] is node:
-            return [self.entering if i == resolve(self.enters)[1] else R for i in range(len(infos(node)))]
-        return [R] * max(len(infos(node)), 1)
+    def _layouts(self, node: fx.Node) -> list[list[Placement]]:
+        """The ways in which the results of an op of another segment may lie, per layout of what enters."""
+        count = max(len(infos(node)), 1)
+        if self.enters is None or resolve(self.enters)[0] is not node:
+            return [[R] * count]
+        place = resolve(self.enters)[1]
+        return [[layout if i == place else R for i in range(count)] for layout in self.entering]
 
     def _wanted_of_held(self) -> dict[fx.Node, list[Placement]]:
         """Placements in which some option reads a parameter or buffer."""
@@ -458,7 +508,7 @@ class _Builder:
         crossing = self._crosses(node)
         for strategy in self.columns.legal(node):
             if pinned and self.leaves is not None:
-                if strategy.outputs[resolve(self.leaves)[1]] != self.leaving:
+                if strategy.outputs[resolve(self.leaves)[1]] not in self.leaving:
                     continue
             elif crossing and any(p != R for p in strategy.outputs):
                 continue

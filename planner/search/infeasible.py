@@ -96,7 +96,7 @@ def explain_infeasible(search: Search, unfit: list[Case]) -> NoFeasiblePlan:
         limit = min(search.cluster.memory_limit(r) for r in range(case.devices))
         weights = search.memory_weights(case, limit, min(case.microbatches, case.stages))
         for prepared in search.prepare(case, weights):
-            found = smallest_peak(search.problem(prepared.columns, prepared.segments, "1f1b"), case)
+            found = smallest_peak(search.problem(prepared, "1f1b"), case)
             if found is not None and (smallest is None or found.over < smallest.over):
                 smallest = found
     kinds = ", ".join(f"{count} x {kind.name}" for kind, count in search.cluster.kinds().items())

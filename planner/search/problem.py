@@ -11,7 +11,7 @@ Prices are vectors (`Price`); an objective is their weighted sum.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,16 @@ class Price:
             max(self.transient_nbytes, other.transient_nbytes),
         )
 
+    def vector(self) -> tuple[float, ...]:
+        """What adds up (all but the transient bytes)."""
+        return (
+            self.forward_seconds,
+            self.backward_seconds,
+            self.once_seconds,
+            self.parameter_nbytes,
+            self.activation_nbytes,
+        )
+
     @property
     def seconds(self) -> float:
         """Per microbatch, forward and backward."""
@@ -44,15 +54,22 @@ class Price:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Objective: seconds + once * once_seconds + nbytes * (parameter_nbytes + in_flight * activation_nbytes)."""
+    """Objective: forward * forward_seconds + backward_seconds + once * once_seconds
+    + nbytes * (parameter_nbytes + in_flight * activation_nbytes). forward: 2 where backward computes it again."""
 
     once: float = 0.0
     nbytes: float = 0.0
     in_flight: float = 1.0
+    forward: float = 1.0
 
     def of(self, price: Price) -> float:
         held = price.parameter_nbytes + self.in_flight * price.activation_nbytes
-        return price.seconds + self.once * price.once_seconds + self.nbytes * held
+        seconds = self.forward * price.forward_seconds + price.backward_seconds
+        return seconds + self.once * price.once_seconds + self.nbytes * held
+
+    def vector(self) -> tuple[float, ...]:
+        """Factors of the first five fields of a price, in order."""
+        return self.forward, 1.0, self.once, self.nbytes, self.nbytes * self.in_flight
 
 
 Value = tuple[int, int]
@@ -71,12 +88,35 @@ class Option:
 @dataclass(frozen=True, slots=True)
 class SegmentProblem:
     """ops: options per op, in an order in which values are made before they are read. conversions: (value, from, to)
-    -> Price; a triple that is missing is impossible, equal states are free. states: names, for people."""
+    -> Price; a triple that is missing is impossible, equal states are free. states: names, for people.
+
+    The tensors at the two ends lie in one of several layouts, which others decide: enter is the op (-1: none) whose
+    option number is the layout of what comes in; leave is (value, its states by layout), or None.
+    """
 
     names: tuple[str, ...]
     ops: tuple[tuple[Option, ...], ...]
     conversions: Mapping[tuple[Value, int, int], Price]
     states: tuple[str, ...]
+    enter: int = -1
+    leave: tuple[Value, tuple[int, ...]] | None = None
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """Number of layouts of what enters and of what leaves."""
+        return len(self.ops[self.enter]) if self.enter >= 0 else 1, len(self.leave[1]) if self.leave else 1
+
+    def between(self, enters: int, leaves: int) -> tuple[SegmentProblem, tuple[tuple[int, ...], ...]]:
+        """The problem with its ends fixed, and per op the options that are left (their numbers here)."""
+        kept = [tuple(range(len(options))) for options in self.ops]
+        if self.enter >= 0:
+            kept[self.enter] = (enters,)
+        if self.leave is not None:
+            (op, result), states = self.leave
+            wanted = states[leaves]
+            kept[op] = tuple(k for k in kept[op] if self.ops[op][k].states[result] == wanted)
+        ops = tuple(tuple(o[k] for k in keep) for o, keep in zip(self.ops, kept, strict=True))
+        return replace(self, ops=ops, enter=-1, leave=None), tuple(kept)
 
     def convert(self, value: Value, source: int, target: int) -> Price | None:
         """Price of a conversion, or None where there is none."""

@@ -89,7 +89,7 @@ class Search:
         if len(self.cluster.kinds()) > 1:
             self.tally.notes.append("the devices differ; compute is priced as on the first of them")
         self.crossings: list[list[fx.Node]] | None = None
-        self.makers: dict[Case, Columns] = {}
+        self.makers: dict[tuple[int, int, int], Columns] = {}
 
     # -- cases ---------------------------------------------------------------------------------------------------------
 
@@ -174,9 +174,10 @@ class Search:
     # -- one case ------------------------------------------------------------------------------------------------------
 
     def columns(self, case: Case) -> Columns:
-        """The maker of a case's columns."""
-        if case not in self.makers:
-            self.makers[case] = Columns(
+        """The maker of a case's columns, which do not depend on the number of stages."""
+        mesh = case.dp, case.tp, case.microbatches
+        if mesh not in self.makers:
+            self.makers[mesh] = Columns(
                 self.trace,
                 case,
                 self.costs,
@@ -187,22 +188,22 @@ class Search:
                 self.options.training,
                 self.options.rematerialize,
             )
-        return self.makers[case]
+        return self.makers[mesh]
 
     def prepare(self, case: Case, weights: list[Weights] | None = None) -> list[Prepared]:
         """Columns of all segments, once per placement of the tied parameters."""
         columns = self.columns(case)
         weights = weights or [Weights(once=1.0 / (case.stages + case.microbatches - 1))]
         found = []
-        for forced in self._forced(columns):
+        for forced in self._forced(case, columns):
             segments = [columns.of(i, forced, weights) for i in range(len(self.trace.segments))]
             if all(s.columns for s in segments):
-                found.append(Prepared(columns, segments, forced))
+                found.append(Prepared(case, columns, segments, forced))
         return found
 
-    def _forced(self, columns: Columns) -> list[dict[str, Placement]]:
+    def _forced(self, case: Case, columns: Columns) -> list[dict[str, Placement]]:
         """Placements of the tied parameters to be tried: all, or where those are many, what their readers like."""
-        base = self.decided.placements if columns.case.tp > 1 else {}
+        base = self.decided.placements if case.tp > 1 else {}
         choices: dict[str, list[Placement]] = {}
         for name in self.tied:
             if name in base:
@@ -210,22 +211,22 @@ class Search:
             node = self.trace.node(name)
             mesh = columns.mesh
             placements = [s.outputs[0] for s in strategies(node) if not s.outputs[0].sections]
-            if columns.case.tp == 1:
+            if case.tp == 1:
                 placements = [R]
             legal = [p for p in placements if fits(info(node).shape, columns.layout(node, p), mesh)]
             if needs_grad(node) and len(legal) > 1:
                 legal = [p for p in legal if p != R]
             choices[name] = legal
         if math.prod(map(len, choices.values())) > _TIED_OPTIONS:
-            return self._liked(columns, base, choices)
+            return self._liked(case, columns, base, choices)
         return [{**base, **dict(zip(choices, option))} for option in product(*choices.values())]
 
     def _liked(
-        self, columns: Columns, base: dict[str, Placement], choices: dict[str, list[Placement]]
+        self, case: Case, columns: Columns, base: dict[str, Placement], choices: dict[str, list[Placement]]
     ) -> list[dict[str, Placement]]:
         """Placements that segments which read a tied parameter choose when they are solved for themselves: those of
         the first reader, those of the last, and all whole. Readers of one kind agree, so this is what fits them all."""
-        weights = Weights(once=1.0 / (columns.case.stages + columns.case.microbatches - 1))
+        weights = Weights(once=1.0 / (case.stages + case.microbatches - 1))
         first: dict[str, Placement] = {}
         last: dict[str, Placement] = {}
         for index, segment in enumerate(self.trace.segments):
@@ -242,8 +243,8 @@ class Search:
         found = [{**base, **whole, **liked} for liked in (first, last, {})]
         return [option for i, option in enumerate(found) if option not in found[:i]]
 
-    def problem(self, columns: Columns, segments: list[SegmentColumns], schedule: str) -> StageProblem:
-        case = columns.case
+    def problem(self, prepared: Prepared, schedule: str) -> StageProblem:
+        case, columns, segments = prepared.case, prepared.columns, prepared.segments
         cut_seconds: list[dict[int, float]] = []
         cut_nbytes: list[dict[int, float]] = []
         for index in range(len(segments) - 1):
@@ -403,18 +404,18 @@ class Search:
 
     def _solve_case(self, prepared: Prepared, bound: float) -> Candidate | None:
         """The best choice of a case, with columns that weigh memory if the fastest do not fit. None: does not fit."""
-        problem = self.problem(prepared.columns, prepared.segments, self.schedule)
+        problem = self.problem(prepared, self.schedule)
         try:
             choice = solve_stages(problem, self.budget)
             if choice is None:
-                return self._squeezed(prepared.columns.case, self.schedule)
+                return self._squeezed(prepared.case, self.schedule)
         except SolverTimeout:
             self.tally.timed_out = True
             self.tally.bound = min(self.tally.bound, bound)
             return None
         self.tally.timed_out |= not choice.optimal
         return Candidate(
-            prepared.columns.case, prepared.columns, prepared.segments, problem, choice, self.schedule, prepared.forced
+            prepared.case, prepared.columns, prepared.segments, problem, choice, self.schedule, prepared.forced
         )
 
     def _squeezed(self, case: Case, schedule: str) -> Candidate | None:
@@ -424,7 +425,7 @@ class Search:
         best = None
         for prepared in self.prepare(case, self.memory_weights(case, limit, flights)):
             columns, segments, forced = prepared.columns, prepared.segments, prepared.forced
-            problem = self.problem(columns, segments, schedule)
+            problem = self.problem(prepared, schedule)
             try:
                 choice = solve_stages(problem, self.budget)
             except SolverTimeout:

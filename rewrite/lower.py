@@ -12,7 +12,7 @@ from torch import fx
 
 from shardplan.errors import NotSupported
 from shardplan.planner.leaf_op import Leaf
-from shardplan.planner.placement import MICROBATCH_AXIS, Layout, Mesh, R, conversion, local_shape
+from shardplan.planner.placement import MICROBATCH_AXIS, Layout, Mesh, P, R, conversion, local_shape
 from shardplan.planner.plan import Plan
 from shardplan.planner.propagate import placed
 from shardplan.planner.reshard import steps
@@ -62,6 +62,7 @@ class StageLowering:
         self.device = self.graph.placeholder("device")
         self.home: dict[str, fx.Node] = {}
         self.converted: dict[tuple[str, Layout], fx.Node] = {}
+        self.totals: dict[tuple[str, Layout], fx.Node] = {}
         self.sites = {node.name: i for i, node in enumerate(trace.nodes())}
         self.group = ""
 
@@ -216,13 +217,7 @@ class StageLowering:
             wanted = tuple(op.chosen[a].inputs[position] if a in op.chosen else R for a in self.mesh.axes)
             values.append(inner.value(root, wanted))
         count = inner.emit(kernels.cross_entropy_count, (*values, *[None] * (2 - len(values)), ignore_index), {})
-        inner.graph.output((count,))
-        arguments = tuple(inner.lowered.arguments)
-        self.lowered.denominators.append(Denominator(name, self.stage, emit(inner.graph), arguments, spatial))
-        with self.graph.inserting_after(self._last_placeholder()):
-            node = self.graph.placeholder(name)
-        self.lowered.arguments.append(Argument("denominator", name, (), torch.float32))
-        return node
+        return self.counted(name, inner, count, spatial, (), torch.float32)
 
     # -- what a stage needs --------------------------------------------------------------------------------------------
 

@@ -85,11 +85,12 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Denominator:
-    """A count that a token-weighted mean divides by, over the whole global batch.
+    """A sum over the whole global batch that follows from the inputs alone and is needed in every microbatch: the count
+    that a token-weighted mean divides by, the sum of a mask, the mean of a target.
 
-    Before the first microbatch the executor runs `source` (a function like a stage's, of "input", "buffer" and
-    "constant" arguments only) for every microbatch, adds the results and all-reduces the sum over `axes`;
-    `name` is the "denominator" argument of the stage that needs it.
+    Before the first microbatch the executor runs `source` (a function like a stage's, of "input", "buffer", "constant"
+    and earlier "denominator" arguments only) for every microbatch, adds the results and all-reduces the sum over
+    `axes`; `name` is the "denominator" argument of the stage that needs it.
     """
 
     name: str

@@ -152,15 +152,17 @@ class _Run:
         """Per stage and rank: the counts of `Program.denominators` over the whole batch."""
         found: list[dict[Coordinate, Tensors]] = [{c: {} for c in comms} for comms in self.comms]
         for index, denominator in enumerate(self.program.denominators):
-            function = load(denominator.source, f"denominator{index}")
+            function = load(denominator.source, f"denominator{index}", self.program.leaves)
 
             def count(comm: ThreadComm, d=denominator, function=function) -> torch.Tensor:
                 place = tuple(comm.coordinate.values())
-                total = torch.zeros(())
+                parts = []
                 for microbatch in range(self.program.microbatches):
                     comm.microbatch = microbatch
-                    values = [self.argument(a, d.stage, place, comm, {}, {}) for a in d.arguments]
-                    total = total + function(comm, torch.device("cpu"), *values)[0]
+                    earlier = found[d.stage][place]
+                    values = [self.argument(a, d.stage, place, comm, {}, earlier) for a in d.arguments]
+                    parts.append(function(comm, torch.device("cpu"), *values)[0])
+                total = sum(parts[1:], parts[0])
                 for axis in d.axes:
                     total = comm.all_reduce(total, axis)
                 return total

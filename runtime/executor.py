@@ -88,7 +88,9 @@ class Executor:
         self.code = program.stages[self.stage]
         self.function = load(self.code.source, f"{name}stage{self.stage}", program.leaves)
         self.denominators = [
-            (d, load(d.source, f"{name}{d.name}")) for d in program.denominators if d.stage == self.stage
+            (d, load(d.source, f"{name}{d.name}", program.leaves))
+            for d in program.denominators
+            if d.stage == self.stage
         ]
         self._prepare_arguments()
         self._prepare_messages(channels)
@@ -352,18 +354,23 @@ class Executor:
             self._optimizer_step()
 
     def _count(self) -> dict[str, torch.Tensor]:
-        """Denominators of token-weighted means, over the whole batch."""
+        """The program's denominators, over the whole batch."""
         found: dict[str, torch.Tensor] = {}
         for denominator, function in self.denominators:
-            total = torch.zeros((), device=self.device)
+            parts = []
             with torch.no_grad():
                 for microbatch in range(self.program.microbatches):
                     self.comm.microbatch = microbatch
                     values = [
-                        self.inputs.part(a.name, microbatch) if a.kind == "input" else self._static(a)
+                        found[a.name]
+                        if a.kind == "denominator"
+                        else self.inputs.part(a.name, microbatch)
+                        if a.kind == "input"
+                        else self._static(a)
                         for a in denominator.arguments
                     ]
-                    total = total + function(self.comm, self.device, *values)[0]
+                    parts.append(function(self.comm, self.device, *values)[0])
+                total = sum(parts[1:], parts[0])
                 for axis in denominator.axes:
                     total = self.comm.all_reduce(total, axis)
             found[denominator.name] = total

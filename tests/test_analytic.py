@@ -3,6 +3,7 @@ happen whatever the row."""
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import replace
 
@@ -217,6 +218,26 @@ def test_mixed_devices_are_as_slow_as_the_slowest_of_a_stage() -> None:
     assert mixed["mfu"] == pytest.approx(mixed["tflops_per_device"] * 8 / whole)
 
 
+def test_tables_that_count_replicas_otherwise_are_understood() -> None:
+    """Expert parallel ranks beside dp, context parallel ones within it: only where that uses exactly all devices."""
+    moe = row(MIXTRAL, "64xh100", ep=8, global_batch=64)
+    beside = predict_row(moe | {"dp": 8})
+    assert beside["step_seconds"] == predict_row(moe | {"dp": 64})["step_seconds"]
+    assert "leave out ep = 8" in beside["notes"][0]
+    long = row(LLAMA_8B, "16xh100", cp=2, global_batch=16)
+    within = predict_row(long | {"dp": 16})
+    assert within["step_seconds"] == predict_row(long | {"dp": 8})["step_seconds"]
+    assert "include cp = 2" in within["notes"][0]
+    assert predict_row(long | {"dp": 4})["notes"] == ["uses 8 of 16 devices"]
+
+
+def test_replicas_are_what_is_left_of_the_devices() -> None:
+    given = row(LLAMA_8B, "32xh100", tp=2, pp=2, global_batch=64)
+    assert predict_row(given) == predict_row(given | {"dp": 8})
+    with pytest.raises(UsageError, match="dp: is missing"):
+        predict_row(given | {"devices": "30xh100"})
+
+
 def test_a_cluster_stands_in_for_devices() -> None:
     given = row(LLAMA_8B, dp=8, global_batch=16)
     same = predict_row(given | {"devices": None}, Cluster.preset("dgx-h100"))
@@ -280,7 +301,7 @@ def test_recomputation_trades_time_for_memory(given_row: dict) -> None:
     kept = [memory.layer_nbytes(each, none.shape, bool(none.shape.flash)) for each in (full, some, none)]
     assert kept == sorted(kept)
     seconds = [predict(each).step_seconds for each in (none, some, full)]
-    assert all(less <= more * (1 + 1e-9) for less, more in zip(seconds, seconds[1:]))
+    assert all(less <= more * (1 + 1e-9) for less, more in itertools.pairwise(seconds))
 
 
 @CHECK

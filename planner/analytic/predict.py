@@ -82,9 +82,10 @@ def predict(
 ) -> Prediction:
     """The prediction of a checked row. Raises UsageError where its devices are unknown or too few."""
     net: Network | None = None
-    notes: tuple[str, ...] = ()
+    notes = row.notes
     if row.devices is not None or cluster is not None:
-        net, notes = network(row, cluster)
+        net, understood = network(row, cluster)
+        notes += understood
     if row.interleave > 1 and row.microbatches % row.pp:
         notes = (*notes, f"interleave: {row.microbatches} microbatches are not a multiple of pp = {row.pp}")
     if row.stage_seconds is not None:

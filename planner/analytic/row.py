@@ -14,6 +14,7 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from shardplan.errors import UsageError
@@ -77,7 +78,8 @@ class StageSeconds:
 class Row:
     """A checked row. devices: as `Cluster.parse` takes it. layers_per_stage: one number per stage, or per chunk
     (stages x interleave) in order of the layers; empty: as even as can be. Bandwidths in bytes per second, one
-    direction; inter_node_per: "node" or "device"."""
+    direction; inter_node_per: "node" or "device". notes: what was understood in a way that its author may want to
+    know."""
 
     id: str
     shape: Shape | None
@@ -101,6 +103,7 @@ class Row:
     precision: str
     layers_per_stage: tuple[int, ...]
     stage_seconds: StageSeconds | None
+    notes: tuple[str, ...] = ()
 
     @property
     def ranks(self) -> int:
@@ -146,7 +149,10 @@ def read_row(data: Mapping[str, Any], default_id: str = "1", sized: int | None =
     if devices is not None and not isinstance(devices, (str, Mapping)):
         raise UsageError(f'devices: {_short(devices)} is neither "64xa100-80g" nor {{"h100": 4, "a10g": 4}}')
     tp, pp, cp = (reader.count(name, 1) for name in ("tp", "pp", "cp"))
-    dp = reader.count("dp", 0) or (1 if timed else _replicas(devices, sized, tp * pp * cp))
+    ep = reader.count("ep", 1)
+    count = sized if sized is not None else 0 if devices is None else _device_count(_key(devices))
+    dp = reader.count("dp", 0) or (1 if timed else _replicas(count, tp * pp * cp))
+    dp, notes = _replicas_meant(count, tp * pp, dp, cp, ep)
     micro_batch = reader.count("micro_batch", 1)
     inter, per = reader.bandwidth("inter_node_bandwidth", "node")
     row = Row(
@@ -161,7 +167,7 @@ def read_row(data: Mapping[str, Any], default_id: str = "1", sized: int | None =
         pp=pp,
         dp=dp,
         cp=cp,
-        ep=reader.count("ep", 1),
+        ep=ep,
         interleave=reader.count("interleave", 1),
         schedule=_schedule(reader),
         micro_batch=micro_batch,
@@ -172,17 +178,37 @@ def read_row(data: Mapping[str, Any], default_id: str = "1", sized: int | None =
         precision=reader.word("precision", PRECISIONS, "bf16"),
         layers_per_stage=reader.counts("layers_per_stage"),
         stage_seconds=_stage_seconds(reader, pp) if timed else None,
+        notes=notes,
     )
     _check(row)
     return row
 
 
-def _replicas(devices: str | Mapping[str, int] | None, sized: int | None, ranks: int) -> int:
+def _key(devices: str | Mapping[str, int]) -> str | tuple[tuple[str, int], ...]:
+    return devices if isinstance(devices, str) else tuple(devices.items())
+
+
+@lru_cache(maxsize=256)
+def _device_count(devices: str | tuple[tuple[str, int], ...]) -> int:
+    return len(Cluster.parse(devices if isinstance(devices, str) else dict(devices)))
+
+
+def _replicas(count: int, ranks: int) -> int:
     """Data parallel degree that uses all devices, where the row does not say."""
-    count = len(Cluster.parse(devices)) if sized is None and devices is not None else sized or 1
     if count < ranks or count % ranks:
         raise UsageError(f"dp: is missing, and tp x pp x cp = {ranks} does not divide {count} devices")
     return count // ranks
+
+
+def _replicas_meant(count: int, model: int, dp: int, cp: int, ep: int) -> tuple[int, tuple[str, ...]]:
+    """The data parallel degree, and a note where a table counts otherwise than we do: expert parallel ranks are some of
+    dp, context parallel ones are not. Only a count that then uses exactly all devices is taken to be meant so."""
+    ranks = model * dp * cp
+    if ep > 1 and ranks * ep == count:
+        return dp * ep, (f"dp: {dp} was taken to leave out ep = {ep}, so that all {count} devices are used",)
+    if cp > 1 and ranks == count * cp and dp % cp == 0:
+        return dp // cp, (f"dp: {dp} was taken to include cp = {cp}, so that {count} devices are enough",)
+    return dp, ()
 
 
 def _shape(reader: _Reader) -> Shape:

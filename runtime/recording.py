@@ -146,7 +146,8 @@ class Recorder(TorchDispatchMode):
         if overwrites:
             for tensor in written:
                 del inputs[next(i for i, other in enumerate(inputs) if other is tensor)]
-        reads = [self.view(tensor) for tensor in inputs]
+        # Of a tensor that gives only its shape, no value is read.
+        reads = [self.view(tensor) for tensor in inputs if not base.endswith("_like") and not base.startswith("new_")]
         known = all(self.defined(view) for view in reads)
         made = tuple((i, self.view(tensor)) for i, tensor in fresh)
         changed = [self.view(tensor) for tensor in written]

@@ -145,7 +145,9 @@ class Tape:
                     break
         steps = tuple(self.steps[number] for number in sorted(needed))
         for step in steps:
-            named |= {*step.reads, *step.writes, *(view.storage for _, view in step.made)}
+            leaves = pytree.tree_leaves((step.args, dict(step.kwargs)))
+            named |= {leaf.storage for leaf in leaves if isinstance(leaf, View)}
+            named |= {view.storage for _, view in step.made}
         return Recipe(steps, {storage: self.nbytes[storage] for storage in sorted(named)}, result, self.seed)
 
 

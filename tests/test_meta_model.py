@@ -247,13 +247,14 @@ def test_half_written_parameters_are_not_known():
         made.third = nn.Parameter(torch.empty(4, 4) + 1)
         with torch.no_grad():
             made.first[:2] = 1.0
+            made.fourth = nn.Parameter(torch.ones_like(made.first * 2))
             made.second[:2] = 1.0
             made.second[2:].normal_()
         return made
 
     made = sp.meta_model(factory)
     assert origin(made.first) is None and origin(made.third) is None
-    assert (origin(made.second).make()[:2] == 1).all()
+    assert (origin(made.second).make()[:2] == 1).all() and (origin(made.fourth).make() == 1).all()
 
 
 def test_errors():

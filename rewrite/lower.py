@@ -101,15 +101,64 @@ class StageLowering:
     def value(self, node: fx.Node, wanted: Layout | None = None) -> fx.Node:
         """The traced value in the stage graph, converted to `wanted` if given."""
         have = self.layout(node)
-        made = self.home.get(node.name)
-        if made is None:
-            made = self.home[node.name] = self.fetch(node)
         if wanted is None or wanted == have:
-            return made
+            return self.made(node)
         key = (node.name, wanted)
         if key not in self.converted:
-            self.converted[key] = self.convert(made, node, have, wanted)
+            layout = self.total_layout(node, have, wanted)
+            made = self.made(node) if layout is None else self.total(node, layout)
+            self.converted[key] = self.convert(made, node, layout or have, wanted)
         return self.converted[key]
+
+    def made(self, node: fx.Node) -> fx.Node:
+        """The traced value as its op leaves it."""
+        if node.name not in self.home:
+            self.home[node.name] = self.fetch(node)
+        return self.home[node.name]
+
+    def total_layout(self, node: fx.Node, have: Layout, wanted: Layout) -> Layout | None:
+        """Layout of a value that microbatches have summands of and that follows from the inputs alone, so that the sum
+        over microbatches and ranks can be taken before the first of them; None where it is no such value."""
+        sums = [i for i in range(len(have)) if have[i] == P and wanted[i] != P and self.mesh.sizes[i] > 1]
+        if MICROBATCH_AXIS not in [self.mesh.axes[i] for i in sums] or resolve(node)[0].name not in self.trace.shared:
+            return None
+        return tuple(R if i in sums else placement for i, placement in enumerate(have))
+
+    def total(self, node: fx.Node, layout: Layout) -> fx.Node:
+        """The value summed up, see `total_layout`; one of the program's denominators."""
+        if (node.name, layout) not in self.totals:
+            axes = tuple(
+                axis
+                for axis, before, after in zip(self.mesh.axes, self.layout(node), layout, strict=True)
+                if before != after and axis != MICROBATCH_AXIS
+            )
+            name = "_".join(["total", re.sub(r"\W", "_", node.name), *axes])
+            inner = StageLowering(self.trace, self.plan, self.split, self.stage, train=False)
+            inner.run(inner.needed([node])[0])
+            shape = local_shape(info(node).shape, layout, self.mesh)
+            self.totals[node.name, layout] = self.counted(name, inner, inner.made(node), axes, shape, info(node).dtype)
+        return self.totals[node.name, layout]
+
+    def counted(
+        self,
+        name: str,
+        inner: StageLowering,
+        value: fx.Node,
+        axes: tuple[str, ...],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+    ) -> fx.Node:
+        """Add a denominator, a value of the lowering `inner`, behind those that it needs itself. -> the argument that
+        it becomes."""
+        inner.graph.output((value,))
+        self.lowered.leaves |= inner.lowered.leaves
+        known = {d.name for d in self.lowered.denominators}
+        made = Denominator(name, self.stage, emit(inner.graph), tuple(inner.lowered.arguments), axes)
+        self.lowered.denominators += [d for d in (*inner.lowered.denominators, made) if d.name not in known]
+        with self.graph.inserting_after(self._last_placeholder()):
+            node = self.graph.placeholder(name)
+        self.lowered.arguments.append(Argument("denominator", name, shape, dtype))
+        return node
 
     def fetch(self, node: fx.Node) -> fx.Node:
         if node.op == "placeholder":

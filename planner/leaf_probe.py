@@ -270,12 +270,12 @@ def prove_split(
     dims: Sequence[int | None],
     batch: int,
     training: bool,
-) -> tuple[int | str, ...]:
+) -> tuple[tuple[int | str, ...], bool]:
     """Run the leaf on parts of the batch and on the whole, and on single samples and on some together, forward and
     backward.
 
     samples: inputs to try; dims: per input, the dim that carries the batch; batch: its size. -> per result, the dim
-    along which the parts are put together, or "sum". Raises Unsuitable with the reason where parts do not give the
+    along which the parts are put together, or "sum"; whether every parameter always got a gradient. Raises Unsuitable with the reason where parts do not give the
     whole. What random inputs do not show it cannot find; single samples show most of what mixes samples.
     """
     if facts.draws:
@@ -285,13 +285,14 @@ def prove_split(
     parts = next(n for n in range(2, batch + 1) if batch % n == 0)
     few = min(batch, _SINGLES)
     found: tuple[int | str, ...] | None = None
-    tried = 0
+    tried, steady = 0, True
     failure = ""
     for sample in samples:
         try:
-            kinds = _compare(facts, sample, held, dims, parts, training)
+            kinds, all_used = _compare(facts, sample, held, dims, parts, training)
+            steady = steady and all_used
             some = [t if d is None else t.narrow(d, 0, t.shape[d] // batch * few) for t, d in zip(sample, dims)]
-            if few != parts and _compare(facts, some, held, dims, few, training) != kinds:
+            if few != parts and _compare(facts, some, held, dims, few, training)[0] != kinds:
                 raise Unsuitable("puts its parts together in different ways")
         except Unsuitable:
             raise
@@ -303,7 +304,7 @@ def prove_split(
         found, tried = kinds, tried + 1
     if found is None or tried < min(2, len(samples)):
         raise Unsuitable(f"cannot be run on a part of the batch ({failure})")
-    return found
+    return found, steady
 
 
 def _compare(
@@ -313,7 +314,7 @@ def _compare(
     dims: Sequence[int | None],
     parts: int,
     training: bool,
-) -> tuple[int | str, ...]:
+) -> tuple[tuple[int | str, ...], bool]:
     whole = _run(facts.leaf, sample, held, training)
     pieces = [
         _run(
@@ -329,9 +330,7 @@ def _compare(
     kinds = tuple(
         _together([piece.tensors[i] for piece in pieces], result, parts) for i, result in enumerate(whole.tensors)
     )
-    if training:
-        _compare_gradients(whole, pieces, dims, kinds, parts)
-    return kinds
+    return kinds, not training or _compare_gradients(whole, pieces, dims, kinds, parts)
 
 
 def _together(pieces: list[torch.Tensor], whole: torch.Tensor, parts: int) -> int | str:
@@ -349,17 +348,18 @@ def _together(pieces: list[torch.Tensor], whole: torch.Tensor, parts: int) -> in
 
 def _compare_gradients(
     whole: _Run, pieces: list[_Run], dims: Sequence[int | None], kinds: tuple[int | str, ...], parts: int
-) -> None:
+) -> bool:
+    """Whether every parameter got a gradient of the whole."""
     generator = torch.Generator().manual_seed(0)
     seeds = [torch.randn(t.shape, generator=generator).to(t) if t.requires_grad else None for t in whole.tensors]
-    wanted = _gradients(whole, seeds)
+    wanted, steady = _gradients(whole, seeds)
     found = []
     for number, piece in enumerate(pieces):
         own = [
             None if s is None else s if kind == "sum" else s.chunk(parts, int(kind))[number]
             for s, kind in zip(seeds, kinds, strict=True)
         ]
-        found.append(_gradients(piece, own))
+        found.append(_gradients(piece, own)[0])
     dims = [*dims, *[None] * (len(wanted) - len(dims))]
     for index, (gradient, dim) in enumerate(zip(wanted, dims, strict=True)):
         given = [part[index] for part in found]
@@ -368,20 +368,19 @@ def _compare_gradients(
         joined = torch.cat(given, dim) if dim is not None else torch.stack(given).sum(0)  # type: ignore[arg-type]
         if not _close(joined, gradient):
             raise Unsuitable("gives other gradients for parts of the batch")
+    return steady
 
 
-def _gradients(run: _Run, seeds: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """Gradient of every tensor given to the run, zeros where none arrives, None where none can."""
+def _gradients(run: _Run, seeds: list[torch.Tensor | None]) -> tuple[list[torch.Tensor | None], bool]:
+    """Gradient of every tensor given to the run (zeros where none arrives, None where none can), and whether every
+    tensor that wants one got one."""
     outs = [(t, s) for t, s in zip(run.tensors, seeds, strict=True) if t.requires_grad and s is not None]
     ins = [t for t in run.given if t.requires_grad]
-    made = iter(())
+    given: Sequence[torch.Tensor | None] = [None] * len(ins)
     if outs and ins:
-        made = iter(torch.autograd.grad([t for t, _ in outs], ins, [s for _, s in outs], allow_unused=True))
-    found: list[torch.Tensor | None] = []
-    for tensor in run.given:
-        gradient = next(made, None) if tensor.requires_grad else None
-        found.append(torch.zeros_like(tensor) if tensor.requires_grad and gradient is None else gradient)
-    return found
+        given = torch.autograd.grad([t for t, _ in outs], ins, [s for _, s in outs], allow_unused=True)
+    made = iter(torch.zeros_like(t) if g is None else g for t, g in zip(ins, given, strict=True))
+    return [next(made) if t.requires_grad else None for t in run.given], all(g is not None for g in given)
 
 
 def _close(found: torch.Tensor, wanted: torch.Tensor) -> bool:

@@ -366,10 +366,10 @@ def prove_splits(trace: Trace, leaves: Leaves) -> None:
             note = leaf_of(node)
             assert note is not None
             try:
-                split, why = _split(node, states[node.name], leaves, trace.batch_size, trace.training), ""
+                split, steady = _split(node, states[node.name], leaves, trace.batch_size, trace.training)
+                set_leaf(node, replace(note, splits=(split,), unsplit="", steady=steady))
             except Unsuitable as error:
-                split, why = None, str(error)
-            set_leaf(node, replace(note, splits=(split,) if split else (), unsplit=why))
+                set_leaf(node, replace(note, splits=(), unsplit=str(error)))
         forget_strategies(trace.graph)
     for node in trace.nodes():
         note = leaf_of(node)
@@ -392,8 +392,9 @@ def _states(trace: Trace, nodes: Sequence[fx.Node], parts: int) -> dict[str, tup
 
 def _split(
     node: fx.Node, states: tuple[Placement, ...], leaves: Leaves, batch: int, training: bool
-) -> Strategy:
-    """The strategy that splits the leaf's batch. Raises Unsuitable with the reason why there is none."""
+) -> tuple[Strategy, bool]:
+    """The strategy that splits the leaf's batch, and whether it is steady. Raises Unsuitable with the reason why there
+    is none."""
     known = leaves.known[str(node.args[0])]
     arguments, count = tensor_args(node), known.facts.leaf.inputs
     dims = [s.dim if s.is_shard else None for s in states[:count]]
@@ -402,7 +403,7 @@ def _split(
     if all(dim is None for dim in dims):
         raise Unsuitable("reads nothing that carries the batch")
     samples = [known.inputs, *(leaf_probe.redrawn(known.inputs, seed) for seed in (1, 2, 3))]
-    kinds = leaf_probe.prove_split(known.facts, samples, known.held, dims, batch, training)
+    kinds, steady = leaf_probe.prove_split(known.facts, samples, known.held, dims, batch, training)
     whole = [D if needs_grad(a) and needs_grad(node) else R for a in arguments]
     ins = [S(d) if d is not None else w for d, w in zip([*dims, *[None] * len(known.held)], whole, strict=True)]
-    return Strategy("leaf", tuple(ins), tuple(P if kind == "sum" else S(int(kind)) for kind in kinds))
+    return Strategy("leaf", tuple(ins), tuple(P if kind == "sum" else S(int(kind)) for kind in kinds)), steady

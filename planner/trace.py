@@ -78,7 +78,8 @@ class LeafNote:
 
     reason: why it does ("model.py:88: if scores.max() > 1", "asked for"). saves: what autograd keeps of it. draws:
     whether it draws random numbers. splits: the ways to split its batch, proven by running it; unsplit: why there are
-    none.
+    none. steady: every parameter got a gradient in every run; one that gets none in some steps must not be converted by
+    collectives, which would give it zeros, and optimizers shrink what has zeros.
     """
 
     leaf: Leaf
@@ -87,6 +88,7 @@ class LeafNote:
     draws: bool = False
     splits: tuple[Strategy, ...] = ()
     unsplit: str = ""
+    steady: bool = False
 
 
 @dataclass(eq=False)

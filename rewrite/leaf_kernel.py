@@ -47,11 +47,13 @@ def implement_leaf(op: OpContext) -> fx.Node:
 
 
 def _waits(op: OpContext, value: fx.Node, position: int) -> bool:
-    """Whether the gradient of a tensor argument goes through a collective."""
+    """Whether the gradient of a tensor argument goes through a collective of ranks that have other parts of the batch,
+    and may have gone another way inside the leaf."""
     mesh = op.stage.mesh
     wanted = tuple(op.chosen[a].inputs[position] if a in op.chosen else R for a in mesh.axes)
-    found = (conversion(s.source, s.target, True) for s in steps(op.stage.layout(value), wanted, mesh))
-    return any(step.backward in COLLECTIVES for step in found)
+    apart = {axis for axis, strategy in op.chosen.items() if strategy.is_split}
+    found = (s for s in steps(op.stage.layout(value), wanted, mesh) if s.axis in apart)
+    return any(conversion(s.source, s.target, True).backward in COLLECTIVES for s in found)
 
 
 def run_leaf(

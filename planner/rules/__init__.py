@@ -12,7 +12,7 @@ from shardplan.planner.rules import discovery, families, sections, views
 from shardplan.planner.rules.letters import whole_strategies
 from shardplan.planner.rules.localize import LocalCall, Slot, local_call
 from shardplan.planner.rules.strategy import Strategy, groups_fit
-from shardplan.planner.trace import info, infos, is_tensor, resolve, tensor_args
+from shardplan.planner.trace import info, infos, is_tensor, leaf_of, resolve, tensor_args
 
 __all__ = [
     "LocalCall", "Slot", "Strategy", "forget_strategies", "groups_fit", "has_rule", "is_discovered", "local_call",
@@ -71,6 +71,9 @@ def _plain(node: fx.Node, inner: bool) -> tuple[Strategy, ...]:
         made = _placeholder(node) if node.op == "placeholder" else _op(node)
         if inner and node.target in views.RESHAPES:
             made += views.inner_splits(node)
+        note = leaf_of(node) if inner else None
+        if note is not None:
+            made += [*note.splits]
         found = node.meta[key] = _unique(made)
     return found
 

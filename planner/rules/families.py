@@ -50,9 +50,9 @@ def select(node: fx.Node) -> list[Strategy]:
 
 
 def leaf(node: fx.Node) -> list[Strategy]:
-    """A submodule kept whole: what running it has proven."""
+    """A submodule kept whole: what running it has proven (see `LeafNote.steady`)."""
     note = leaf_of(node)
-    return list(note.splits) if note is not None else []
+    return list(note.splits) if note is not None and note.steady else []
 
 
 def stack(node: fx.Node) -> list[Strategy]:

@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = ROOT / "out" / "zoo.jsonl"
 TABLE = ROOT / "docs" / "zoo.md"
-LIMIT_SECONDS = 300.0
+LIMIT_SECONDS = 900.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

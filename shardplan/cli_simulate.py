@@ -122,7 +122,7 @@ def _number(text: str) -> float | str:
 def _read(path: Path) -> Iterator[tuple[str, Any]]:
     """(name of the row where it has none, the row or the error that stands in its place) of every line."""
     try:
-        text = sys.stdin.read() if str(path) == "-" else path.read_text()
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read {path}", [str(error)]) from error
     for number, line in enumerate(text.splitlines(), start=1):

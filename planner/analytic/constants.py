@@ -40,9 +40,9 @@ class Architecture:
 
 ARCHITECTURES: dict[str, Architecture] = {
     "volta": Architecture(0.72, 0.72, 60, 200, 200, 0.8, 0.40, 0.30, 512, 1.0, 0.92, 8e-6),
-    "ampere": Architecture(0.764, 0.84, 120, 200, 120, 0.87, 0.541, 0.42, 178, 0.75, 0.75, 6e-6),
+    "ampere": Architecture(0.764, 0.84, 120, 200, 120, 0.87, 0.515, 0.42, 103, 0.75, 0.75, 6e-6),
     "ada": Architecture(0.70, 0.60, 120, 200, 120, 0.85, 0.45, 0.38, 554, 0.75, 0.75, 6e-6),
-    "hopper": Architecture(0.72, 0.64, 120, 200, 200, 0.8, 0.537, 0.42, 1340, 0.395, 0.75, 6e-6),
+    "hopper": Architecture(0.72, 0.64, 120, 200, 200, 0.8, 0.564, 0.415, 1360, 0.395, 0.75, 6e-6),
     "blackwell": Architecture(0.7, 0.512, 120, 200, 300, 0.7, 0.315, 0.381, 1000, 0.4, 0.75, 6e-6),
 }
 
@@ -76,8 +76,8 @@ class Constants:
     mean."""
 
     architectures: dict[str, Architecture] = field(default_factory=lambda: dict(ARCHITECTURES), hash=False)
-    fused: System = System(0.373, 0.586, 1, 0.1, 2.27, 1, False, 0.01)
-    sharded: System = System(0.1, 0.7, 0.9, 0.4, 1, 1.31, True, 0.00978)
+    fused: System = System(0.421, 0.507, 1.0, 0.1, 2.27, 1.0, False, 0.01)
+    sharded: System = System(0.1, 0.7, 0.9, 0.4, 1.0, 1.28, True, 0.00978)
     imbalance: float = 1.1
 
     def system(self, zero: int) -> System:

@@ -9,24 +9,25 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from shardplan.planner.rules.draws import scalings
+from shardplan.planner.rules.draws import VARIANTS, scalings
 from shardplan.planner.rules.laboratory import Laboratory
 from shardplan.planner.rules.question import Question, ask
 from shardplan.planner.rules.randomness import draws
 from shardplan.planner.rules.strategy import Strategy
 from shardplan.planner.rules.trial import Answer
-from shardplan.planner.trace import infos, mutated, tensor_args
+from shardplan.planner.trace import info, infos, mutated, tensor_args
 
 log = logging.getLogger(__name__)
 
-_METHOD = 1
+_METHOD = 2
 """Of how rules are found; an answer of another method is not read."""
 _SHIPPED = frozenset({"aten", "prims"})
 _UNTRIED = tuple(
@@ -42,9 +43,22 @@ _laboratory = Laboratory()
 
 def discovered(node: fx.Node) -> list[Strategy]:
     """The ways to split an op that running it has proven; none where it cannot be run."""
-    found = [Strategy.parse(text) for text in answer(node).strategies]
+    found = [_with_groups(node, Strategy.parse(text)) for text in answer(node).strategies]
     shapes = (len(tensor_args(node)), len(infos(node)))
     return [s for s in found if (len(s.inputs), len(s.outputs)) == shapes]
+
+
+def _with_groups(node: fx.Node, strategy: Strategy) -> Strategy:
+    """An answer has the size of a group; the strategy has how many there are in what is split."""
+    if not strategy.groups:
+        return strategy
+    extents = [
+        info(argument).shape[placement.dim]
+        for argument, placement in zip(tensor_args(node), strategy.inputs, strict=True)
+        if placement.is_shard
+    ]
+    size = strategy.groups
+    return replace(strategy, groups=math.gcd(*(e if e % size else e // size for e in extents)))
 
 
 def answer(node: fx.Node) -> Answer:
@@ -85,7 +99,7 @@ def _has_effects(target: Any) -> bool:
 
 def _key(question: Question) -> str:
     """All that an answer depends on. Sizes count by the small ones that stand for them, so by how they are related."""
-    small = [s for variant in range(2) for s in scalings(question, variant)]
+    small = [s for variant in range(VARIANTS) for s in scalings(question, variant)]
     return f"rule {_METHOD} {torch.__version__} {question.schema} {[s.key for s in small]}"
 
 

@@ -12,12 +12,18 @@ import torch
 from shardplan.planner.rules.question import Question
 from shardplan.planner.trace import TensorInfo
 
-_BASES = ((2, 3, 5, 7, 11, 13, 17, 19, 23), (1, 2, 3, 5, 7, 11, 13, 17, 19))
-"""Two sets of sizes, in units of `_UNIT`; prime, so that sizes are not related by accident."""
+_BASES = (
+    (2, 3, 5, 7, 11, 13, 17, 19, 23),
+    (1, 2, 3, 5, 7, 11, 13, 17, 19),
+    (4, 8, 12, 20, 28, 44, 52, 68, 76),
+)
+"""Sets of sizes, in units of `_UNIT`; two of primes, so that sizes are not related by accident; and one in which the
+groups that a size consists of can be divided among shards."""
+VARIANTS = len(_BASES)
 _UNIT = 4
 SHARDS = (2, 4)
 _MOST_ELEMENTS = 1 << 17
-_WIDEST_CONSTANT = 64
+_WIDEST_CONSTANT = 256
 
 
 # -- sizes -------------------------------------------------------------------------------------------------------------
@@ -52,6 +58,13 @@ def shard_counts(question: Question) -> tuple[int, ...]:
         if 2 <= c <= _WIDEST_CONSTANT and any(e % c == 0 for e in extents)
     }
     return (*SHARDS, *sorted(primes - set(SHARDS)))
+
+
+def group_sizes(question: Question) -> list[int]:
+    """Constants that may be the size of groups which a dim consists of: those that are no sizes, but divide one."""
+    extents = {e for t in question.tensors for e in t.shape}
+    constants = set(_integers((question.args, [v for _, v in question.kwargs]))) - extents
+    return sorted(c for c in constants if 2 <= c <= _WIDEST_CONSTANT and any(e % c == 0 and e > c for e in extents))
 
 
 def _integers(value: Any) -> Iterator[int]:

@@ -28,8 +28,10 @@ from shardplan.planner.rules.trial import Answer, search
 
 log = logging.getLogger(__name__)
 
-TRIAL_SECONDS = 10
-"""How long one op may be tried; a trial that does not notice is killed after twice as long."""
+TRIAL_SECONDS = 10.0
+"""Of the processor, for which one op may be tried."""
+HANG_SECONDS = 20
+"""After which a process is killed in which one way to run an op does not come to an end."""
 _IDLE_SECONDS = 20.0
 _MOST_CRASHES = 6
 
@@ -118,7 +120,6 @@ def _serve(connection: Connection) -> None:
         _settle(connection)
         while connection.poll(_IDLE_SECONDS):
             question, crashed = connection.recv()
-            signal.alarm(2 * TRIAL_SECONDS)
             connection.send(_answer(connection, question, crashed))
             signal.alarm(0)
     finally:
@@ -135,6 +136,7 @@ def _answer(connection: Connection, question: Question, crashed: tuple[str, ...]
         if place in crashed:
             return False
         connection.send(place)
+        signal.alarm(HANG_SECONDS)
         return True
 
     # Whatever the process that was forked was in the middle of.

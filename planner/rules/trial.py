@@ -24,7 +24,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from shardplan.planner.placement import D, P, Placement, R, S
-from shardplan.planner.rules.draws import DRAWS, SHARDS, scalings, shard_counts
+from shardplan.planner.rules.draws import DRAWS, SHARDS, group_sizes, scalings, shard_counts
 from shardplan.planner.rules.question import Question, fill
 from shardplan.planner.rules.strategy import Strategy
 
@@ -41,8 +41,8 @@ Marker = Callable[[str], bool]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """strategies: texts that `Strategy.parse` reads, without the replicated one. reason: why the op could not be tried,
-    empty where it was."""
+    """strategies: texts that `Strategy.parse` reads, without the replicated one; where those have a number of groups,
+    these have the size of a group. reason: why the op could not be tried, empty where it was."""
 
     strategies: tuple[str, ...] = ()
     reason: str = ""
@@ -67,13 +67,15 @@ class Whole:
 @dataclass(slots=True)
 class Candidate:
     """A way to split the arguments, and what still may hold for the rest: the states that every draw so far allows, of
-    results and of arguments that are not split."""
+    results and of arguments that are not split. group: split dims consist of groups of so many entries, which stay
+    together (the features of a head); 0: of single entries."""
 
     name: str
     placements: tuple[Placement | None, ...]
     results: list[tuple[Placement, ...]] = field(default_factory=list)
     arguments: list[tuple[Placement, ...]] = field(default_factory=list)
     scale: bool = False
+    group: int = 0
 
     def narrow(self, results: list[tuple[Placement, ...]], arguments: list[tuple[Placement, ...]]) -> None:
         """Keep what one more run allows too. Raises _Refuted where nothing is left."""
@@ -85,7 +87,8 @@ class Candidate:
         outputs = tuple(options[0] for options in self.results)
         if any(not out.is_shard and not changes for out, changes in zip(outputs, varies, strict=True)):
             return None
-        return Strategy(self.name, tuple(options[0] for options in self.arguments), outputs, None, self.scale)
+        inputs = tuple(options[0] for options in self.arguments)
+        return Strategy(self.name, inputs, outputs, None, self.scale, self.group)
 
 
 def _both(before: list[tuple[Placement, ...]], now: list[tuple[Placement, ...]]) -> list[tuple[Placement, ...]]:
@@ -201,8 +204,12 @@ def attempt(target: Any, whole: Whole, candidate: Candidate, shards: int, backwa
 
 
 def _divide(whole: Whole, candidate: Candidate, shards: int) -> bool:
+    """Whether the split dims consist of so many equal parts, none of which cuts a group."""
     pairs = zip(whole.values, candidate.placements, strict=True)
-    return not any(p is not None and p.is_shard and v.shape[p.dim] % shards for v, p in pairs)
+    extents = [v.shape[p.dim] for v, p in pairs if p is not None and p.is_shard]
+    if candidate.group:
+        extents = [e if e % candidate.group else e // candidate.group for e in extents]
+    return not any(extent % shards for extent in extents)
 
 
 def _parts(value: torch.Tensor, placement: Placement | None, shards: int) -> list[torch.Tensor]:
@@ -301,11 +308,12 @@ def _name(placements: Sequence[Placement | None]) -> str:
 
 
 def search(target: Any, question: Question, mark: Marker, seconds: float) -> Answer:
-    """Try the op. seconds: after which only what is proven already is returned."""
-    deadline = time.monotonic() + seconds
+    """Try the op. seconds: of the processor, after which only what is proven already is returned."""
+    deadline = time.process_time() + seconds
     torch.manual_seed(0)
     trials, reason = [], ""
-    for variant in range(2):
+    groups = group_sizes(question)
+    for variant in range(3 if groups else 2):
         found, why = _first_runnable(target, question, variant, mark)
         reason = reason or why
         if found:
@@ -316,17 +324,16 @@ def search(target: Any, question: Question, mark: Marker, seconds: float) -> Ans
     varies = _varying(trials)
     small = max(trials, key=len)[0].question
     for index, candidate in enumerate(itertools.islice(candidates(small), MOST_CANDIDATES)):
-        if time.monotonic() > deadline:
+        if time.process_time() > deadline:
             break
         if not mark(f"split {index}"):
             continue
-        for scale in (False, True):
-            proven = _prove(target, trials, replace(candidate, scale=scale))
+        linear = P in candidate.placements
+        for group, scale in [(0, False)] if linear else itertools.product((0, *groups), (False, True)):
+            proven = _prove(target, trials, replace(candidate, scale=scale, group=group))
             strategy = proven.strategy(varies) if proven else None
             if strategy is not None:
                 kept.append(strategy)
-                break
-            if P in candidate.placements:
                 break
     return Answer(tuple(map(str, _minimal(kept))))
 
@@ -371,17 +378,26 @@ def _varying(trials: list[list[Whole]]) -> list[bool]:
 def _prove(target: Any, trials: list[list[Whole]], candidate: Candidate) -> Candidate | None:
     """The candidate after all draws, or None. The cheapest refutation comes first: forward only, in two shards."""
     flows = any(any(whole.flows) for trial in trials for whole in trial)
+    ran = set()
     try:
-        attempt(target, trials[0][0], candidate, SHARDS[0], False)
-        candidate.arguments = []
-        for trial in trials:
+        if not candidate.group:
+            attempt(target, trials[0][0], candidate, SHARDS[0], False)
+            candidate.arguments = []
+        for number, trial in enumerate(trials):
             for whole in trial:
-                for shards in shard_counts(whole.question):
-                    if shards in SHARDS or _divide(whole, candidate, shards):
+                counts = shard_counts(whole.question)
+                # Two sets of sizes, each with its own numbers of shards, refute what four combinations would.
+                if len(trials) > 1 and not candidate.group:
+                    counts = counts[1:] if number else counts[:1]
+                for shards in counts:
+                    if _divide(whole, candidate, shards):
                         attempt(target, whole, candidate, shards, flows)
+                        ran.add(shards)
+                    elif shards in SHARDS and not candidate.group:
+                        return None
     except (_Refuted, *_FAILURES):
         return None
-    return candidate
+    return candidate if ran.issuperset(SHARDS) else None
 
 
 def _minimal(found: list[Strategy]) -> list[Strategy]:
@@ -391,7 +407,7 @@ def _minimal(found: list[Strategy]) -> list[Strategy]:
         if not any(
             other is not strategy
             and other.outputs == strategy.outputs
-            and other.scale == strategy.scale
+            and (other.scale, other.groups) == (strategy.scale, strategy.groups)
             and all(
                 a == b or (not a.is_shard and b.is_shard) for a, b in zip(other.inputs, strategy.inputs, strict=True)
             )

@@ -8,6 +8,7 @@ import functools
 import models
 import pytest
 import torch
+from plans import random_plan
 from test_trace import assert_same, trace_case
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -18,7 +19,11 @@ from shardplan.planner import capture, export, passes
 from shardplan.planner.passes import BrokenGraph, Draft, verify
 from shardplan.planner.passes.fold_masks import mask_form
 from shardplan.planner.passes.known import Evaluator
+from shardplan.planner.placement import Mesh
+from shardplan.planner.propagate import follow
 from shardplan.planner.trace import is_tensor, mutated, needs_grad
+from shardplan.rewrite import compile
+from shardplan.rewrite.reference import run_program
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -372,3 +377,20 @@ def test_padding_mask_at_identity_positions_is_a_reshape():
     names = [n.name for n in trace.nodes() if n.op == "call_function" and is_tensor(n)]
     assert not any(name.startswith(("index", "and", "arange")) for name in names)
     assert_same(case, trace)
+
+
+def test_numbers_added_to_a_scalar_do_not_hold_up_microbatches():
+    def loss(output, target):
+        error = (output - target).square().mean()
+        return (
+            3 - torch.rsub(error, 1, alpha=2) + torch.add(error, 4, alpha=0.5) - 1 + 1e-3 * output.abs().mean().add(2)
+        )
+
+    torch.manual_seed(3)
+    case = models.Case(nn.Linear(8, 8), {"input": torch.randn(8, 8), "target": torch.randn(8, 8)}, loss)
+    trace = trace_case(case)
+    assert_same(case, trace)
+    assert follow(trace, "mb", Mesh(("mb",), (2,))).reason is None
+    plan = random_plan(trace, dp=2, tp=2, microbatches=2)
+    found = run_program(compile(trace, plan), dict(case.model.named_parameters()), case.batch)
+    torch.testing.assert_close(found.loss, models.run_eager(case).loss)

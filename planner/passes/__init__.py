@@ -14,6 +14,7 @@ from shardplan.planner.passes import (
     inline_regions,
     no_ops,
     reshape_views,
+    scalar_terms,
 )
 from shardplan.planner.passes.draft import Draft
 from shardplan.planner.passes.verify import BrokenGraph, verify
@@ -32,6 +33,7 @@ PIPELINE = (
     gradients,
     no_ops,
     reshape_views,
+    scalar_terms,
     fold_masks,
     dead_code,
     common,

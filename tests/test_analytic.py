@@ -156,6 +156,9 @@ def test_units_of_bandwidths() -> None:
     both = predict_row(base | {"intra_node_bandwidth": "900 GB/s"})
     assert both["step_seconds"] == predict_row(base)["step_seconds"]
     assert "one direction" in both["notes"][0]
+    bridged = row(LLAMA_8B, "8xa40", tp=8, global_batch=8)
+    speeds = [predict_row(bridged | {"intra_node_bandwidth": rate})["step_seconds"] for rate in (32, 128, 129, 300)]
+    assert speeds == sorted(speeds, reverse=True) and speeds[2] < 0.8 * speeds[1]
 
 
 def test_only_the_schedule_is_simulated_where_stage_seconds_are_given() -> None:

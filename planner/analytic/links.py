@@ -20,6 +20,7 @@ from shardplan.planner.cluster import Cluster, DeviceKind, Wiring
 from shardplan.planner.costs.links import LinkModel
 
 _OWN_LINKS = ("nvls", "nvswitch", "nvlink")
+_FASTEST_PCIE = 128e9
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -153,7 +154,9 @@ def _described(
                         f"({link.bytes_per_s / 1e9:g} GB/s), which is used"
                     )
                     rate = link.bytes_per_s
-                link = replace(link, bytes_per_s=rate, source="row")
+                # More than PCI Express can do: bridges or switches of NVLink, where the preset has none.
+                fabric = "nvswitch" if link.fabric == "pcie" and rate > _FASTEST_PCIE else link.fabric
+                link = replace(link, bytes_per_s=rate, fabric=fabric, source="row")
             if inter is not None:
                 uplink = replace(uplink, bytes_per_s=inter, per=inter_per, fabric="rdma", source="row")
             changed[wires] = Wiring(link, uplink)

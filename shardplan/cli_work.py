@@ -103,7 +103,7 @@ def make_plan(job: Job) -> Plan:
 def train(job: Job, plan: Path | None, steps: int, lr: float, seed: int, quiet: bool) -> Trained | None:
     """`shardplan run`: None on ranks other than the first."""
     torch.manual_seed(seed)
-    target = load_target(job.target, job.inputs, job.batch, job.seq, on_meta=False)
+    target = load_target(job.target, job.inputs, job.batch, job.seq)
     batch = example_batch(target.model, target.random_batch(seed), target.loss_fn is not None)
     leader = not under_torchrun() or _rank() == 0
     with auto_parallel(

@@ -164,6 +164,8 @@ def _from_config(text: str, batch: int, seq: int | None, on_meta: bool) -> Targe
         raise TargetError(f"cannot read {path}", [str(error)], ["hf: takes the path of a config.json"]) from error
     except (ValueError, KeyError, TypeError) as error:
         raise TargetError(f"{path} is not a model configuration", [f"{type(error).__name__}: {error}"]) from error
+    from shardplan.runtime.meta import meta_model
+
     try:
         import transformers
     except ImportError as error:
@@ -173,11 +175,11 @@ def _from_config(text: str, batch: int, seq: int | None, on_meta: bool) -> Targe
         config: Any = transformers.AutoConfig.for_model(kind, **settings)
         config.use_cache = False
         architecture = getattr(transformers, (data.get("architectures") or [""])[0], None)
-        with torch.device("meta" if on_meta else "cpu"):
-            if architecture is not None:
-                model = architecture(config)
-            else:
-                model = transformers.AutoModelForCausalLM.from_config(config)
+
+        def build() -> torch.nn.Module:
+            return architecture(config) if architecture else transformers.AutoModelForCausalLM.from_config(config)
+
+        model = meta_model(build) if on_meta else build()
     except Exception as error:
         raise TargetError(f"cannot build {kind} from {path}: {type(error).__name__}: {error}") from error
     model.train()

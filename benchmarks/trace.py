@@ -72,7 +72,7 @@ def build(shape: Shape, seq: int) -> nn.Module:
         tie_word_embeddings=False,
         use_cache=False,
     )
-    return LlamaForCausalLM(config).to(torch.bfloat16)
+    return LlamaForCausalLM(config).bfloat16()
 
 
 @contextmanager

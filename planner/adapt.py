@@ -25,7 +25,7 @@ from shardplan.planner.describe import describe_nodes
 from shardplan.planner.instructions import Schedule
 from shardplan.planner.placement import Mesh
 from shardplan.planner.plan import NodeSummary, Plan, StagePlan, Status, input_texts
-from shardplan.planner.propagate import carry, follow_batch
+from shardplan.planner.propagate import carry, follow_batch, norm_notes
 from shardplan.planner.rules import Strategy, strategies
 from shardplan.planner.stages import StageSplit, split_stages
 from shardplan.planner.trace import Segment, Trace, info
@@ -36,6 +36,7 @@ def adapt(plan: Plan, trace: Trace) -> Plan:
 
     Raises InputMismatch where the call reads parameters on stages that do not hold them.
     """
+    trace.batch_norm = plan.batch_norm
     mesh = plan.stages[0].mesh
     dp = mesh.size("dp") if trace.batch_size % mesh.size("dp") == 0 else 1
     microbatches = _microbatches(plan, trace, dp)
@@ -50,6 +51,7 @@ def adapt(plan: Plan, trace: Trace) -> Plan:
         whole = Mesh(("mb", "dp", "tp"), (microbatches, mesh.size("dp"), mesh.size("tp")))
         beside["tp"] = carry(trace, "tp", whole, lambda node: _planned(plan, nodes, node), dict(beside))
     _check_homes(plan, nodes)
+    splits = {axis: {name: str(s) for name, s in sorted(of.items())} for axis, of in sorted(beside.items())}
     return replace(
         plan,
         fingerprint=trace.fingerprint,
@@ -62,13 +64,13 @@ def adapt(plan: Plan, trace: Trace) -> Plan:
         stages=_stages(plan, trace, bounds),
         microbatches=microbatches,
         instructions=_instructions(plan, trace, split, microbatches),
-        splits={axis: {name: str(s) for name, s in sorted(of.items())} for axis, of in sorted(beside.items())},
+        splits=splits,
         status=Status("given", 0.0, 0.0, "none"),
         baselines=(),
         runners_up=(),
         links=(),
         nodes=nodes,
-        notes=tuple(trace.notes),
+        notes=(*trace.notes, *norm_notes(splits)),
     )
 
 

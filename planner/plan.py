@@ -150,6 +150,7 @@ class Plan:
         running them.
     leaves: (name, share of the stages' compute, why, how) for submodules that run whole; how: "batch split", or
         "whole: " and why its batch is not split.
+    batch_norm: as in `Trace`.
     links: messages between stages, one entry per edge of the schedule. nodes: node name -> summary, getitem left out.
     flops: of a step of the model itself, recomputation left out; peak_flops: per second, of all devices together.
     coverage: share of predicted op seconds that was "measured", "interpolated", "modelled".
@@ -179,6 +180,7 @@ class Plan:
     profile_seconds: float = field(default=0.0, compare=False)
     flops: float = 0.0
     peak_flops: float = 0.0
+    batch_norm: str = "global"
     links: tuple[StageLink, ...] = ()
     nodes: dict[str, NodeSummary] = field(default_factory=dict)
     schema: int = SCHEMA

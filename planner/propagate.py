@@ -9,7 +9,7 @@ says which op is in the way.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -28,6 +28,9 @@ from shardplan.planner.placement import (
 )
 from shardplan.planner.rules import Strategy, groups_fit, strategies
 from shardplan.planner.trace import Trace, info, infos, is_tensor, leaf_of, mutated, needs_grad, resolve, tensor_args
+
+REPLICA_NORM = "batch_norm_replica"
+"""`Strategy.impl` of a batch normalisation by the statistics of each part."""
 
 
 @dataclass(slots=True)
@@ -158,11 +161,11 @@ class _Follower:
 
     def op(self, node: fx.Node) -> None:
         arguments = tensor_args(node)
-        if self.silent and not _repeatable(node):
+        if self.silent and not (_repeatable(node) or self.is_statistic(node)):
             self.rewrites.append(f"{node.name} ({node.target}) would write to a buffer once per microbatch")
         carries = any(self.state(argument).kind in ("S", "P") for argument in arguments)
         best: tuple[tuple[float, ...], Strategy] | None = None
-        for order, strategy in enumerate(strategies(node, inner=True)):
+        for order, strategy in enumerate(map(self.per_replica, strategies(node, inner=True))):
             if not self.divisible(node, arguments, strategy) or self.needs_others(node, strategy):
                 continue
             price = self.price(arguments, strategy)
@@ -186,6 +189,20 @@ class _Follower:
                 return True  # the classes are split
             return not all(self.from_inputs(argument) for argument in tensor_args(node)[1:])
         return strategy.impl == "batch_norm"
+
+    def per_replica(self, strategy: Strategy) -> Strategy:
+        """The strategy with statistics of each part instead of the whole batch, where that is asked for."""
+        if self.trace.batch_norm != "replica" or strategy.impl != "batch_norm":
+            return strategy
+        return replace(strategy, impl=REPLICA_NORM)
+
+    def is_statistic(self, node: fx.Node) -> bool:
+        """Whether the op writes running statistics that every microbatch is to move, or counts how often it ran."""
+        if self.trace.batch_norm != "replica":
+            return False
+        return node.target is torch.ops.aten.batch_norm.default or all(
+            self.trace.sources[n.name].kind in ("buffer", "constant") for n in _placeholders(node)
+        )
 
     def from_inputs(self, value: fx.Node) -> bool:
         maker = resolve(value)[0]
@@ -286,6 +303,34 @@ def _repeatable(node: fx.Node) -> bool:
     """Whether an op may run once per microbatch: one that writes to a buffer may if it always writes the same and
     nobody reads what was there before."""
     return all(node.target is torch.ops.aten.copy_.default and set(b.users) == {node} for b in mutated(node))
+
+
+def _placeholders(node: fx.Node) -> set[fx.Node]:
+    """What the value is computed from in the end."""
+    found: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current not in found:
+            found.add(current)
+            pending += current.all_input_nodes
+    return {n for n in found if n.op == "placeholder"}
+
+
+def norm_notes(splits: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """What to tell of a plan whose batch normalisation does not see the whole batch. splits: as in `Plan`."""
+    nodes = {name for of in splits.values() for name, text in of.items() if f"[{REPLICA_NORM}]" in text}
+    axes = [
+        word
+        for axis, word in (("dp", "replica"), (MICROBATCH_AXIS, "microbatch"))
+        if any(f"[{REPLICA_NORM}]" in text for text in splits.get(axis, {}).values())
+    ]
+    if not nodes:
+        return []
+    return [
+        f"not equal to one device: {len(nodes)} batch normalisation{'s' if len(nodes) > 1 else ''} "
+        f'by the statistics of each {" and ".join(axes)} (batch_norm="replica")'
+    ]
 
 
 class _Carrier(_Follower):

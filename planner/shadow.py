@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,6 +61,10 @@ def shadow(model: nn.Module, fake_mode: Any, copied: bool) -> Iterator[nn.Module
             made = copy.deepcopy(model, memo)
         except Exception as error:
             raise CannotCopy(str(error)) from error
+        for module in made.modules():
+            if isinstance(module, nn.SyncBatchNorm):
+                # Its own forward communicates where a process group is there; a plan does that for any batch norm.
+                module.forward = types.MethodType(nn.modules.batchnorm._BatchNorm.forward, module)
         yield made
         return
     undo: list[tuple[Any, str, Any]] = []

@@ -110,6 +110,8 @@ class Trace:
     segments: the rest, in order.
     fingerprint: hash of ops, shapes, dtypes, wiring and parameter names; a plan is valid for one fingerprint.
     method: "export" or "make_fx" (which bakes in branches); notes: things the user should be told.
+    batch_norm: statistics of batch normalisation in training are those of the whole batch ("global") or of each
+        replica and microbatch ("replica", which is not what one device computes).
     """
 
     module: fx.GraphModule
@@ -127,6 +129,7 @@ class Trace:
     method: str = "export"
     model_name: str = ""
     notes: list[str] = field(default_factory=list)
+    batch_norm: str = "global"
     seconds: float = 0.0
 
     @property

@@ -15,7 +15,8 @@ from torch import fx
 
 from shardplan.errors import NotSupported
 from shardplan.planner.leaf_op import is_leaf
-from shardplan.planner.placement import S
+from shardplan.planner.placement import MICROBATCH_AXIS, S
+from shardplan.planner.propagate import REPLICA_NORM
 from shardplan.planner.rules import LocalCall, Slot, Strategy
 from shardplan.planner.rules.positions import bag_step
 from shardplan.planner.rules.randomness import random_impl
@@ -60,7 +61,7 @@ def implementation_of(node: fx.Node, chosen: dict[str, Strategy]) -> str | None:
     """Name of the implementation that replaces the op, or None."""
     if is_leaf(node):
         return "leaf"
-    names = {strategy.impl for strategy in chosen.values() if strategy.impl}
+    names = {strategy.impl.replace(REPLICA_NORM, "batch_norm") for strategy in chosen.values() if strategy.impl}
     if len(names) > 1:
         raise NotSupported(f"{node.name} would need two implementations at once: {sorted(names)}")
     return names.pop() if names else random_impl(node)
@@ -100,7 +101,8 @@ def _cross_entropy(op: OpContext) -> fx.Node:
 def _batch_norm(op: OpContext) -> fx.Node:
     names = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
     values = [op.argument(position, name) for position, name in enumerate(names)]
-    return op.emit(kernels.batch_norm, op.stage.comm, op.axes_of("batch_norm"), *values)
+    replicas = tuple(axis for axis in op.axes_of(REPLICA_NORM) if axis != MICROBATCH_AXIS)
+    return op.emit(kernels.batch_norm, op.stage.comm, op.axes_of("batch_norm"), replicas, *values)
 
 
 def _nll(op: OpContext) -> fx.Node:

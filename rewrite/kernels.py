@@ -7,6 +7,7 @@
 ``cross_entropy``      tokens are split (mean), or classes are                  `cross_entropy`
 ``nll_loss``           tokens are split                                         `nll_loss`
 ``batch_norm``         samples or positions are split, in training              `batch_norm`
+``batch_norm_replica`` the same, with statistics of each part                   `batch_norm`
 ``random``             the op draws (see `rules.randomness`)                    `rewrite.random_ops`
 =====================  =======================================================  ====================================
 """
@@ -170,6 +171,7 @@ class _ParallelCrossEntropy(Function):
 def batch_norm(
     comm: Comm,
     axes: tuple[str, ...],
+    replicas: tuple[str, ...],
     x: torch.Tensor,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
@@ -182,31 +184,40 @@ def batch_norm(
 ) -> torch.Tensor:
     """Batch normalisation with the statistics of all ranks on `axes`. x: [n, c, ...] -> same shape.
 
-    Running statistics are updated in place with those of the whole batch, as one device would.
+    Running statistics are updated in place with those of the whole batch, as one device would. replicas: axes on which
+    every rank has statistics of its own; the running ones take their mean, so that they stay the same everywhere.
     """
     dims = [0, *range(2, x.ndim)]
     view = [1, -1, *[1] * (x.ndim - 2)]
     ranks = 1
     for axis in axes:
         ranks *= comm.size(axis)
-    count = x.numel() // x.shape[1] * ranks
     work = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    # Every rank has as many elements: the mean is that of the means, the variance within ranks adds to that between.
-    means, spreads = _GatherRanks.apply(torch.stack(_moments(work, dims, view)), comm, axes).unbind(1)  # type: ignore[union-attr]
-    mean = means.mean(0)
-    var = (spreads + (means - mean).square()).mean(0)
+    if axes:
+        # Every rank has as many elements: the mean is that of the means, the variance within ranks adds to that
+        # between.
+        gathered = _GatherRanks.apply(torch.stack(_moments(work, dims, view)), comm, axes)
+        means, spreads = gathered.unbind(1)  # type: ignore[union-attr]
+        mean = means.mean(0)
+        var = (spreads + (means - mean).square()).mean(0)
+        result = (work - mean.view(view)) * torch.rsqrt(var + eps).view(view)
+        if weight is not None:
+            result = result * weight.view(view)
+        if bias is not None:
+            result = result + bias.view(view)
+        result = result.to(x.dtype)
+    else:
+        result = aten.batch_norm.default(x, weight, bias, None, None, True, momentum, eps, cudnn)
+        mean, var = _moments(work.detach(), dims, view)
     if running_mean is not None and running_var is not None:
-        with torch.no_grad():
-            # `data`: as in the op itself, backward must not take the statistics it was given for changed.
-            running_mean.data.mul_(1 - momentum).add_(mean.detach().to(running_mean.dtype), alpha=momentum)
-            unbiased = var.detach() * (count / max(count - 1, 1))
-            running_var.data.mul_(1 - momentum).add_(unbiased.to(running_var.dtype), alpha=momentum)
-    result = (work - mean.view(view)) * torch.rsqrt(var + eps).view(view)
-    if weight is not None:
-        result = result * weight.view(view)
-    if bias is not None:
-        result = result + bias.view(view)
-    return result.to(x.dtype)
+        count = x.numel() // x.shape[1] * ranks
+        moved = torch.stack([mean.detach(), var.detach() * (count / max(count - 1, 1))])
+        for axis in replicas:
+            moved = comm.all_reduce(moved, axis) / comm.size(axis)
+        # `data`: as in the op itself, backward must not take the statistics it was given for changed.
+        for running, new in zip((running_mean, running_var), moved, strict=True):
+            running.data.mul_(1 - momentum).add_(new.to(running.dtype), alpha=momentum)
+    return result
 
 
 def _moments(x: torch.Tensor, dims: list[int], view: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

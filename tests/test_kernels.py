@@ -46,7 +46,7 @@ def test_batch_norm_over_two_axes(dtype, tolerance):
         part = comm.index("dp") * 2 + comm.index("tp")
         mine = x[2 * part : 2 * part + 2]
         y, held, leaves = run(
-            mine, weight, bias, buffers, lambda *a: kernels.batch_norm(comm, ("dp", "tp"), *a, True, 0.1, 1e-5)
+            mine, weight, bias, buffers, lambda *a: kernels.batch_norm(comm, ("dp", "tp"), (), *a, True, 0.1, 1e-5)
         )
         return y, held, torch.autograd.grad(y, leaves, gradient[2 * part : 2 * part + 2])
 

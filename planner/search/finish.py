@@ -22,7 +22,7 @@ from shardplan.planner.plan import (
     Status,
     input_texts,
 )
-from shardplan.planner.propagate import placed
+from shardplan.planner.propagate import norm_notes, placed
 from shardplan.planner.rules import Strategy, has_rule, is_discovered, strategies, why_whole
 from shardplan.planner.search.columns import held_by, ops_of
 from shardplan.planner.simulate import Simulation, StageTimes, simulate
@@ -124,7 +124,8 @@ class Finished:
             links=self.links,
             nodes=describe_nodes(trace, self.split),
             constraints=tuple(map(str, search.options.constraints)),
-            notes=(*trace.notes, *search.tally.notes),
+            batch_norm=trace.batch_norm,
+            notes=(*trace.notes, *search.tally.notes, *norm_notes(self._splits())),
         )
 
     def _splits(self) -> dict[str, dict[str, str]]:

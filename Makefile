@@ -1,4 +1,5 @@
-# make demo: set up and run the main job.  make test: set up and run the tests.  Needs Python 3.11+ and make.
+# make demo: set up and run the main job.  make test: set up and run the tests.  make rules: prove all dimension rules on
+# PyTorch's operator database.  Needs Python 3.11+ and make.
 
 VENV ?= .venv
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -6,7 +7,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 RUN = $(VENV)/bin/python
 INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test fuzz lint setup setup-test clean
+.PHONY: demo test fuzz rules lint setup setup-test clean
 
 demo: setup
 	$(RUN) examples/train_byte_gpt.py
@@ -16,6 +17,9 @@ test: setup-test
 
 fuzz: setup-test
 	$(RUN) -m tests.fuzz --examples 2000 --processes 2
+
+rules: setup-test
+	$(RUN) -m tests.op_database
 
 lint: setup-test
 	$(INSTALL) -e ".[lint]"

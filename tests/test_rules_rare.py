@@ -238,7 +238,40 @@ LOSSES = [
     case("kl mean", "b0 b1", aten.kl_div.default, t(4, 8), probability(4, 8), 1, log_target=True),
 ]
 
-CASES = [*POINTWISE, *ALONG, *PRODUCTS, *SPATIAL, *VIEWS, *MADE, *LOSSES]
+TRANSFORMS = [
+    case("hfft", "b1", aten.fft_hfft.default, c(4, 8), None, 0),
+    case("ihfft", "b0", aten.fft_ihfft.default, t(4, 8)),
+    case("fft2", "b0 p", aten.fft_fft2.default, t(4, 6, 8)),
+    case("ifft2", "b1 p", aten.fft_ifft2.default, c(4, 8, 6), None, [0, 2]),
+    case("rfft2", "b0 p", aten.fft_rfft2.default, t(4, 6, 8)),
+    case("irfft2", "b0 p", aten.fft_irfft2.default, c(4, 6, 5), [6, 8]),
+    case("fftn", "b0 p", aten.fft_fftn.default, t(4, 6, 8), [6, 8]),
+    case("fftn all", "p", aten.fft_fftn.default, t(4, 8)),
+    case("ifftn", "b1", aten.fft_ifftn.default, c(4, 8, 3), None, [0, -1]),
+    case("rfftn", "b0 b1", aten.fft_rfftn.default, t(4, 8, 6), None, [2]),
+    case("irfftn", "b0", aten.fft_irfftn.default, c(4, 3, 5), [3, 8]),
+    case("fftshift", "b0 p", aten.fft_fftshift.default, t(4, 8), [1]),
+    case("ifftshift", "p", aten.fft_ifftshift.default, t(4, 8)),
+    case("c2c", "b0", aten._fft_c2c.default, c(4, 8), [1], 0, True),
+    case("r2c", "b0 p", aten._fft_r2c.default, t(4, 8), [1], 0, True),
+    case("c2r", "b0", aten._fft_c2r.default, c(4, 5), [1], 2, 8),
+    case("nanmedian", "b0", aten.nanmedian.dim, t(4, 8), 1),
+    case("var_mean dim", "b0", aten.var_mean.dim, t(4, 8), [1]),
+    case("var_mean whole", "- d", aten.var_mean.default, t(4, 8)),
+    case("std_mean dim", "b1", aten.std_mean.dim, t(4, 8), [0], True, True),
+    case("std_mean whole", "- d", aten.std_mean.default, t(4, 8)),
+    case("nansum", "b0 b1", aten.nansum.default, t(4, 8), [1]),
+    case("tile", "b1 p", aten.tile.default, t(4, 8), [2, 1]),
+    case("tile few", "b0", aten.tile.default, t(4, 8), [2]),
+    case("tile more", "b0 b2", aten.tile.default, t(4, 8), [6, 1, 1]),
+    case("matrix_H", "b0 b1", aten.matrix_H.default, t(4, 8)),
+    case("adjoint", "b0 b1 b2", aten.adjoint.default, t(4, 6, 8)),
+    case("t_copy", "b0 b1", aten.t_copy.default, t(4, 8)),
+    case("transpose_copy", "b0 b1", aten.transpose_copy.int, t(4, 8), 0, 1),
+    case("permute_copy", "b0 b1", aten.permute_copy.default, t(4, 8), [1, 0]),
+]
+
+CASES = [*TRANSFORMS, *POINTWISE, *ALONG, *PRODUCTS, *SPATIAL, *VIEWS, *MADE, *LOSSES]
 
 
 @pytest.mark.parametrize("names, target, args, kwargs", [x[1:] for x in CASES], ids=[x[0] for x in CASES])

@@ -150,7 +150,8 @@ def _repeat(call: _Sizes) -> None:
     if 0 in local:
         return
     shape = (1,) * (len(call.outputs[0].shape) - len(local)) + local
-    call.set("repeats", [after // before for before, after in zip(shape, call.outputs[0].shape, strict=True)])
+    name = "repeats" if call.node.target is aten.repeat.default else "dims"
+    call.set(name, [after // before for before, after in zip(shape, call.outputs[0].shape, strict=True)])
 
 
 def _repeat_interleave(call: _Sizes) -> None:
@@ -179,6 +180,7 @@ _FIXES: dict[Any, Callable[[_Sizes], None]] = {
     aten.split.sizes: _split_sizes,
     aten.slice.Tensor: _slice,
     aten.repeat.default: _repeat,
+    aten.tile.default: _repeat,
     aten.repeat_interleave.self_int: _repeat_interleave,
     aten.squeeze.default: _squeeze,
     aten.squeeze.dim: _squeeze,

@@ -64,6 +64,16 @@ def along_dim_linear(node: fx.Node) -> list[Strategy]:
     return views.other_dims(node, (argument(node, "dim", -1),), linear=True)
 
 
+def transformed(node: fx.Node) -> list[Strategy]:
+    """Fourier transforms and shifts over several dims: the last ones that sizes are given for, or all, where none are
+    named."""
+    rank = len(shapes(node)[0])
+    dims, sizes = argument(node, "dim"), argument(node, "s")
+    if dims is None:
+        dims = range(rank - len(sizes), rank) if sizes is not None else range(rank)
+    return views.other_dims(node, [dims] if isinstance(dims, int) else dims, linear=True)
+
+
 # -- reductions --------------------------------------------------------------------------------------------------------
 
 

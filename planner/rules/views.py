@@ -28,7 +28,8 @@ PERMUTES = frozenset(
     {
         aten.transpose.int, aten.permute.default, aten.t.default, aten.movedim.int, aten.numpy_T.default,
         aten.swapaxes.default, aten.swapdims.default, aten.mT.default, aten.movedim.intlist, aten.moveaxis.int,
-        aten.moveaxis.intlist, aten.mH.default,
+        aten.moveaxis.intlist, aten.mH.default, aten.matrix_H.default, aten.adjoint.default, aten.t_copy.default,
+        aten.transpose_copy.int, aten.permute_copy.default,
     }
 )  # fmt: skip
 
@@ -186,7 +187,9 @@ def stack(node: fx.Node, dim: int) -> list[Strategy]:
 
 def repeat(node: fx.Node) -> list[Strategy]:
     """Tiling: a dim of one entry that is repeated is split in the result only."""
-    counts, shape = list(argument(node, "repeats")), info(tensor_args(node)[0]).shape
+    shape = info(tensor_args(node)[0]).shape
+    counts = list(argument(node, "repeats") or argument(node, "dims") or ())
+    counts = [1] * (len(shape) - len(counts)) + counts  # tile may name fewer than there are
     offset = len(counts) - len(shape)
     term: Term = [f"b{offset + i}" if counts[offset + i] == 1 else None for i in range(len(shape))]
     result: Term = [

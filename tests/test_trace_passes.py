@@ -394,3 +394,20 @@ def test_numbers_added_to_a_scalar_do_not_hold_up_microbatches():
     plan = random_plan(trace, dp=2, tp=2, microbatches=2)
     found = run_program(compile(trace, plan), dict(case.model.named_parameters()), case.batch)
     torch.testing.assert_close(found.loss, models.run_eager(case).loss)
+
+
+def test_tensors_asked_for_their_form_are_no_operands():
+    """A mask cast to the type of the activations does not tie how the two lie."""
+
+    def cast(m, x):
+        rows = (x > 0).any(-1, keepdim=True)
+        y = m.a(x)
+        return m.b(y * rows.type_as(y) + m.average.to(y).expand_as(y) * y.flatten().view_as(y))
+
+    torch.manual_seed(0)
+    case = models.Case(Odd(cast), {"x": torch.randn(4, 8), "target": torch.randn(4, 8)}, F.mse_loss)
+    trace = trace_case(case)
+    assert_same(case, trace)
+    names = {str(node.target) for node in trace.nodes()}
+    assert not any("_as." in name or "other" in name for name in names), names
+    assert follow(trace, "mb", Mesh(("mb",), (2,))).reason is None

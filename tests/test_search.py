@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -26,6 +27,9 @@ from shardplan.planner.search import stage_ilp as stages
 from shardplan.planner.search.problem import Option, Price, SegmentProblem, Weights, total_price
 from shardplan.planner.search.segment_ilp import solve_segment
 from shardplan.planner.search.solver import Budget
+from shardplan.planner.search.stage_dp import certified, solve_quickly
+from shardplan.planner.search.stage_ilp import solve_program
+from shardplan.planner.search.stages import solve_stages
 from tests import models
 from tests.prices import SimplePrices
 
@@ -121,6 +125,9 @@ def brute_force(problem: stages.StageProblem) -> float:
     best = math.inf
     count = len(problem.columns)
     for cuts in itertools.combinations(range(1, count), problem.stages - 1):
+        home = [sum(i >= cut for cut in cuts) for i in range(count)]
+        if any(home[i] != s for i, s in problem.pinned) or any(len({home[i] for i in g}) > 1 for g in problem.together):
+            continue
         for choice in itertools.product(*(range(len(c)) for c in problem.columns)):
             chosen = [problem.columns[i][k] for i, k in enumerate(choice)]
             if any(a.leaves != b.enters for a, b in itertools.pairwise(chosen)):
@@ -138,7 +145,7 @@ def test_stage_program_against_brute_force(solver):
     for _ in range(60 if solver == "highs" else 15):
         problem = random_stages(rng)
         best = brute_force(problem)
-        found = stages.solve_stages(problem, Budget(solver))
+        found = solve_program(problem, Budget(solver))
         if found is None:
             assert best == math.inf
             infeasible += 1
@@ -148,6 +155,33 @@ def test_stage_program_against_brute_force(solver):
         needed = stages.memory(problem, found.bounds, found.columns)
         assert all(n <= limit * (1 + 1e-6) for n, limit in zip(needed, problem.limits, strict=True))
     assert infeasible < 40
+
+
+def test_dynamic_program_against_brute_force():
+    """Its bounds never exceed the optimum, those over all columns neither; within the gap where it says so; and with
+    the integer program behind it, the optimum."""
+    rng = random.Random(2)
+    quick_optima = 0
+    for number in range(150):
+        problem = random_stages(rng)
+        if number % 5 == 0 and len(problem.columns) > 2:
+            problem = replace(problem, pinned=((1, rng.randrange(problem.stages)),), together=((0, 1),))
+        best = brute_force(problem)
+        quick, both = solve_quickly(problem, 0.01), solve_stages(problem, Budget(gap=1e-9))
+        assert certified(problem, ((1e-10, problem.stages),), True, 0.01) <= best * (1 + 1e-9)
+        assert certified(problem, (), False, 0.01) <= best * (1 + 1e-9)
+        if best == math.inf:
+            assert quick is None and both is None
+            continue
+        assert both is not None and both.objective == pytest.approx(best, rel=1e-5)
+        if quick is None:
+            continue
+        assert quick.bound <= best * (1 + 1e-9) <= quick.objective * (1 + 2e-9)
+        assert not quick.optimal or quick.objective <= best * 1.0101
+        needed = stages.memory(problem, quick.bounds, quick.columns)
+        assert all(n <= limit * (1 + 1e-9) for n, limit in zip(needed, problem.limits, strict=True))
+        quick_optima += quick.objective <= best * (1 + 1e-9)
+    assert quick_optima > 90
 
 
 # -- plans -------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from shardplan.errors import SolverTimeout
 from shardplan.planner.search.candidate import Candidate
 from shardplan.planner.search.columns import Case
-from shardplan.planner.search.stage_ilp import StageChoice, memory, objective, solve_stages
+from shardplan.planner.search.stage_ilp import StageChoice, memory, objective
+from shardplan.planner.search.stages import solve_stages
 
 if TYPE_CHECKING:
     from shardplan.planner.search.search import Search
@@ -48,9 +49,9 @@ def _solved_late(search: Search, cases: list[Case]) -> list[Candidate]:
         if search.exact(case) is not None or search.budget.left() < 1:
             continue
         try:
-            for prepared in search.prepare(case):
+            for prepared in search.work.prepare(case):
                 columns, segments, forced = prepared.columns, prepared.segments, prepared.forced
-                problem = search.problem(prepared, search.schedule)
+                problem = search.work.problem(prepared, search.schedule)
                 choice = solve_stages(problem, search.budget)
                 if choice is not None:
                     return [Candidate(case, columns, segments, problem, choice, search.schedule, forced)]

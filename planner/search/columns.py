@@ -7,7 +7,7 @@ which forward counts twice and activations do not. Segments of one kind share th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 
@@ -17,6 +17,7 @@ from shardplan.planner.costs.base import Costs
 from shardplan.planner.placement import COLLECTIVES, D, Mesh, Placement, R, S, conversion, fits, local_shape
 from shardplan.planner.propagate import Follow, placed
 from shardplan.planner.rules import Strategy, groups_fit, local_call, strategies
+from shardplan.planner.search.boundaries import Boundaries
 from shardplan.planner.search.elimination import eliminate
 from shardplan.planner.search.memory import Keeps, copies
 from shardplan.planner.search.problem import Option, Price, SegmentProblem, Value, Weights, total_price
@@ -106,6 +107,7 @@ class Columns:
         costs: Costs,
         follows: dict[str, Follow],
         keeps: Keeps,
+        boundaries: Boundaries,
         budget: Budget,
         optimizer_factor: float,
         training: bool,
@@ -117,16 +119,21 @@ class Columns:
         self.costs = costs
         self.follows = follows
         self.keeps = keeps
+        self.boundaries = boundaries
         self.budget = budget
         self.optimizer_factor = optimizer_factor
         self.training = training
         self.rematerialize = rematerialize
         self.tp_ranks = tuple(range(case.tp))
         self.dp_ranks = tuple(range(0, case.width, case.tp))
-        self._builders: dict[object, _Builder] = {}
-        self._made: dict[object, dict[tuple[int, int], _Made]] = {}
+        self._builders: dict[Hashable, _Builder] = {}
+        self._made: dict[Hashable, dict[tuple[int, int], _Made]] = {}
+        self._columns: dict[Hashable, SegmentColumns] = {}
+        self._ends: dict[int, Hashable] = {}
         self.proven = 1.0
         """Share of their cost that is proven of all columns: a bound on a program of them is worth that share."""
+        self.shared: Price | None = None
+        """Of the ops that every stage computes for itself; filled in by `casework`."""
         self._floors: dict[int, float] = {}
         self._op_prices: dict[tuple[str, Strategy | None], Price] = {}
 
@@ -148,24 +155,9 @@ class Columns:
             count *= extent
         return float(count * info(value).dtype.itemsize)
 
-    def boundary(self, index: int) -> fx.Node | None:
-        """The tensor between segments `index` and `index + 1` whose layout is free: made by one, read only by the
-        other. None where there is no such tensor."""
-        mine, following = set(self.trace.segments[index].nodes), set(self.trace.segments[index + 1].nodes)
-        best = None
-        for name in self.trace.segments[index].nodes:
-            node = self.trace.node(name)
-            if not is_tensor(node) or not info(node).dtype.is_floating_point:
-                continue
-            outside = [u for u in node.users if u.name not in mine]
-            inside_next = outside and all(u.name in following for u in outside)
-            if inside_next and (best is None or info(node).nbytes > info(best).nbytes):
-                best = node
-        return best
-
     def boundary_layouts(self, index: int) -> list[Placement]:
         """Layouts that the free tensor behind a segment may have; whole first."""
-        node = self.boundary(index) if 0 <= index < len(self.trace.segments) - 1 else None
+        node = self.boundaries.free[index] if index >= 0 else None
         found = [R]
         if node is not None and self.tp > 1 and len(info(node).shape) > 1:
             shard = S(1)
@@ -175,15 +167,41 @@ class Columns:
 
     # -- columns -------------------------------------------------------------------------------------------------------
 
-    def of(self, index: int, forced: dict[str, Placement], weights: Iterable[Weights]) -> SegmentColumns:
+    def of(self, index: int, forced: dict[str, Placement], weights: Sequence[Weights]) -> SegmentColumns:
         """Columns of segment `index`: the best for every weighting, between all layouts at its ends, with and without
         recomputation. forced: tp placements of parameters that the user or a tie fixes."""
+        kind = self._kind(index, forced)
+        key = (kind, tuple(weights))
+        if key not in self._columns:
+            self._columns[key] = self._joined(index, kind, forced, weights)
+        return self._columns[key]
+
+    def _kind(self, index: int, forced: dict[str, Placement]) -> Hashable:
+        """Equal for segments that have the same columns."""
+        segment = self.trace.segments[index]
+        if index not in self._ends:
+            entering, leaving = self.boundary_layouts(index - 1), self.boundary_layouts(index)
+            tensor = self.boundaries.before(index)
+            nbytes = tuple(self.local_nbytes(tensor, p) for p in entering) if tensor is not None else ()
+            batch = tuple(f.strategies.get(name) for f in self.follows.values() for name in segment.nodes)
+            layouts = tuple(map(str, entering)), tuple(map(str, leaving))
+            self._ends[index] = self.boundaries.place[index], layouts, nbytes, batch
+        # Forced parameters are named, so segments with different ones do not share a solution.
+        mine = ()
+        if forced:
+            held = held_by(self.trace, ops_of(self.trace, segment))
+            mine = tuple(sorted((n.name, str(forced[n.name])) for n in held if n.name in forced))
+        return segment.kind, self._ends[index], mine
+
+    def _joined(
+        self, index: int, kind: Hashable, forced: dict[str, Placement], weights: Sequence[Weights]
+    ) -> SegmentColumns:
         modes = self._modes(index)
         wanted = [(replace(w, forward=2.0, in_flight=0.0) if again else w, again) for w in weights for again in modes]
         found = SegmentColumns()
         seen: set[tuple[object, ...]] = set()
         entering = self.boundary_layouts(index - 1)
-        solved = self._solve(index, forced, [w for w, _ in wanted])
+        solved = self._solve(index, kind, forced, [w for w, _ in wanted])
         for ends in sorted({key for made in solved for key in made}):
             for (_, recompute), made in zip(wanted, solved, strict=True):
                 if ends not in made:
@@ -239,7 +257,7 @@ class Columns:
 
     def _recomputed(self, index: int, price: Price, entering: Placement) -> Price:
         """The same column, its activations recomputed: the forward runs again, only what enters is kept."""
-        tensor = self.boundary(index - 1) if index else None
+        tensor = self.boundaries.before(index)
         kept = self.local_nbytes(tensor, entering) if tensor is not None else 0.0
         return replace(
             price,
@@ -249,13 +267,9 @@ class Columns:
         )
 
     def _solve(
-        self, index: int, forced: dict[str, Placement], weights: Sequence[Weights]
+        self, index: int, kind: Hashable, forced: dict[str, Placement], weights: Sequence[Weights]
     ) -> list[dict[tuple[int, int], _Made]]:
         """Per weighting, (layout that enters, layout that leaves) -> the best run of the segment."""
-        segment = self.trace.segments[index]
-        held = held_by(self.trace, ops_of(self.trace, segment))
-        # Forced parameters are named, so segments with different ones do not share a solution.
-        kind = (segment.kind, tuple(sorted((n.name, str(forced[n.name])) for n in held if n.name in forced)))
         missing = [w for w in dict.fromkeys(weights) if (kind, w) not in self._made]
         if missing:
             builder = self._builders.get(kind)
@@ -405,8 +419,7 @@ class _Builder:
         self.columns = columns
         self.trace = columns.trace
         self.forced = forced
-        self.enters = columns.boundary(index - 1) if index else None
-        self.leaves = columns.boundary(index) if index < len(self.trace.segments) - 1 else None
+        self.enters, self.leaves = columns.boundaries.before(index), columns.boundaries.free[index]
         self.entering, self.leaving = columns.boundary_layouts(index - 1), columns.boundary_layouts(index)
         self.index = index
         self.ops = ops_of(self.trace, self.trace.segments[index])

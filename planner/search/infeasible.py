@@ -93,10 +93,9 @@ def explain_infeasible(search: Search, unfit: list[Case]) -> NoFeasiblePlan:
     smallest: Smallest | None = None
     # More devices, and more of them in tensor and pipeline parallelism, need the least memory each.
     for case in sorted(unfit, key=lambda c: (-c.stages * c.tp, -c.microbatches, c.dp))[:_CASES]:
-        limit = min(search.cluster.memory_limit(r) for r in range(case.devices))
-        weights = search.memory_weights(case, limit, min(case.microbatches, case.stages))
-        for prepared in search.prepare(case, weights):
-            found = smallest_peak(search.problem(prepared, "1f1b"), case)
+        weights = [search.work.once(case), *search.work.memory_weights(case)]
+        for prepared in search.work.prepare(case, weights):
+            found = smallest_peak(search.work.problem(prepared, "1f1b"), case)
             if found is not None and (smallest is None or found.over < smallest.over):
                 smallest = found
     kinds = ", ".join(f"{count} x {kind.name}" for kind, count in search.cluster.kinds().items())

@@ -19,6 +19,7 @@ Step time of 1F1B: fill and drain pass each stage once, the slowest stage sets t
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -62,13 +63,15 @@ class StageProblem:
 
 @dataclass(frozen=True, slots=True)
 class StageChoice:
-    """bounds: first segment of every stage. columns: per segment, position in its list. bound: proven."""
+    """bounds: first segment of every stage. columns: per segment, position in its list. bound: proven. prices: (of a
+    byte in seconds, microbatches in flight), where memory binds: columns that weigh memory so may be better."""
 
     bounds: tuple[int, ...]
     columns: tuple[int, ...]
     objective: float
     bound: float
     optimal: bool
+    prices: tuple[tuple[float, int], ...] = ()
 
 
 def objective(problem: StageProblem, bounds: Sequence[int], columns: Sequence[int]) -> float:
@@ -97,9 +100,9 @@ def memory(problem: StageProblem, bounds: Sequence[int], columns: Sequence[int])
     return found
 
 
-def solve_stages(problem: StageProblem, budget: Budget) -> StageChoice | None:
-    """The cheapest choice that fits, or None where none does."""
-    return _Stages(problem).solve(budget)
+def solve_program(problem: StageProblem, budget: Budget, limit_seconds: float | None = None) -> StageChoice | None:
+    """The cheapest choice that fits, or None where none does. Raises SolverTimeout without either."""
+    return _Stages(problem).solve(budget, math.inf if limit_seconds is None else limit_seconds)
 
 
 class _Stages:
@@ -122,12 +125,12 @@ class _Stages:
         """1 where segment i lies on stage s."""
         return pulp.lpSum(self.a[i, s, c] for c in range(len(self.problem.columns[i])) if (i, s, c) in self.a)
 
-    def solve(self, budget: Budget) -> StageChoice | None:
+    def solve(self, budget: Budget, limit_seconds: float) -> StageChoice | None:
         self._order()
         self._layouts()
         self._memory()
         self._objective(self._slowest())
-        solved = solve(self.model, budget)
+        solved = solve(self.model, budget, limit_seconds=limit_seconds)
         return None if solved is None else self._choice(solved)
 
     def _order(self) -> None:

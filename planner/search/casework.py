@@ -1,0 +1,275 @@
+"""One case of the outer search: its columns, its stage program, and columns made where memory binds.
+
+A case is solved with the fastest columns first. Where they do not fit, or a gap is left, columns are made that weigh
+memory: the leanest, a few in between, and those for the prices of a byte that the stage program asks for (column
+generation); for each weighting they are the best there is, so `certified` gives a bound over all columns, not only over
+those that were made.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING
+
+from shardplan.errors import SolverTimeout
+from shardplan.planner.placement import Placement, R, fits
+from shardplan.planner.propagate import Follow, follow_batch
+from shardplan.planner.rules import strategies
+from shardplan.planner.schedules import in_flight
+from shardplan.planner.search.boundaries import Boundaries
+from shardplan.planner.search.candidate import Candidate, Prepared
+from shardplan.planner.search.columns import Case, Columns, held_by, ops_of
+from shardplan.planner.search.memory import Keeps
+from shardplan.planner.search.problem import Price, Weights
+from shardplan.planner.search.stage_dp import certified
+from shardplan.planner.search.stage_ilp import StageChoice, StageProblem
+from shardplan.planner.search.stages import solve_stages
+from shardplan.planner.trace import info, infos, needs_grad, resolve
+
+if TYPE_CHECKING:
+    from shardplan.planner.search.search import Search
+
+_TIED_OPTIONS = 8
+"""Up to so many combinations of placements of tied parameters are all tried."""
+_ROUNDS = 4
+_SHARES = (1e-3, 1e-2, 1e-1)
+"""Seconds that all of a device's memory is worth, in columns between the fastest and the leanest."""
+_LEANEST = 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """candidate: None where nothing fits. bound: on every plan of the case with these tied placements (inf: proven that
+    none fits)."""
+
+    candidate: Candidate | None
+    bound: float
+
+
+class Cases:
+    """Solves cases for a search; keeps what cases share."""
+
+    def __init__(self, search: Search) -> None:
+        self.search = search
+        self.trace = search.trace
+        self.cluster = search.cluster
+        self.costs = search.costs
+        self.options = search.options
+        self.decided = search.decided
+        self.budget = search.budget
+        self.keeps = Keeps(search.trace, search.costs)
+        self.boundaries = Boundaries(search.trace)
+        self.makers: dict[tuple[int, int, int], Columns] = {}
+        self.follows: dict[tuple[int, int], dict[str, Follow]] = {}
+        self.tied = self._tied()
+
+    def _tied(self) -> list[str]:
+        """Parameters that more than one segment reads: they get one placement, tried in turn."""
+        readers: dict[str, set[int]] = {}
+        for index, segment in enumerate(self.trace.segments):
+            for name in segment.nodes:
+                for argument in self.trace.node(name).all_input_nodes:
+                    source = self.trace.sources.get(argument.name)
+                    if source is not None and source.kind == "param":
+                        readers.setdefault(argument.name, set()).add(index)
+        return [name for name, indices in readers.items() if len(indices) > 1]
+
+    def follow(self, case: Case) -> dict[str, Follow]:
+        """How the batch is split on the axes "mb" and "dp" of a case."""
+        sizes = case.dp, case.microbatches
+        if sizes not in self.follows:
+            self.follows[sizes] = follow_batch(self.trace, case.mesh)
+        return self.follows[sizes]
+
+    def columns(self, case: Case) -> Columns:
+        """The maker of a case's columns, which do not depend on the number of stages."""
+        mesh = case.dp, case.tp, case.microbatches
+        if mesh not in self.makers:
+            self.makers[mesh] = Columns(
+                self.trace,
+                case,
+                self.costs,
+                self.follow(case),
+                self.keeps,
+                self.boundaries,
+                self.budget,
+                self.options.optimizer_factor,
+                self.options.training,
+                self.options.rematerialize,
+            )
+        return self.makers[mesh]
+
+    def prepare(self, case: Case, weights: list[Weights] | None = None) -> list[Prepared]:
+        """Columns of all segments, once per placement of the tied parameters."""
+        columns = self.columns(case)
+        found = [self._prepared(case, columns, f, weights or [self.once(case)]) for f in self._forced(case, columns)]
+        return [prepared for prepared in found if prepared is not None]
+
+    def _prepared(
+        self, case: Case, columns: Columns, forced: dict[str, Placement], weights: list[Weights]
+    ) -> Prepared | None:
+        segments = [columns.of(i, forced, weights) for i in range(len(self.trace.segments))]
+        return Prepared(case, columns, segments, forced) if all(s.columns for s in segments) else None
+
+    def _forced(self, case: Case, columns: Columns) -> list[dict[str, Placement]]:
+        """Placements of the tied parameters to be tried: all, or where those are many, what their readers like."""
+        base = self.decided.placements if case.tp > 1 else {}
+        choices: dict[str, list[Placement]] = {}
+        for name in self.tied:
+            if name in base:
+                continue
+            node = self.trace.node(name)
+            mesh = columns.mesh
+            placements = [s.outputs[0] for s in strategies(node) if not s.outputs[0].sections]
+            if case.tp == 1:
+                placements = [R]
+            legal = [p for p in placements if fits(info(node).shape, columns.layout(node, p), mesh)]
+            if needs_grad(node) and len(legal) > 1:
+                legal = [p for p in legal if p != R]
+            choices[name] = legal
+        if math.prod(map(len, choices.values())) > _TIED_OPTIONS:
+            return self._liked(case, columns, base, choices)
+        return [{**base, **dict(zip(choices, option))} for option in product(*choices.values())]
+
+    def _liked(
+        self, case: Case, columns: Columns, base: dict[str, Placement], choices: dict[str, list[Placement]]
+    ) -> list[dict[str, Placement]]:
+        """Placements that segments which read a tied parameter choose when they are solved for themselves: those of
+        the first reader, those of the last, and all whole. Readers of one kind agree, so this is what fits them all."""
+        weights = self.once(case)
+        first: dict[str, Placement] = {}
+        last: dict[str, Placement] = {}
+        for index, segment in enumerate(self.trace.segments):
+            held = [node.name for node in held_by(self.trace, ops_of(self.trace, segment))]
+            made = columns.of(index, base, [weights]) if any(name in choices for name in held) else None
+            if made is None or not made.columns:
+                continue
+            best = min(made.columns, key=lambda column: weights.of(column.price))
+            for name, strategy in zip(held, made.runs[best.index].parameters, strict=True):
+                if name in choices and strategy is not None:
+                    first.setdefault(name, strategy.outputs[0])
+                    last[name] = strategy.outputs[0]
+        whole = {name: legal[0] for name, legal in choices.items()}
+        found = [{**base, **whole, **liked} for liked in (first, last, {})]
+        return [option for i, option in enumerate(found) if option not in found[:i]]
+
+    def problem(self, prepared: Prepared, schedule: str) -> StageProblem:
+        case, columns, segments = prepared.case, prepared.columns, prepared.segments
+        """The stage program of a case."""
+        cut_seconds: list[dict[int, float]] = []
+        cut_nbytes: list[dict[int, float]] = []
+        for index in range(len(segments) - 1):
+            seconds: dict[int, float] = {}
+            nbytes: dict[int, float] = {}
+            for number, placement in enumerate(columns.boundary_layouts(index)):
+                nbytes[number] = self._crossing_nbytes(columns, index, placement)
+                ranks = (0, case.width % len(self.cluster))
+                once = self.costs.p2p(round(nbytes[number]), *ranks) if case.stages > 1 else 0.0
+                seconds[number] = 2 * once if self.options.training else once
+            cut_seconds.append(seconds)
+            cut_nbytes.append(nbytes)
+        flights = self._flights(case, schedule)
+        limits = tuple(
+            float(min(self.cluster.memory_limit(r) for r in range(s * case.width, (s + 1) * case.width)))
+            for s in range(case.stages)
+        )
+        shared = self.shared(columns)
+        fixed = Price(shared.forward_seconds, 0.0, 0.0, 0.0, shared.activation_nbytes * max(flights))
+        same = {id(s): tuple(s.columns) for s in segments}  # equal segments share one tuple
+        return StageProblem(
+            tuple(same[id(s)] for s in segments),
+            case.stages,
+            case.microbatches,
+            tuple(cut_seconds),
+            tuple(cut_nbytes),
+            limits,
+            flights,
+            fixed,
+            tuple(sorted(self.decided.pinned.items())),
+            tuple(self.decided.together),
+        )
+
+    def shared(self, columns: Columns) -> Price:
+        """Ops that every stage computes for itself (positions, masks); priced as if a stage needed all of them."""
+        if columns.shared is None:
+            nodes = (self.trace.node(name) for name in sorted(self.trace.shared))
+            ops = [n for n in nodes if n.op == "call_function" and resolve(n)[0] is n and infos(n)]
+            columns.shared = sum((columns.op_price(n, None) for n in ops), Price())
+        return columns.shared
+
+    def _crossing_nbytes(self, columns: Columns, index: int, placement: Placement) -> float:
+        """Bytes of all tensors that cross behind segment `index`, on one rank."""
+        free = self.boundaries.free[index]
+        crossing = self.boundaries.crossing[index]
+        return sum(columns.local_nbytes(node, placement if node is free else R) for node in crossing)
+
+    # -- one case ------------------------------------------------------------------------------------------------------
+
+    def once(self, case: Case) -> Weights:
+        """Time alone, once-a-step work folded into the microbatches."""
+        return Weights(once=1.0 / (case.stages + case.microbatches - 1))
+
+    def memory_weights(self, case: Case) -> list[Weights]:
+        """Objectives that give up speed for memory, mildly and altogether."""
+        limit = max(min(self.cluster.memory_limit(r) for r in range(case.devices)), 1)
+        flights = sorted(set(self._flights(case, self.search.schedule)), reverse=True)
+        found = [self._weighing(case, share / limit, flights[0]) for share in _SHARES]
+        return found + [self._weighing(case, _LEANEST / limit, flight) for flight in flights]
+
+    def _weighing(self, case: Case, price: float, flight: int) -> Weights:
+        return Weights(once=self.once(case).once, nbytes=price, in_flight=flight)
+
+    def _flights(self, case: Case, schedule: str) -> tuple[int, ...]:
+        if not self.options.training:
+            return (1,) * case.stages
+        return tuple(in_flight(schedule, s, case.stages, case.microbatches) for s in range(case.stages))
+
+    def solve(self, prepared: Prepared) -> Outcome:
+        """The best choice found for a case, and a bound on all of them. Raises SolverTimeout where nothing is known."""
+        case, gap = prepared.case, self.budget.gap
+        weights = [self.once(case)]
+        problem = self.problem(prepared, self.search.schedule)
+        bound = certified(problem, (), False, gap) * prepared.columns.proven
+        choice = self._try(problem)
+        best = self._candidate(prepared, problem, choice) if choice is not None else None
+        for number in range(_ROUNDS):
+            if best is not None and best.choice.objective - bound <= gap * best.choice.objective:
+                break
+            if self.budget.left() <= 0:
+                break
+            prices = choice.prices if choice is not None else ()
+            asked = [self._weighing(case, price, flight) for price, flight in prices]
+            fresh = [w for w in [*(self.memory_weights(case) if number == 0 else ()), *asked] if w not in weights]
+            if not fresh or (number == 0 and choice is not None and not prices):
+                break
+            weights += fresh
+            lean = self._prepared(case, prepared.columns, prepared.forced, weights)
+            if lean is None:
+                break
+            problem = self.problem(lean, self.search.schedule)
+            known = tuple((w.nbytes, int(w.in_flight)) for w in weights if w.nbytes)
+            bound = max(bound, certified(problem, known, True, gap) * prepared.columns.proven)
+            choice = self._try(problem)
+            if choice is not None and (best is None or choice.objective < best.choice.objective):
+                best = self._candidate(lean, problem, choice)
+        return Outcome(best, bound if best is None else min(bound, best.choice.objective))
+
+    def _try(self, problem: StageProblem) -> StageChoice | None:
+        try:
+            return solve_stages(problem, self.budget)
+        except SolverTimeout:
+            self.search.tally.timed_out = True
+            return None
+
+    def _candidate(self, prepared: Prepared, problem: StageProblem, choice: StageChoice) -> Candidate:
+        return Candidate(
+            prepared.case,
+            prepared.columns,
+            prepared.segments,
+            problem,
+            choice,
+            self.search.schedule,
+            prepared.forced,
+        )

@@ -238,6 +238,23 @@ LOSSES = [
     case("kl mean", "b0 b1", aten.kl_div.default, t(4, 8), probability(4, 8), 1, log_target=True),
 ]
 
+
+def single(*shape: int) -> Recipe:
+    return Recipe(lambda: torch.randn(shape))
+
+
+def ends(*values: int) -> Recipe:
+    return Recipe(lambda: torch.tensor(values, dtype=torch.int32))
+
+
+GMM = aten._grouped_mm.default
+GROUPED = [
+    case("grouped rows", "n k p", GMM, single(16, 16), single(4, 16, 32), ends(2, 6, 10, 16)),
+    case("grouped columns", "m k p", GMM, single(4, 8, 16), single(16, 32), ends(8, 16, 24, 32)),
+    case("grouped sums", "m n p", GMM, single(32, 16), single(16, 32), ends(4, 8, 12, 16)),
+    case("grouped batches", "g m k n p", GMM, single(4, 8, 16), single(4, 16, 16)),
+]
+
 TRANSFORMS = [
     case("hfft", "b1", aten.fft_hfft.default, c(4, 8), None, 0),
     case("ihfft", "b0", aten.fft_ihfft.default, t(4, 8)),
@@ -271,7 +288,7 @@ TRANSFORMS = [
     case("permute_copy", "b0 b1", aten.permute_copy.default, t(4, 8), [1, 0]),
 ]
 
-CASES = [*TRANSFORMS, *POINTWISE, *ALONG, *PRODUCTS, *SPATIAL, *VIEWS, *MADE, *LOSSES]
+CASES = [*GROUPED, *TRANSFORMS, *POINTWISE, *ALONG, *PRODUCTS, *SPATIAL, *VIEWS, *MADE, *LOSSES]
 
 
 @pytest.mark.parametrize("names, target, args, kwargs", [x[1:] for x in CASES], ids=[x[0] for x in CASES])

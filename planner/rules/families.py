@@ -106,6 +106,7 @@ RULES: dict[Any, Rule] = _table(
         (products.einsum, "einsum"),
         (products.bilinear, "bilinear"),
         (products.cdist, "cdist"),
+        (products.grouped_mm, "_grouped_mm"),
         (products.convolution, "conv1d conv2d conv3d conv1d.padding conv2d.padding conv3d.padding convolution"),
         (products.convolution, "conv_transpose1d conv_transpose2d.input conv_transpose3d.input"),
         (products.attention, "scaled_dot_product_attention"),

@@ -11,7 +11,7 @@ from shardplan.planner.rules.letters import Term, broadcast_terms, from_rule, li
 from shardplan.planner.rules.randomness import random_impl
 from shardplan.planner.rules.schema import argument, shapes
 from shardplan.planner.rules.strategy import Strategy
-from shardplan.planner.trace import infos, tensor_args
+from shardplan.planner.trace import info, infos, tensor_args
 
 aten = torch.ops.aten
 
@@ -90,6 +90,29 @@ def einsum(node: fx.Node) -> list[Strategy]:
     gone = {x for t in terms for x in t if x is not None} - set(result)
     found = split_letters(node, terms, [result], partial=gone)
     return [*found, *(linear_in(node, (slot,)) for slot in range(len(terms)))]
+
+
+_ALIGNED_NBYTES = 16
+
+
+def grouped_mm(node: fx.Node) -> list[Strategy]:
+    """Products of groups of rows (or columns) with a matrix each; offsets say where a group ends, so that dim is not
+    split. Rows of local tensors must begin at multiples of 16 bytes."""
+    if argument(node, "bias") is not None:
+        return []
+    left, right = shapes(node)[:2]
+    rules = {
+        (3, 3): "g m k, g k n -> g m n",
+        (2, 3): "_ k, _ k n, _ -> _ n",
+        (3, 2): "_ m k, k _, _ -> m _",
+        (2, 2): "m _, _ n, _ -> _ m n",
+    }
+    unit = _ALIGNED_NBYTES // info(tensor_args(node)[0]).dtype.itemsize
+    inner = {"k": left[-1] // unit, "n": right[-1] // unit} if unit > 1 else {}
+    if len(left) == len(right) == 2:
+        inner["m"] = left[0] // unit
+    found = from_rule(node, rules[len(left), len(right)], partial=("k",), groups=inner)
+    return [*found, linear_in(node, (0,)), linear_in(node, (1,))]
 
 
 # -- convolutions ------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from torch._guards import TracingContext, tracing
 from torch.utils import _pytree as pytree
 
 from shardplan.errors import NotTraceable, UsageError
+from shardplan.planner import vmaps
 from shardplan.planner.custom_backward import is_plain
 from shardplan.planner.data_checks import Answers
 from shardplan.planner.passes.draft import way_out
@@ -270,6 +271,7 @@ def _export(wrapper: Wrapper, inputs: tuple[Any, Any, Any], fake_mode: Any) -> C
     # The context makes export use the mode of our fakes instead of a second one.
     with tracing(TracingContext(fake_mode)), flat_regions():
         program = torch.export.export(wrapper, inputs, strict=False)
+        vmaps.inline(program, fake_mode)
     leaves = 0
     kinds: dict[str, tuple[str, Any]] = {}
     for spec in program.graph_signature.input_specs:

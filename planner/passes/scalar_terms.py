@@ -6,6 +6,8 @@ added by every one of them; of a tensor each takes its part, as of any value tha
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -14,8 +16,13 @@ from shardplan.planner.passes.draft import Draft
 name = "scalar-terms"
 
 aten = torch.ops.aten
-_SUMS = {aten.add.Tensor: aten.add.Tensor, aten.sub.Tensor: aten.sub.Tensor, aten.add.Scalar: aten.add.Tensor}
-_SUMS |= {aten.sub.Scalar: aten.sub.Tensor, aten.rsub.Scalar: aten.rsub.Tensor}
+_SUMS: dict[Any, Any] = {
+    aten.add.Tensor: aten.add.Tensor,
+    aten.add.Scalar: aten.add.Tensor,
+    aten.sub.Tensor: aten.sub.Tensor,
+    aten.sub.Scalar: aten.sub.Tensor,
+    aten.rsub.Scalar: aten.rsub.Tensor,
+}
 
 
 def apply(draft: Draft) -> None:

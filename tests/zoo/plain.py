@@ -163,27 +163,35 @@ class RoundThrough(torch.autograd.Function):
         return gradients[0] * (x.abs() <= ctx.bound), None
 
 
-class Quantised(nn.Module):
+class QuantisedLinear(nn.Linear):
     """Weights and activations rounded to few levels, with a straight-through gradient and a learned scale."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(16, 64), nn.Linear(64, WIDTH), nn.Linear(WIDTH, CLASSES)])
-        self.scales = nn.Parameter(torch.full((3,), 0.05))
+    def __init__(self, inner: int, outer: int) -> None:
+        super().__init__(inner, outer)
+        self.scale = nn.Parameter(torch.tensor(0.05))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [batch, 16] -> [batch, classes]."""
-        for index, layer in enumerate(self.layers):
-            scale = self.scales[index]
-            weight = RoundThrough.apply(layer.weight / scale, 7.0) * scale
-            x = F.linear(RoundThrough.apply(x / 0.1, 15.0) * 0.1, weight, layer.bias)
-            x = F.hardswish(x) if index < 2 else x
-        return x
+        """x: [batch, inner] -> [batch, outer]."""
+        weight = RoundThrough.apply(self.weight / self.scale, 7.0) * self.scale
+        return F.linear(RoundThrough.apply(x / 0.1, 15.0) * 0.1, weight, self.bias)
+
+
+class Quantised(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(
+            QuantisedLinear(16, 64),
+            nn.Hardswish(),
+            QuantisedLinear(64, WIDTH),
+            nn.Hardswish(),
+            QuantisedLinear(WIDTH, CLASSES),
+        )
 
 
 def quantisation_aware() -> Case:
     """Custom autograd function with its own backward."""
-    return _classified(Quantised())
+    case = _classified(Quantised())
+    case.batch["input"] = case.batch.pop("x")
+    return case
 
 
 class SortedPool(nn.Module):

@@ -173,8 +173,13 @@ def check(
         assert total.dtype == expected.dtype, f"{place}: {total.dtype}, not {expected.dtype}"
         error = 2e-5 if expected.dtype in (torch.float32, torch.complex64) else 1e-9
         torch.testing.assert_close(
-            total, expected, rtol=error, atol=error, equal_nan=True, msg=lambda m: f"{place}: {m}"
-        )  # noqa: B023
+            total,
+            expected,
+            rtol=error,
+            atol=error,
+            equal_nan=True,
+            msg=lambda m: f"{place}: {m}",  # noqa: B023
+        )
 
 
 # -- execution ---------------------------------------------------------------------------------------------------------

@@ -38,6 +38,11 @@ TRACED = {
         "(v * v).sum()",
     ),
     "a write through mT": program(parameter("w", 4, 4), "v = x @ self.w\nu = v.mT\nu[0] = u[0] * 2", "v.tanh().sum()"),
+    "a write to what a loss has read": program(
+        parameter("w", 4, 4),
+        "a = F.huber_loss(x, x + 1)\nx.add_(a)\nu, v = torch.broadcast_tensors(x, x[:1] * 2)\nu.add_(v)",
+        "(x @ self.w).tanh().sum()",
+    ),
     "a write through movedim": program(
         parameter("w", 4, 3, 2),
         "v = x[:, :, None, None] * self.w\nu = v.movedim(0, 2)\nu[0] = u[1] * 2",

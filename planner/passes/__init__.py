@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from shardplan.planner.passes import (
     autocast_casts,
+    broadcasts,
     common,
     dead_code,
     detach_edges,
@@ -26,6 +27,7 @@ PIPELINE = (
     drop_checks,
     inline_regions,
     drop_checks,
+    broadcasts,
     autocast_casts,
     gradients,
     functionalize,

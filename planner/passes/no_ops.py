@@ -3,7 +3,6 @@ drops nothing. Runs after `functionalize`, so that nothing is left that could te
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -29,17 +28,6 @@ def apply(draft: Draft) -> None:
         source = node.args[0] if node.args else None
         if isinstance(source, fx.Node) and source not in changed and _is_no_op(node, source):
             draft.replace(node, source)
-        elif packet(node) == "aten.broadcast_tensors":
-            _take_apart(draft, node)
-
-
-def _take_apart(draft: Draft, node: fx.Node) -> None:
-    """Tensors that broadcasting leaves as they are need not pass through it."""
-    for getter in list(node.users):
-        if getter.target is operator.getitem:
-            source = node.args[0][getter.args[1]]  # type: ignore[index]
-            if source.meta["val"].shape == getter.meta["val"].shape:  # type: ignore[union-attr]
-                draft.replace(getter, source)  # type: ignore[arg-type]
 
 
 def _is_no_op(node: fx.Node, source: fx.Node) -> bool:

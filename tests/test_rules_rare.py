@@ -195,6 +195,8 @@ SPATIAL = [
     case("channel_shuffle", "b0", aten.channel_shuffle.default, t(4, 8, 2, 2), 2),
     case("im2col", "b0 b1", aten.im2col.default, t(2, 4, 4, 4), [2, 2], [1, 1], [0, 0], [1, 1]),
     case("grid_sampler", "n c", aten.grid_sampler.default, t(2, 4, 4, 4), grid(2, 4, 4, 2), 0, 0, False),
+    case("affine_grid", "n p", aten.affine_grid_generator.default, t(2, 2, 3), [2, 4, 4, 6], False),
+    case("affine_grid volumes", "n p", aten.affine_grid_generator.default, t(4, 3, 4), [4, 1, 2, 4, 6], True),
     case("grid_sampler other", "n c", aten.grid_sampler.default, t(2, 4, 4, 6), grid(2, 2, 8, 2), 0, 0, False),
 ]
 

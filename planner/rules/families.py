@@ -165,6 +165,7 @@ RULES: dict[Any, Rule] = _table(
         (spatial.shuffle, "pixel_shuffle pixel_unshuffle channel_shuffle"),
         (spatial.im2col, "im2col"),
         (spatial.grid_sample, "grid_sampler"),
+        (spatial.affine_grid, "affine_grid_generator"),
         (spatial.pad, "pad constant_pad_nd"),
         # views
         (select, "select.int unbind.int"),

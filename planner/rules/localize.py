@@ -173,6 +173,10 @@ def _groups(name: str, slot: int) -> Callable[[_Sizes], None]:
     return fix
 
 
+def _affine_grid(call: _Sizes) -> None:
+    call.set("size", [call.outputs[0].shape[0], *argument(call.node, "size")[1:]])
+
+
 _FIXES: dict[Any, Callable[[_Sizes], None]] = {
     aten.unflatten.int: _unflatten,
     aten.split.Tensor: _split,
@@ -186,6 +190,7 @@ _FIXES: dict[Any, Callable[[_Sizes], None]] = {
     aten.squeeze.dim: _squeeze,
     aten.squeeze.dims: _squeeze,
     aten.reshape.default: _result_size("shape"),
+    aten.affine_grid_generator.default: _affine_grid,
     aten.group_norm.default: _groups("num_groups", 0),
 }
 _FIXES |= dict.fromkeys(

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from shardplan.planner.rules import views
-from shardplan.planner.rules.letters import Term, split_letters
+from shardplan.planner.rules.letters import Term, linear_in, split_letters
 from shardplan.planner.rules.schema import argument, shapes
 from shardplan.planner.rules.strategy import Strategy
 from shardplan.planner.trace import infos, tensor_args
@@ -41,6 +41,13 @@ def im2col(node: fx.Node) -> list[Strategy]:
 def grid_sample(node: fx.Node) -> list[Strategy]:
     spatial: Term = [None] * (len(shapes(node)[0]) - 2)
     return split_letters(node, [["n", "c", *spatial], ["n", *spatial, None]], [["n", "c", *spatial]])
+
+
+def affine_grid(node: fx.Node) -> list[Strategy]:
+    """theta [n, 2, 3] -> grid [n, h, w, 2] (and one dim more); the size argument has n as well."""
+    positions: Term = [None] * len(infos(node)[0].shape[1:])
+    found = split_letters(node, [["n", None, None]], [["n", *positions]])
+    return [*found, linear_in(node, (0,))]
 
 
 def pad(node: fx.Node) -> list[Strategy]:

@@ -61,6 +61,11 @@ def projected(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torc
 
 
 @custom
+def contracted(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x @ weight.mT
+
+
+@custom
 def swiglu(parts: list[torch.Tensor]) -> torch.Tensor:
     return torch.nn.functional.silu(parts[0]) * parts[1]
 
@@ -104,6 +109,11 @@ FOUND = [
         projected,
         (t(4, 8), t(16, 8), t(16)),
         {"x0.0: S(0) D D -> S(0)", "x1.0: D S(0) S(0) -> S(1)"},
+    ),
+    (
+        contracted,
+        (t(4, 8), t(16, 8)),
+        {"x0.0: S(0) D -> S(0)", "x1.0: D S(0) -> S(1)", "x0.1: S(1) S(1) -> P", "p: P D -> P"},
     ),
     (swiglu, ([t(4, 8), t(4, 8)],), {"x0.0: S(0) S(0) -> S(0)", "x0.1: S(1) S(1) -> S(1)", "p: D P -> P"}),
     (both, (t(4, 8), t(4, 8)), {"x0.0: S(0) S(0) -> S(0) P", "x0.1: S(1) S(1) -> S(1) S(0)", "p: D P -> P P"}),

@@ -402,16 +402,10 @@ def _prove(target: Any, trials: list[list[Whole]], candidate: Candidate) -> Cand
 
 def _minimal(found: list[Strategy]) -> list[Strategy]:
     """Without those that split more arguments than another needs for the same results."""
-    kept = []
-    for strategy in found:
-        if not any(
-            other is not strategy
-            and other.outputs == strategy.outputs
-            and (other.scale, other.groups) == (strategy.scale, strategy.groups)
-            and all(
-                a == b or (not a.is_shard and b.is_shard) for a, b in zip(other.inputs, strategy.inputs, strict=True)
-            )
-            for other in found
-        ):
-            kept.append(strategy)
-    return kept
+
+    def needs_less(one: Strategy, other: Strategy) -> bool:
+        if (one.outputs, one.scale, one.groups) != (other.outputs, other.scale, other.groups):
+            return False
+        return all(a == b or (a in (R, D) and b.is_shard) for a, b in zip(one.inputs, other.inputs, strict=True))
+
+    return [mine for mine in found if not any(one is not mine and needs_less(one, mine) for one in found)]

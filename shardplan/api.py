@@ -55,6 +55,7 @@ def auto_parallel(
     cache: bool = True,
     verbose: bool | None = None,
     *,
+    batch_norm: str = "global",
     weights: Weights | None = None,
     init: Init | None = None,
     clip_norm: float | None = None,
@@ -74,6 +75,10 @@ def auto_parallel(
     constraints: `pin`, `split`, `replicate`, `together`, `leaf`, `degrees`, `within_node`, `memory`.
     memory_limit: bytes or text ("20 GiB") per device, or a list with one per device.
     time_limit: seconds for the solver; gap: relative, where it may stop. cache: keep measurements on disk.
+    batch_norm: "global": batch normalisation in training sees the whole batch, as on one device, which rules out
+        microbatches; "replica": every replica and microbatch has statistics of its own, as under plain data parallelism
+        and gradient accumulation, so results depend on the plan. Running statistics then move once per microbatch, by
+        the mean of the replicas.
     verbose: progress on stderr. clip_norm: largest global gradient norm. seed: of random ops, and of `init`.
     weights: start from these: a safetensors file, a directory (one file, or several with an index), or a list of files;
         each rank reads its slices. Rounded to the model's dtypes. Raises CheckpointError unless they are its weights.
@@ -100,6 +105,7 @@ def auto_parallel(
         gap,
         cache,
         verbose,
+        batch_norm,
     )
     module = resolve_model(model)
     given = load_plan(plan) if plan is not None else None
@@ -143,6 +149,8 @@ def plan(
     gap: float = 0.01,
     cache: bool = True,
     verbose: bool | None = None,
+    *,
+    batch_norm: str = "global",
 ) -> Plan:
     """Only plan; the arguments are those of `auto_parallel`. Devices of this machine are measured, others modelled; no
     device and no process group has to be there."""
@@ -161,6 +169,7 @@ def plan(
         gap,
         cache,
         verbose,
+        batch_norm,
     )
     if example_inputs is None:
         raise UsageError("plan needs example_inputs", hints=["a global batch; tensors on the meta device will do"])

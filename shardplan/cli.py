@@ -40,6 +40,7 @@ MemoryLimit = Annotated[str | None, typer.Option(help='limit per device, such as
 Pin = Annotated[list[str] | None, typer.Option(help='GLOB=STAGE, such as "*.layers.0.*=0"; repeatable')]
 Degree = Annotated[int | None, typer.Option(help="force this degree")]
 Microbatches = Annotated[int | None, typer.Option(help="force this number of microbatches")]
+BatchNorm = Annotated[str, typer.Option(help="statistics of batch normalisation: global, or of each replica")]
 Solver = Annotated[str, typer.Option(help="highs or cbc")]
 TimeLimit = Annotated[float, typer.Option(help="seconds for the solver")]
 Gap = Annotated[float, typer.Option(help="relative gap at which the solver may stop")]
@@ -100,6 +101,7 @@ def plan_command(
     tp: Degree = None,
     pp: Degree = None,
     microbatches: Microbatches = None,
+    batch_norm: BatchNorm = "global",
     solver: Solver = "highs",
     time_limit: TimeLimit = 60.0,
     gap: Gap = 0.01,
@@ -124,6 +126,7 @@ def plan_command(
         pins=tuple(pin or ()),
         degrees=_degrees(dp, tp, pp),
         microbatches=microbatches,
+        batch_norm=batch_norm,
         solver=solver,
         time_limit=time_limit,
         gap=gap,
@@ -180,6 +183,7 @@ def run_command(
     tp: Degree = None,
     pp: Degree = None,
     microbatches: Microbatches = None,
+    batch_norm: BatchNorm = "global",
     plan: Annotated[Path | None, typer.Option(help="use this plan file instead of planning")] = None,
     steps: Annotated[int, typer.Option(min=1, help="training steps")] = 10,
     lr: Annotated[float, typer.Option(help="learning rate (AdamW)")] = 3e-4,
@@ -207,6 +211,7 @@ def run_command(
         pins=tuple(pin or ()),
         degrees=_degrees(dp, tp, pp),
         microbatches=microbatches,
+        batch_norm=batch_norm,
         solver=solver,
         time_limit=time_limit,
         gap=gap,
@@ -267,6 +272,7 @@ def check_command(
         pins=tuple(pin or ()),
         degrees=_degrees(dp, tp, pp),
         microbatches=microbatches,
+        batch_norm="global",
         solver=solver,
         time_limit=time_limit,
         gap=gap,

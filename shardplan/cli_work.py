@@ -37,6 +37,7 @@ class Job:
     pins: tuple[str, ...]
     degrees: dict[str, int]
     microbatches: int | None
+    batch_norm: str
     solver: str
     time_limit: float
     gap: float
@@ -94,6 +95,7 @@ def make_plan(job: Job) -> Plan:
         time_limit=job.time_limit,
         gap=job.gap,
         cache=job.cache,
+        batch_norm=job.batch_norm,
     )
     batch = example_batch(target.model, target.example(), target.loss_fn is not None)
     say = say_on_stderr if job.verbose else say_nothing
@@ -121,6 +123,7 @@ def train(job: Job, plan: Path | None, steps: int, lr: float, seed: int, quiet: 
         gap=job.gap,
         cache=job.cache,
         verbose=job.verbose,
+        batch_norm=job.batch_norm,
         seed=seed,
     ) as pm:
         losses: list[float] = []

@@ -47,6 +47,7 @@ class Request:
     gap: float = 0.01
     cache: bool = True
     verbose: bool | None = None
+    batch_norm: str = "global"
 
     def __post_init__(self) -> None:
         if self.precision is not None:
@@ -64,6 +65,11 @@ class Request:
             raise UsageError(f"microbatches={count!r}", hints=['"auto" or a number of at least 1'])
         if self.rematerialize not in ("auto", True, False):
             raise UsageError(f"rematerialize={self.rematerialize!r}", hints=['"auto", True or False'])
+        if self.batch_norm not in ("global", "replica"):
+            raise UsageError(
+                f"batch_norm={self.batch_norm!r}",
+                hints=['"global": statistics of the whole batch; "replica": of each replica and microbatch'],
+            )
         if not self.time_limit > 0 or not 0 <= self.gap < 1:
             raise UsageError(f"time_limit={self.time_limit}, gap={self.gap}", hints=["time_limit > 0, 0 <= gap < 1"])
         if self.optimizer is not None and not callable(self.optimizer):
@@ -109,6 +115,7 @@ def make_trace(model: nn.Module, batch: Batch, request: Request) -> tuple[Trace,
         training=request.objective == "train",
         leaves=[constraint.name for constraint in request.constraints if isinstance(constraint, Leaf)],
     )
+    trace.batch_norm = request.batch_norm
     return trace, Inputs(trace, batch.on_meta(), batch.target)
 
 

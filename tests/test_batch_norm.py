@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
+import shardplan as sp
+from shardplan.cli import run
+from shardplan.errors import UsageError
 from shardplan.planner.cluster import Cluster
 from shardplan.planner.constraints import degrees
 from shardplan.planner.plan import Plan
@@ -19,6 +23,8 @@ from shardplan.rewrite import compile
 from shardplan.rewrite.reference import run_program
 from tests.exactness import PLANS, Case, Planned, check, close, eager
 from tests.prices import SimplePrices
+from tests.ranks import pool
+from tests.test_engine import train
 
 BATCH = 8
 
@@ -100,15 +106,15 @@ def test_statistics_of_each_replica_and_microbatch(replicas, microbatches, stage
         close(found.buffers[name].double(), value.double(), 1e-10, 1e-12, name)
 
 
-def planned_by_search(batch_norm: str, microbatches: int = 2) -> tuple[Planned, Plan]:
-    planned, cluster = Planned(case()), Cluster.cpu(4)
+def planned_by_search(batch_norm: str, microbatches: int = 2, dp: int = 2, pp: int = 1) -> tuple[Planned, Plan]:
+    planned, cluster = Planned(case()), Cluster.cpu(dp * pp)
     planned.trace.batch_norm = batch_norm
-    options = SolveOptions(constraints=(degrees(dp=2, tp=1, pp=2),), microbatches=microbatches, rematerialize=False)
+    options = SolveOptions(constraints=(degrees(dp=dp, tp=1, pp=pp),), microbatches=microbatches, rematerialize=False)
     return planned, solve(planned.trace, cluster, SimplePrices(cluster), options)
 
 
 def test_the_plan_says_so():
-    planned, plan = planned_by_search("replica")
+    planned, plan = planned_by_search("replica", pp=2)
     assert plan.microbatches == 2 and plan.batch_norm == "replica"
     assert any(REPLICA_NORM in text for text in plan.splits["mb"].values())
     (note,) = [n for n in plan.notes if "not equal to one device" in n]
@@ -121,5 +127,37 @@ def test_the_plan_says_so():
 
 
 def test_a_plan_over_the_whole_batch_says_nothing():
-    _, plan = planned_by_search("global", 1)
+    _, plan = planned_by_search("global", 1, pp=2)
     assert plan.batch_norm == "global" and not any("not equal" in note for note in plan.notes)
+
+
+def test_on_real_ranks():
+    planned, plan = planned_by_search("replica")
+    loss, gradients, _ = by_parts(planned.case, 2, 2)
+    for answer in pool(2).run(train, {"train": compile(planned.trace, plan)}, planned.state, planned.batch, 0):
+        close(answer["loss"], loss, 1e-9, 1e-12, "loss")
+        for name, gradient in gradients.items() if answer["gradients"] else ():
+            close(answer["gradients"][name], gradient, 1e-8, 1e-4, name)
+
+
+def test_other_words_are_refused():
+    given = case()
+    with pytest.raises(UsageError, match="batch_norm"):
+        sp.plan(given.model, 2, (*given.args, given.target), given.loss_fn, batch_norm="local")
+
+
+def test_the_command_line_asks_for_it(tmp_path, capsys):
+    output = tmp_path / "plan.json"
+    arguments = [
+        "plan", "tests.test_batch_norm:target", "--devices", "2xh100", "--dp", "2", "--tp", "1", "--pp", "1",
+        "--batch-norm", "replica", "--no-cache", "-o", str(output),
+    ]  # fmt: skip
+    assert run(arguments) == 0
+    assert "not equal to one device" in capsys.readouterr().out
+    assert Plan.load(output).batch_norm == "replica"
+
+
+def target() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor], Any]:
+    """For the command line."""
+    given = case()
+    return given.model, (*given.args, given.target), given.loss_fn

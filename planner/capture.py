@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -43,7 +44,8 @@ class Captured:
     """module: graph with placeholders; kinds: placeholder name -> (kind, name | leaf index | value).
 
     kind "param" and "buffer": qualified name in the shadow; "constant": the tensor; "input": index among the leaves of
-    (args, kwargs, target). outputs: what the model returned, by `wrapper.packing`.
+    (args, kwargs, target); "object": what is neither a tensor nor a number. outputs: what the model returned, by
+    `wrapper.packing`.
     """
 
     module: fx.GraphModule
@@ -162,7 +164,8 @@ def _describe(value: Any) -> str:
 @contextlib.contextmanager
 def plain_python(training: bool) -> Iterator[None]:
     """What PyTorch does in Python behind the graph's back: activation checkpoints run their function as it is, and in
-    training a custom autograd.Function raises CustomBackward, unless its backward is that of its forward's ops."""
+    training CustomBackward is raised by gradient hooks, by calls of autograd, and by a custom autograd.Function, unless
+    its backward is that of its forward's ops. Compiled functions run as they were written."""
     import torch.utils.checkpoint as checkpoints
 
     def run(_cls: type, function: Callable[..., Any], _preserve: bool, *args: Any) -> Any:
@@ -184,12 +187,29 @@ def plain_python(training: bool) -> Iterator[None]:
             raise CustomBackward(f"{cls.__name__}.backward is not what autograd derives from its forward")
         return apply(*args)
 
+    tracer = threading.get_ident()
+
+    def refused(owner: Any, attribute: str, what: str) -> tuple[Any, str, Any]:
+        own = getattr(owner, attribute)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == tracer:
+                raise CustomBackward(what)
+            return own(*args, **kwargs)
+
+        return owner, attribute, call
+
     changes: list[tuple[Any, str, Any]] = [
         (checkpoints.CheckpointFunction, "apply", classmethod(run)),
         (checkpoints, "_checkpoint_without_reentrant_generator", nothing),
     ]
     if training:
-        changes.append((torch.autograd.Function, "apply", classmethod(check)))
+        changes += [
+            (torch.autograd.Function, "apply", classmethod(check)),
+            refused(torch.Tensor, "register_hook", "a hook on a gradient"),
+            refused(torch.autograd, "grad", "torch.autograd.grad within the forward"),
+            refused(torch.autograd, "backward", "backward within the forward"),
+        ]
     with contextlib.ExitStack() as undo:
         for owner, attribute, made in changes:
             before = vars(owner).get(attribute)
@@ -285,7 +305,7 @@ def _export(wrapper: Wrapper, inputs: tuple[Any, Any, Any], fake_mode: Any) -> C
             assert spec.target is not None
             kinds[spec.arg.name] = ("constant", program.constants[spec.target])
         else:
-            raise NotTraceable(f"the model reads {spec.arg.name}, which is neither a tensor nor a number")
+            kinds[spec.arg.name] = ("object", spec.target)
     return Captured(program.graph_module, kinds, wrapper, fake_mode, "export")
 
 
@@ -314,8 +334,10 @@ def _make_fx(wrapper: Wrapper, inputs: tuple[Any, Any, Any], fake_mode: Any) -> 
         kinds[node.name] = label
     for node in [n for n in module.graph.nodes if n.op == "get_attr"]:
         value = getattr(module, str(node.target))
-        if not isinstance(value, torch.Tensor):
+        if isinstance(value, fx.GraphModule):
             continue
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"the graph would hold a {type(value).__name__}")
         with module.graph.inserting_before(placeholders[0]):
             made = module.graph.placeholder(f"c_{node.name}")
         made.meta["val"] = fake_like(fake_mode, value)
@@ -370,7 +392,7 @@ def explain(error: BaseException, model: nn.Module) -> NotTraceable:
     if depends_on_data(error):
         what = "depends on the numbers in a tensor"
     elif _find(error, CustomBackward):
-        what = "calls an autograd.Function with a backward of its own"
+        what = "has a backward of its own"
     details = [f"{place}: {text}"] if place else []
     details.append(f"{type(error).__name__}: {message}")
     found = NotTraceable(where + what, details, way_out(path))

@@ -5,22 +5,24 @@ from __future__ import annotations
 import inspect
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from shardplan.errors import NotTraceable, UsageError
+from shardplan.errors import NotSupported, NotTraceable, UsageError
 from shardplan.planner.capture import PLAIN, Captured, Wrapper, capture
 from shardplan.planner.data_checks import Answers, settle
 from shardplan.planner.leaves import Leaves, annotate, prove_splits
 from shardplan.planner.passes import Draft, drop_checks, normalize
 from shardplan.planner.passes.draft import not_traceable, packet
 from shardplan.planner.passes.inline_regions import mark_switched
+from shardplan.planner.passes.verify import known_target
 from shardplan.planner.segments import fill_segments
 from shardplan.planner.shadow import CannotCopy, fake_like, make_fake_mode, shadow, without_caches
 from shardplan.planner.trace import (
@@ -36,6 +38,8 @@ from shardplan.planner.trace import (
     set_result_grads,
 )
 
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
 
 def trace_model(
     model: nn.Module,
@@ -48,7 +52,7 @@ def trace_model(
     evaluate: bool | None = None,
     leaves: Sequence[str] | Mapping[str, str] = (),
 ) -> Trace:
-    """Trace one call ``model(*args, **kwargs)`` with its loss, neither copying its weights nor (leaves aside) running it.
+    """Trace one call ``model(*args, **kwargs)`` with its loss. Its weights are not copied; it is not run, leaves aside.
 
     model: real or on the meta device. args, kwargs: a global batch (real, meta or fake tensors; other values are
         constants of the trace). Dim 0 of the first tensor with a dim is the global batch size, and every input whose
@@ -76,7 +80,7 @@ def trace_model(
             break
         except NotTraceable as error:
             if not kept.take(error):
-                raise
+                raise kept.last_word(error) from error
     _note_devices(draft)
     trace = _finish(draft, captured, pytree.tree_structure((args, kwargs)), _batch_size((args, kwargs)))
     trace.model_name = type(model).__name__
@@ -98,6 +102,9 @@ def _normalized(model: nn.Module, call: tuple[Any, Any, Any], loss_fn: Any, kept
     draft = _draft(captured, model, inputs, notes, kept.training)
     annotate(draft.graph, kept)
     normalize(draft)
+    for node, value in draft.constants.items():
+        if isinstance(value, FakeTensor) and node.users:
+            raise not_traceable(_reader(node), "makes a tensor in a way that tracing cannot follow")
     return draft, captured
 
 
@@ -107,6 +114,11 @@ def _check_arguments(model: Any, args: Any, kwargs: Any, loss_fn: Any, target: A
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         if isinstance(value, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
             raise UsageError(f"{name} has no shape yet", [], ["run the model once on a small batch"])
+        if getattr(value, "_backward_hooks", None) or getattr(value, "_post_accumulate_grad_hooks", None):
+            raise NotSupported(f"{name} has a hook on its gradient", [], ["remove it: gradients are cut up and summed"])
+    for name, module in model.named_modules():
+        if isinstance(module, _WRAPPERS) or type(module).__name__ == "FullyShardedDataParallel":
+            raise UsageError(f"{name or 'the model'} is a {type(module).__name__}", [], ["pass the module inside it"])
     if not isinstance(args, tuple):
         raise UsageError(f"args is {type(args).__name__}, not a tuple of positional arguments")
     if loss_fn is not None and not callable(loss_fn):
@@ -185,10 +197,12 @@ def _draft(captured: Captured, model: nn.Module, inputs: Any, notes: list[str], 
                 raise NotTraceable(
                     "the model makes a tensor from numbers on the meta device, where they are lost",
                     [],
-                    ["make it a registered buffer, or make the tensor on the device of another one"],
+                    ["build the model with shardplan.meta_model(factory), which keeps such tensors"],
                 )
             draft.sources[node] = Source("constant", f"constant_{len(draft.constants)}")
             draft.constants[node] = what.detach()
+        elif kind == "object":
+            raise not_traceable(_reader(node), "reads an object that is neither a tensor nor a number")
         elif isinstance(leaves[what], torch.Tensor):
             carries = leaves[what].ndim > 0 and leaves[what].shape[0] == batch_size
             leaf = what if what < call_leaves else -1
@@ -202,8 +216,17 @@ def _draft(captured: Captured, model: nn.Module, inputs: Any, notes: list[str], 
             captured.module.graph.erase_node(node)
     _flatten_output(captured)
     drop_checks.drop(captured.module.graph)
+    for node in draft.ops():
+        if not known_target(node.target):
+            called = getattr(node.target, "__name__", node.target)
+            raise not_traceable(node, f"calls {called}, which is not an operator")
     _refuse_unknown_sizes(captured.module)
     return draft
+
+
+def _reader(node: fx.Node) -> fx.Node:
+    """The first node that reads a value: it tells which module that was."""
+    return next(iter(node.users), node)
 
 
 def _canonical_names(model: nn.Module) -> dict[str, tuple[str, tuple[str, ...]]]:

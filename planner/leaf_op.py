@@ -108,6 +108,27 @@ class Input:
     position: int
 
 
+@dataclass(frozen=True, slots=True)
+class Form:
+    """The structure of a pytree as plain data, which every version of PyTorch pickles. kind: None for a leaf."""
+
+    kind: Any
+    context: Any = None
+    parts: tuple[Form, ...] = ()
+
+    @staticmethod
+    def of(spec: pytree.TreeSpec) -> Form:
+        if spec.is_leaf():
+            return Form(None)
+        children = spec.children() if hasattr(spec, "children") else spec.children_specs
+        return Form(spec.type, spec.context, tuple(map(Form.of, children)))
+
+    def spec(self) -> pytree.TreeSpec:
+        if self.kind is None:
+            return pytree.tree_structure(0)
+        return pytree.TreeSpec(self.kind, self.context, [part.spec() for part in self.parts])
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Leaf:
     """A submodule that is run whole, called with tensors in the order of the op's argument ``tensors``.
@@ -115,8 +136,9 @@ class Leaf:
     name: the submodule's qualified name, with ``#2`` for its second call.
     module: the submodule without values (its parameters and buffers on the meta device).
     held: its parameters and buffers, each once, behind the `inputs` tensors of the call.
-    arguments: the call's (args, kwargs), with an `Input` where a tensor stands.
+    form, values: the call's (args, kwargs): its structure, and its leaves with an `Input` where a tensor stands.
     autocast: dtype of the autocast region in which the module was called, or None.
+    grad: the module runs with gradients enabled even where nobody wants any (it calls autograd itself).
     constants: per leaf of what the module returns: None for a tensor, else a tuple of the plain value.
     ranges: least and largest entry of every integer among the tensors, as the example had them (None for others).
     flops: of the forward run on the example; results: how many numbers it gave.
@@ -127,8 +149,10 @@ class Leaf:
     module: nn.Module
     held: tuple[Held, ...]
     inputs: int
-    arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    form: Form
+    values: tuple[Any, ...]
     autocast: torch.dtype | None = None
+    grad: bool = False
     constants: tuple[tuple[Any] | None, ...] = ()
     ranges: tuple[tuple[int, int] | None, ...] = ()
     flops: float = 0.0
@@ -140,11 +164,15 @@ class Leaf:
 
     def call(self, *tensors: torch.Tensor) -> Any:
         """What the module returns."""
-        args, kwargs = pytree.tree_map_only(Input, lambda given: tensors[given.position], self.arguments)
+        flat = [tensors[value.position] if isinstance(value, Input) else value for value in self.values]
+        args, kwargs = pytree.tree_unflatten(flat, self.form.spec())
         device_type = tensors[0].device.type if tensors else "cpu"
         region = torch.autocast(device_type, dtype=self.autocast) if self.autocast else contextlib.nullcontext()
-        with RUNNING, _filled(self, tensors[self.inputs :]), region:
-            return self.module(*args, **kwargs)
+        silent = self.grad and not torch.is_grad_enabled()
+        graded = torch.enable_grad() if silent else contextlib.nullcontext()
+        with RUNNING, _filled(self, tensors[self.inputs :]), region, graded:
+            returned = self.module(*args, **kwargs)
+        return pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, returned) if silent else returned
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The tensors that the module returns. Raises LeafChanged where it returns something else beside them than

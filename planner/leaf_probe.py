@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from shardplan.planner.costs.base import OpSaves
 from shardplan.planner.leaf_op import RUNNING, Leaf, LeafResult, plain
@@ -74,6 +76,10 @@ def plain_drawing(seed: int) -> Iterator[None]:
 
 def examine(leaf: Leaf, inputs: Sequence[torch.Tensor], held: Sequence[torch.Tensor], training: bool) -> Facts:
     """Run the leaf. inputs, held: real tensors. Raises Unsuitable, and whatever the module raises."""
+    try:
+        _run(leaf, inputs, held, False)
+    except RuntimeError:
+        leaf = replace(leaf, grad=True)  # if that does not help the next run says why
     first = _run(leaf, inputs, held, training, observed=True)
     if not first.tensors:
         raise Unsuitable("returns no tensor")
@@ -185,8 +191,6 @@ def _run(
     training: bool,
     observed: bool = False,
 ) -> _Run:
-    from torch.utils.flop_counter import FlopCounterMode
-
     given = [_fresh(t, training and _floating(t)) for t in inputs]
     given += [_fresh(t, training and t.requires_grad) for t in held]
     before = [t.detach().clone() for t in given] if observed else []
@@ -196,7 +200,7 @@ def _run(
         kept.append(tensor)
         return tensor
 
-    counter = FlopCounterMode(display=False)
+    counter = _Counter()
     with drawing(0), torch.set_grad_enabled(training):
         states = _states()
         if observed:
@@ -214,8 +218,22 @@ def _run(
         tuple(not _same(now, then) for now, then in zip(given, before, strict=True)) if observed else (),
         drew,
         kept,
-        float(counter.get_total_flops()) if observed else 0.0,
+        counter.flops,
     )
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up the arithmetic of the ops that run, by PyTorch's formulas. (`FlopCounterMode` puts hooks into modules,
+    which do not bear it when these call autograd themselves.)"""
+
+    flops = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(getattr(func, "_overloadpacket", None))
+        if formula is not None:
+            self.flops += float(formula(*args, **(kwargs or {}), out_val=made))
+        return made
 
 
 def _states() -> tuple[Any, ...]:
@@ -275,8 +293,9 @@ def prove_split(
     backward.
 
     samples: inputs to try; dims: per input, the dim that carries the batch; batch: its size. -> per result, the dim
-    along which the parts are put together, or "sum"; whether every parameter always got a gradient. Raises Unsuitable with the reason where parts do not give the
-    whole. What random inputs do not show it cannot find; single samples show most of what mixes samples.
+    along which the parts are put together, or "sum"; and whether every parameter always got a gradient. Raises
+    Unsuitable with the reason where parts do not give the whole. What random inputs do not show it cannot find; single
+    samples show most of what mixes samples.
     """
     if facts.draws:
         raise Unsuitable("draws random numbers")

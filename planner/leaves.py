@@ -24,8 +24,9 @@ from torch.utils import _pytree as pytree
 from shardplan.errors import NotTraceable, UsageError
 from shardplan.planner import leaf_probe
 from shardplan.planner.constraints import matches
-from shardplan.planner.leaf_op import LEAF, Input, Leaf, held_by, is_leaf, results_text, tensor_at
+from shardplan.planner.leaf_op import LEAF, Form, Input, Leaf, held_by, is_leaf, results_text, tensor_at
 from shardplan.planner.leaf_probe import Facts, Unsuitable
+from shardplan.planner.passes.draft import way_out
 from shardplan.planner.placement import D, Mesh, P, Placement, R, S
 from shardplan.planner.propagate import follow, placed
 from shardplan.planner.rules import Strategy, forget_strategies
@@ -64,9 +65,6 @@ class _Call:
     spec: pytree.TreeSpec
     flat: tuple[Any, ...]
     autocast: torch.dtype | None
-
-    def arguments(self) -> Any:
-        return pytree.tree_unflatten(self.flat, self.spec)
 
     @property
     def name(self) -> str:
@@ -147,6 +145,12 @@ class Leaves:
         self._record()
         return True
 
+    def last_word(self, error: NotTraceable) -> NotTraceable:
+        """The error for the user, of which no leaf can be made."""
+        if not error.module or error.module not in self.reasons:
+            return error
+        return NotTraceable(error.title, [*error.details, f"{error.module} is kept whole already"], way_out(""))
+
     def _add(self, path: str, reason: str) -> None:
         if any(path == leaf or path.startswith(f"{leaf}.") for leaf in self.reasons):
             return
@@ -194,8 +198,8 @@ class Leaves:
     def _run(self, call: _Call, inputs: list[torch.Tensor] | None) -> None:
         module = self.model.get_submodule(call.path)
         leaf = Leaf(
-            call.name, _structure(module, self.evaluate), held_by(module), len(call.tensors), call.arguments(),
-            autocast=call.autocast, digest=_digest(module),
+            call.name, _structure(module, self.evaluate), held_by(module), len(call.tensors),
+            Form.of(call.spec), call.flat, call.autocast, digest=_digest(module),
         )  # fmt: skip
         held = [_valued(tensor_at(module, part), i) for i, part in enumerate(leaf.held)]
         try:

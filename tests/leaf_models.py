@@ -8,6 +8,7 @@ import numpy
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 DIM = 8
 
@@ -42,6 +43,12 @@ class Experts(nn.Module):
         super().__init__()
         self.gate = nn.Linear(DIM, count)
         self.experts = nn.ModuleList(nn.Linear(DIM, DIM) for _ in range(count))
+
+    @property
+    def first(self) -> nn.Linear:
+        found = self.experts[0]
+        assert isinstance(found, nn.Linear)
+        return found
 
     def forward(self, x):
         weight, chosen = self.gate(x).softmax(-1).max(-1)
@@ -83,7 +90,7 @@ class Answer:
     name: str
 
 
-torch.utils._pytree.register_dataclass(Answer)
+pytree.register_dataclass(Answer)
 
 
 class Nested(nn.Module):
@@ -135,10 +142,11 @@ class Layers(nn.Module):
 
     def __init__(self, count: int = 4) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Around(Experts()) for _ in range(count))
+        parts = [Experts() for _ in range(count)]
+        self.layers = nn.ModuleList(Around(part) for part in parts)
         self.head = nn.Linear(DIM, DIM)
-        self.layers[0].part.gate.weight.requires_grad_(False)
-        self.head.weight = self.layers[0].part.experts[0].weight
+        parts[0].gate.weight.requires_grad_(False)
+        self.head.weight = parts[0].first.weight
 
     def forward(self, x):
         for layer in self.layers:

@@ -107,7 +107,7 @@ def way_out(path: str | None) -> list[str]:
     if path is None:
         return []
     if path:
-        return [f'constraints=[leaf("{path}")] keeps it whole', f"choose with torch.where or torch.cond in {path}"]
+        return [f'constraints=[leaf("{path}")] keeps it whole', f"choose with torch.where in {path}"]
     return ['move that part into a submodule "name": it is then kept whole, as by constraints=[leaf("name")]']
 
 

@@ -27,7 +27,7 @@ def verify(draft: Draft, deep: bool = False) -> None:
             names.add((source.kind, source.name))
             _check((source.kind == "constant") == (node in draft.constants), node, "constant and value do not match")
         elif node.op == "call_function":
-            _check(_known(node.target), node, f"unknown target {node.target}")
+            _check(known_target(node.target), node, f"unknown target {node.target}")
             if node.target is not operator.getitem and _has_result(node.target):
                 _check("val" in node.meta, node, "no recorded value")
             _check(not _symbolic(node.meta.get("val")), node, "symbolic size")
@@ -46,7 +46,8 @@ def _check(condition: bool, node: fx.Node, what: str) -> None:
         raise BrokenGraph(f"{node.format_node()}: {what}")
 
 
-def _known(target: Any) -> bool:
+def known_target(target: Any) -> bool:
+    """Whether a call_function may have the target."""
     return isinstance(target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator)) or target is operator.getitem
 
 

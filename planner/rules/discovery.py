@@ -27,7 +27,7 @@ from shardplan.planner.trace import info, infos, mutated, tensor_args
 
 log = logging.getLogger(__name__)
 
-_METHOD = 3
+_METHOD = 4
 """Of how rules are found; an answer of another method is not read."""
 _SHIPPED = frozenset({"aten", "prims"})
 _UNTRIED = tuple(

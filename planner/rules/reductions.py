@@ -30,8 +30,9 @@ def group_norm(node: fx.Node) -> list[Strategy]:
     """Channels are split group by group."""
     shape = shapes(node)[0]
     term: Term = ["n", "c", *[None] * (len(shape) - 2)]
+    channels: Term = ["c"]
     groups = {"c": int(argument(node, "num_groups"))}
-    return split_letters(node, [term, *[["c"]] * (len(tensor_args(node)) - 1)], [term], groups=groups)
+    return split_letters(node, [term, *[channels] * (len(tensor_args(node)) - 1)], [term], groups=groups)
 
 
 def instance_norm(node: fx.Node) -> list[Strategy]:

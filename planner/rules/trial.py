@@ -289,13 +289,19 @@ def candidates(question: Question) -> Iterator[Candidate]:
         return {t.shape[p.dim] for t, p in zip(question.tensors, placements, strict=True) if p is not None}
 
     count = math.prod(map(len, options))
+    floats = [i for i, t in enumerate(question.tensors) if t.dtype.is_floating_point or t.dtype.is_complex]
     for placements in itertools.islice(itertools.product(*options), 50 * MOST_CANDIDATES):
         sizes = extents(placements)
         # A letter that two tensors share has one extent in both, or one is a multiple of the other (grouped heads).
         alike = len(sizes) == 1 or (count <= MOST_CANDIDATES and sizes and not max(sizes) % min(sizes))
         if alike:
             yield Candidate(_name(placements), placements)
-    floats = [i for i, t in enumerate(question.tensors) if t.dtype.is_floating_point or t.dtype.is_complex]
+            # What is added to a sum of summands (a bias) is a summand itself.
+            if sum(p is not None for p in placements) > 1:
+                for slot in floats:
+                    if placements[slot] is None:
+                        added = tuple(P if i == slot else p for i, p in enumerate(placements))
+                        yield Candidate(_name(placements), added)
     for slots in dict.fromkeys([*((i,) for i in floats), tuple(floats)]):
         if slots:
             yield Candidate("p", tuple(P if i in slots else None for i in range(len(question.tensors))))
@@ -303,7 +309,7 @@ def candidates(question: Question) -> Iterator[Candidate]:
 
 def _name(placements: Sequence[Placement | None]) -> str:
     """The first argument that is split, and its dim."""
-    slot, placement = next((i, p) for i, p in enumerate(placements) if p is not None)
+    slot, placement = next((i, p) for i, p in enumerate(placements) if p is not None and p.is_shard)
     return f"x{slot}.{placement.dim}"
 
 

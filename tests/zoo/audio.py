@@ -168,6 +168,7 @@ class WaveNet(nn.Module):
 
 
 def wavenet() -> Case:
+    """Dilated causal convolutions with gates and summed skips over quantised samples."""
     samples = torch.randint(0, 32, (BATCH, 24))
     return Case(WaveNet(), {"samples": samples, "target": samples.roll(-1, 1)}, F.cross_entropy)
 
@@ -193,6 +194,7 @@ class SpectrogramNet(nn.Module):
 
 
 def spectrogram_net() -> Case:
+    """Short-time Fourier transform, separable convolutions, pooling of means and deviations; batch normalisation."""
     batch = {"wave": torch.randn(BATCH, 160), "target": torch.randint(0, 6, (BATCH,))}
     return Case(SpectrogramNet(), batch, F.cross_entropy)
 

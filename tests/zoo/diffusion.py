@@ -182,6 +182,7 @@ class DiT(nn.Module):
 
 
 def dit() -> Case:
+    """Diffusion transformer with modulated norms and class labels."""
     batch = _noisy() | {"y": torch.randint(0, 10, (BATCH,)), "target": torch.randn(BATCH, 4, 8, 8)}
     return Case(DiT(), batch, F.mse_loss)
 

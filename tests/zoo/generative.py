@@ -147,6 +147,7 @@ def _flow_likelihood(output: tuple[torch.Tensor, torch.Tensor], target: torch.Te
 
 
 def normalising_flow() -> Case:
+    """Affine couplings, log determinants of linear maps, likelihood weighted per sample."""
     batch = {"x": torch.randn(BATCH, 8), "target": torch.rand(BATCH) + 0.5}
     return Case(Flow(), batch, _flow_likelihood)
 
@@ -193,6 +194,7 @@ class DeepSets(nn.Module):
 
 
 def set_transformer() -> Case:
+    """Induced points attend to padded sets, pooled by a learned seed."""
     padded = torch.arange(6) >= 6 - torch.arange(BATCH)[:, None] % 3
     batch = {"x": torch.randn(BATCH, 6, 4), "padded": padded, "target": torch.randn(BATCH)}
     return Case(DeepSets(), batch, F.huber_loss)

@@ -194,6 +194,7 @@ class PointNet(nn.Module):
 
 
 def point_cloud() -> Case:
+    """Nearest neighbours by distance and top-k, edge convolutions, maxima."""
     batch = {"points": torch.randn(BATCH, 12, 3), "target": torch.randint(0, 4, (BATCH,))}
     return Case(PointNet(), batch, F.cross_entropy)
 

@@ -455,6 +455,7 @@ class NeuralField(nn.Module):
 
 
 def radiance_field() -> Case:
+    """Positions encoded by octaves, colours composed along rays by a cumulative product."""
     batch = {"origin": torch.randn(BATCH, 3), "direction": F.normalize(torch.randn(BATCH, 3), dim=-1)}
     return Case(NeuralField(), batch | {"target": torch.rand(BATCH, 3)}, F.mse_loss)
 

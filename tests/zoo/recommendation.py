@@ -46,6 +46,7 @@ def _clicks() -> torch.Tensor:
 
 
 def dlrm() -> Case:
+    """Embedding bags, products of all pairs of features, two mlps."""
     batch = {"dense": torch.randn(BATCH, 8), "sparse": torch.randint(0, ITEMS, (BATCH, 3, 4)), "target": _clicks()}
     return Case(DLRM(), batch, F.binary_cross_entropy_with_logits)
 
@@ -136,6 +137,7 @@ class FactorizationMachine(nn.Module):
 
 
 def deepfm() -> Case:
+    """Factorisation machine and an mlp over one table with offsets; probabilities."""
     batch = {"ids": torch.randint(0, 64, (BATCH, 4)), "target": _clicks()}
     return Case(FactorizationMachine(), batch, F.binary_cross_entropy)
 

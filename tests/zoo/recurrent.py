@@ -39,6 +39,7 @@ def lstm() -> Case:
 
 
 def gru() -> Case:
+    """Two layers of gated recurrent units."""
     return _language(Recurrent(nn.GRU(32, 32, 2, batch_first=True), 32))
 
 
@@ -61,6 +62,7 @@ class CellLoop(nn.Module):
 
 
 def rnn_cells() -> Case:
+    """LSTM and GRU cells called in a loop over time."""
     return _language(Recurrent(CellLoop(), 32))
 
 
@@ -115,6 +117,7 @@ class Seq2Seq(nn.Module):
 
 
 def seq2seq_attention() -> Case:
+    """Recurrent encoder and decoder with additive attention, padding masked."""
     source = tokens(WORDS, BATCH, LENGTH)
     source[::2, -3:] = 0
     ids = tokens(WORDS, BATCH, 6)
@@ -170,6 +173,7 @@ class Residual(nn.Module):
 
 
 def s4d() -> Case:
+    """Diagonal state space as a long convolution by FFT, complex kernel."""
     return _language(Residual([S4D(), S4D()]))
 
 
@@ -243,6 +247,7 @@ class LinearAttention(nn.Module):
 
 
 def linear_attention() -> Case:
+    """Causal linear attention by cumulative sums of outer products."""
     return _language(Residual([LinearAttention(), LinearAttention()]))
 
 

@@ -56,6 +56,7 @@ def beit() -> Case:
 
 
 def dinov2() -> Case:
+    """Vision transformer with layer scale and a class token beside the mean of the patches."""
     from transformers import Dinov2Config, Dinov2ForImageClassification
 
     config = Dinov2Config(**small(mlp_ratio=2))
@@ -190,6 +191,7 @@ class VGG(nn.Module):
 
 
 def vgg() -> Case:
+    """Stacked 3 x 3 convolutions, pools, a wide classifier."""
     return Case(VGG(), {"x": images(), "target": labels()}, F.cross_entropy)
 
 
@@ -212,6 +214,7 @@ class AlexNet(nn.Module):
 
 
 def alexnet() -> Case:
+    """Strided and grouped convolutions, local response normalisation, overlapping pools."""
     return Case(AlexNet(), {"x": images(), "target": labels()}, F.cross_entropy)
 
 
@@ -248,6 +251,7 @@ class DenseNet(nn.Module):
 
 
 def densenet() -> Case:
+    """Every layer reads the concatenation of all before it; batch normalisation."""
     return Case(DenseNet(), {"x": images(), "target": labels()}, F.cross_entropy)
 
 
@@ -380,6 +384,7 @@ class ShuffleNet(nn.Module):
 
 
 def shufflenet() -> Case:
+    """Grouped and depthwise convolutions with shuffled channels; batch normalisation."""
     return Case(ShuffleNet(), {"x": images(), "target": labels()}, F.cross_entropy)
 
 
@@ -412,6 +417,7 @@ class Mixer(nn.Module):
 
 
 def mlp_mixer() -> Case:
+    """Linears over tokens and over channels, patches by unfolding."""
     return Case(Mixer(), {"x": images(), "target": labels()}, F.cross_entropy)
 
 
@@ -434,6 +440,7 @@ class SpatialTransformer(nn.Module):
 
 
 def spatial_transformer() -> Case:
+    """An image warped by a grid that a network chose, sampled bilinearly."""
     return Case(SpatialTransformer(), {"x": images(16, 1), "target": labels()}, F.cross_entropy)
 
 

@@ -7,13 +7,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from shardplan.planner.cluster import Cluster
 from shardplan.planner.export import trace_model
 from shardplan.planner.placement import Mesh
+from shardplan.planner.plan import Plan
 from shardplan.planner.propagate import follow
 from shardplan.planner.rules import has_rule, is_discovered
+from shardplan.planner.search import SolveOptions, solve
 from shardplan.rewrite import compile
 from shardplan.rewrite.reference import run_program
 from tests.plans import random_plan
+from tests.prices import SimplePrices
 from tests.test_discovery import custom
 
 MESHES = ({"dp": 2}, {"tp": 2}, {"pp": 2}, {"dp": 2, "tp": 2})
@@ -114,3 +118,34 @@ def test_the_batch_is_split_all_the_way(kind, axis):
     assert found.reason is None
     whole = [n for n, s in found.strategies.items() if not s.is_split and n not in trace.shared]
     assert not [n for n in whole if trace.node(n).op == "call_function"], whole
+
+
+@torch.library.custom_op("discovery::elsewhere", mutates_args=())
+def elsewhere(x: torch.Tensor) -> torch.Tensor:
+    """Has no kernel for the devices that there are."""
+    raise NotImplementedError("made for another device")
+
+
+elsewhere.register_fake(torch.empty_like)
+elsewhere.register_autograd(lambda ctx, g: g)
+
+
+class Elsewhere(Custom):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x, gate = torch.ops.discovery.elsewhere(self.up(self.embed(ids))).chunk(2, -1)
+        y, z = torch.ops.discovery.spread(torch.ops.discovery.gated_norm(x, gate, self.weight))
+        return self.down(y + z.unsqueeze(1)).pow(2).mean()
+
+
+def test_the_plan_says_what_was_discovered_and_what_could_not_be():
+    """An op that cannot be run is replicated and listed, with its share of the time and the reason."""
+    model, batch = made(Elsewhere)
+    cluster = Cluster.cpu(2, "8 GiB")
+    plan = solve(trace_model(model, (), batch), cluster, SimplePrices(cluster), SolveOptions())
+    (bare,) = plan.replicated_ops
+    assert bare[:2] == ("discovery.elsewhere", 1) and 0 < bare[2] <= 1
+    assert bare[3] == "made for another device"
+    assert {op: nodes for op, nodes, _ in plan.discovered_ops} == {"discovery.gated_norm": 1, "discovery.spread": 1}
+    text = str(plan)
+    assert "discovery.elsewhere" in text and "made for another device" in text and "S(0) S(0) D -> S(0)" in text
+    assert Plan.from_json(plan.to_json()) == plan

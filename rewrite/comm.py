@@ -15,8 +15,6 @@ class Comm(Protocol):
     """All methods return new tensors and never change their input. `axis` is a mesh axis of the stage; on an axis of
     size 1 every method is the identity."""
 
-    training: bool
-
     def size(self, axis: str) -> int:
         """Number of ranks on the axis."""
         ...

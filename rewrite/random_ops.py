@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from shardplan.rewrite.comm import Comm
@@ -127,21 +126,17 @@ def _noise(draws: Source, p: float, dtype: torch.dtype) -> torch.Tensor:
 
 def dropout(comm: Comm, site: int, where: str, x: torch.Tensor, p: float) -> torch.Tensor:
     """Elementwise, or of whole features where `where` has extents of 1."""
-    return x * _noise(source(comm, site, where, x.device), p, x.dtype) if comm.training else x
+    return x * _noise(source(comm, site, where, x.device), p, x.dtype)
 
 
 def native_dropout(comm: Comm, site: int, where: str, x: torch.Tensor, p: float) -> tuple[torch.Tensor, torch.Tensor]:
     """-> (dropped out, mask bool)."""
-    if not comm.training:
-        return x.clone(), torch.ones_like(x, dtype=torch.bool)
     noise = _noise(source(comm, site, where, x.device), p, x.dtype)
     return x * noise, noise != 0
 
 
 def alpha_dropout(comm: Comm, site: int, where: str, x: torch.Tensor, p: float) -> torch.Tensor:
     """Klambauer et al. 2017, section 3: dropped values become those of a saturated SELU, mean and variance are kept."""
-    if not comm.training:
-        return x
     if p >= 1:
         return x * 0
     kept = source(comm, site, where, x.device).chance(1 - p, x.dtype)
@@ -152,8 +147,6 @@ def alpha_dropout(comm: Comm, site: int, where: str, x: torch.Tensor, p: float) 
 
 def rrelu(comm: Comm, site: int, where: str, x: torch.Tensor, lower: float, upper: float) -> torch.Tensor:
     """Negative values are multiplied by a uniform number."""
-    if not comm.training:
-        return aten.leaky_relu.default(x, (lower + upper) / 2)
     slope = source(comm, site, where, x.device).uniform(_wide(x.dtype)).mul_(upper - lower).add_(lower).to(x.dtype)
     return torch.where(x <= 0, x * slope, x)
 
@@ -180,10 +173,6 @@ def attention(
     Fused kernels draw by their own tiles, so the weights are computed here: all of them, or, where they are many, some
     rows at a time, which the backward computes again.
     """
-    if not comm.training:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
     rows = query.shape[-2]
@@ -256,7 +245,7 @@ def recurrent(
     per_layer = len(weights) // layers
     ends: list[list[torch.Tensor]] = []
     for layer in range(layers):
-        if layer and comm.training:
+        if layer:
             x = dropout_stream(comm, site, where, x, p, layer)
         mine = [s[layer * directions : (layer + 1) * directions] for s in states]
         given = mine if isinstance(state, (tuple, list)) else mine[0]

@@ -38,12 +38,11 @@ def run_program(
     program: Program,
     state: Mapping[str, torch.Tensor],
     batch: Mapping[str, torch.Tensor],
-    training: bool = True,
     seed: int = 0,
 ) -> ReferenceResult:
     """state: whole parameters and buffers by name; batch: whole inputs by name; seed: of random ops. One step (the
     first of a job), no optimizer."""
-    return _Run(program, state, batch, training, seed).run()
+    return _Run(program, state, batch, seed).run()
 
 
 class _Run:
@@ -52,7 +51,6 @@ class _Run:
         program: Program,
         state: Mapping[str, torch.Tensor],
         batch: Mapping[str, torch.Tensor],
-        training: bool,
         seed: int,
     ) -> None:
         self.program = program
@@ -62,7 +60,6 @@ class _Run:
         self.comms = [make_comms(placement.mesh) for placement in program.placement]
         for comms in self.comms:
             for comm in comms.values():
-                comm.training = training
                 comm.base_seed = seed
         self.tensors: list[dict[Coordinate, Tensors]] = []
         for stage, placement in enumerate(program.placement):

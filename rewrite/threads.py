@@ -37,7 +37,6 @@ class ThreadComm:
         self.mesh = mesh
         self.coordinate = coordinate
         self.exchanges = exchanges
-        self.training = True
         self.microbatch = 0
         self.base_seed = 0
         self.step = 0

@@ -44,12 +44,11 @@ class DistComm:
     """`rewrite.comm.Comm` of one rank in one stage.
 
     The groups' own methods are called: the functions of torch.distributed cost a third more for a small tensor.
-    microbatch, step and training are set by the executor before it runs stage code (also before a backward, which may
+    microbatch and step are set by the executor before it runs stage code (also before a backward, which may
     recompute).
     """
 
     def __init__(self, placement: StageRanks, rank: int, groups: Groups, seed: int = 0) -> None:
-        self.training = True
         self.microbatch = 0
         self.step = 0
         self.base_seed = seed

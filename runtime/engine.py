@@ -129,7 +129,7 @@ class Engine:
             # The sum over ranks is taken of this step's gradients only; the earlier ones are summed already.
             earlier = {name: p.grad for name, p in self.shards.parameters.items()}
             self.zero_grad()
-        share, _ = executor.run(batch, True, optimizer_step, self.steps)
+        share, _ = executor.run(batch, optimizer_step, self.steps)
         if self.clip is not None and optimizer_step is not None and executor.stage < 0:
             self._optimize()  # the norm is a sum over all ranks, idle ones included
         for name, grad in (earlier or {}).items():
@@ -145,16 +145,14 @@ class Engine:
         if self.optimizer is not None:
             self.optimizer.step()
 
-    def forward(
-        self, batch: Batch, training: bool = True, everywhere: bool = True, key: str = "forward"
-    ) -> dict[int, torch.Tensor]:
+    def forward(self, batch: Batch, everywhere: bool = True, key: str = "forward") -> dict[int, torch.Tensor]:
         """Outputs of the model on the global batch: position in the traced outputs -> whole tensor.
 
         everywhere: on every rank, else on rank 0 only ({} on the others).
         """
         executor = self.executor(key)
         with torch.no_grad():
-            _, held = executor.run(batch, training, None, self.steps)
+            _, held = executor.run(batch, None, self.steps)
             return collect_outputs(executor.program, self.rank, self.device, held, everywhere)
 
     # -- whole tensors -------------------------------------------------------------------------------------------------

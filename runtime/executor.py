@@ -180,7 +180,6 @@ class Executor:
     def run(
         self,
         batch: Tensors,
-        training: bool = True,
         optimizer_step: Callable[[], None] | None = None,
         step: int = 0,
     ) -> tuple[torch.Tensor | None, list[dict[int, torch.Tensor]]]:
@@ -192,7 +191,7 @@ class Executor:
         if self.stage < 0:
             return None, []
         self.inputs.start(batch)
-        self.comm.training, self.comm.step = training, step
+        self.comm.step = step
         self._optimizer_step = optimizer_step
         self._flights: dict[int, _Flight] = {}
         self._arriving: dict[tuple[str, int], tuple[torch.Tensor, Any]] = {}

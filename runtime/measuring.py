@@ -45,7 +45,7 @@ def measure(
         timed = index > steps
         executor.spans = [] if timed else None
         origin = time.perf_counter()
-        share, _ = executor.run(batch, True, None, number)
+        share, _ = executor.run(batch, None, number)
         executor.whole_loss(share)
         if executor.device.type == "cuda":
             torch.cuda.synchronize(executor.device)

@@ -116,7 +116,7 @@ def test_evaluation_without_labels(planned, name, degrees):
     state = {k: v.detach() for k, v in evaluated.state_dict(keep_vars=True).items()}
     state |= {k: v.detach() for k, v in evaluated.named_buffers()}
     batch = {s.name: call[s.name] for s in again.sources.values() if s.kind == "input"}
-    found = run_program(program, state, batch, training=False)
+    found = run_program(program, state, batch)
     with torch.no_grad():
         expected = [t for t in pytree.tree_leaves(evaluated(**call)) if torch.is_tensor(t)]
     assert len(found.outputs) == len(expected) > 0

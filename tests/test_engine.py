@@ -64,7 +64,7 @@ def train(rank, programs, state, batch, steps, clip=None, save=None, load=None):
     answer["losses"] = [float(engine.train_step(batch)) for _ in range(steps)]
     answer["state"] = engine.full_state_dict()
     if "forward" in programs:
-        answer["outputs"] = engine.forward(batch, training=True)
+        answer["outputs"] = engine.forward(batch)
     if save:
         engine.save(save, {"note": 1})
     engine.close()

@@ -235,18 +235,18 @@ def test_low_precision_is_no_worse_than_on_one_device(model, dtype):
 
 
 def test_parameters_of_several_dtypes():
-    model = made(Perceptron())
-    model.net[3].to(torch.float32)
-
     class Casting(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = model.net
+            self.body = Perceptron()
+            self.head = nn.Linear(CLASSES, CLASSES)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.inner[3](self.inner[2](self.inner[1](self.inner[0](x))).float())
+            return self.head(self.body(x).float())
 
-    check(Case(Casting(), (rows(WIDTH),), F.cross_entropy, labels()), FEW, tolerance=1e-5)
+    model = made(Casting())
+    model.get_submodule("head").to(torch.float32)
+    check(Case(model, (rows(WIDTH),), F.cross_entropy, labels()), FEW, tolerance=1e-5)
 
 
 class Under(nn.Module):

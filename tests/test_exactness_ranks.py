@@ -3,6 +3,8 @@ changes."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ from tests.test_exactness_losses import LOSSES, UNEVEN, Tagger, tokens
 from tests.test_random_plans import Noisy, loss_of
 
 
-def program(planned: Planned, **plan: int) -> dict[str, Program]:
+def program(planned: Planned, **plan: Any) -> dict[str, Program]:
     return {"train": compile(planned.trace, random_plan(planned.trace, **plan))}
 
 

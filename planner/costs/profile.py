@@ -8,11 +8,12 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shardplan.planner.leaf_op import Leaf
 from shardplan.planner.rules.localize import LocalCall, Slot
@@ -103,13 +104,22 @@ def measure(call: LocalCall, device: torch.device) -> tuple[float, float] | None
         return None
 
 
+def _as_composed(call: LocalCall) -> AbstractContextManager[Any]:
+    """Attention with dropout is run without a fused kernel, which draws by its own tiles (see `rewrite.random_ops`)."""
+    dropout = call.args[4] if len(call.args) > 4 else call.kwargs.get("dropout_p", 0.0)
+    if call.target is aten.scaled_dot_product_attention.default and dropout:
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
+
+
 def _measure(call: LocalCall, device: torch.device) -> tuple[float, float]:
     inputs = _tensors(call, device)
     grads = [tensor for tensor in inputs if tensor.requires_grad]
     args, kwargs = _filled(call.args, inputs), {k: _filled(v, inputs) for k, v in call.kwargs.items()}
 
     def run() -> Any:
-        return call.target(*args, **kwargs)
+        with _as_composed(call):
+            return call.target(*args, **kwargs)
 
     with torch.set_grad_enabled(bool(grads)):
         forward = _timed(run, device)

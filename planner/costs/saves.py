@@ -12,6 +12,7 @@ from torch.fx.node import map_arg
 
 from shardplan.planner.costs.base import OpSaves
 from shardplan.planner.rules import schema
+from shardplan.planner.rules.randomness import draws
 from shardplan.planner.trace import info, infos, is_tensor, leaf_of, needs_grad, tensor_args
 
 
@@ -53,9 +54,10 @@ def observe(node: fx.Node, torch_device: str = "cpu") -> OpSaves:
 
 
 def _is_fused_attention(node: fx.Node) -> bool:
-    """Whether CUDA runs the op without the matrix of scores. Its kernels take dropout and masks, which those of the CPU
-    that are watched here do not all; grouped heads only flash attention takes: half precision, no mask."""
-    if node.target is not torch.ops.aten.scaled_dot_product_attention.default:
+    """Whether CUDA runs the op without the matrix of scores. Its kernels take masks, which those of the CPU that are
+    watched here do not all; grouped heads only flash attention takes: half precision, no mask. With dropout a rank
+    computes the scores itself (`rewrite.random_ops`)."""
+    if node.target is not torch.ops.aten.scaled_dot_product_attention.default or draws(node):
         return False
     dtype = infos(node)[0].dtype
     if schema.argument(node, "enable_gqa"):

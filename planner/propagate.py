@@ -18,6 +18,7 @@ from shardplan.planner.placement import (
     COLLECTIVES,
     MICROBATCH_AXIS,
     D,
+    Layout,
     Mesh,
     P,
     Placement,
@@ -60,6 +61,26 @@ def follow_batch(trace: Trace, mesh: Mesh) -> dict[str, Follow]:
         if mesh.size(axis) > 1:
             found[axis] = follow(trace, axis, mesh, {other: result.strategies for other, result in found.items()})
     return found
+
+
+def parts_of(trace: Trace, follows: Mapping[str, Follow]) -> frozenset[tuple[tuple[int, ...], Layout]]:
+    """The different (shape, placements on the axes of `follows`) of all tensors that ops read and make: what sizes of
+    the axes have to divide.
+
+    Where they divide by multiples of the sizes that the batch was followed for, following it again would give the same:
+    a legal strategy of larger axes is one of smaller ones, and sizes have no other part in the choice.
+    """
+    found: set[tuple[tuple[int, ...], Layout]] = set()
+    for node in trace.nodes():
+        chosen = [f.strategies[node.name] for f in follows.values() if node.name in f.strategies]
+        if len(chosen) < len(follows):
+            continue
+        for index, argument in enumerate(tensor_args(node) if node.op == "call_function" else ()):
+            if is_tensor(argument):
+                found.add((info(argument).shape, tuple(s.inputs[index] for s in chosen)))
+        for index, made in enumerate(infos(node)):
+            found.add((made.shape, tuple(placed(s, index) for s in chosen)))
+    return frozenset(found)
 
 
 def carry(
@@ -171,7 +192,9 @@ class _Follower:
             price = self.price(arguments, strategy)
             if price is None:
                 continue
-            rank = (*price, strategy.is_split != carries, any(p == P for p in strategy.outputs), order)
+            sent, moved = price
+            lost = any(p == P and self.state(a).is_shard for a, p in zip(arguments, strategy.inputs, strict=True))
+            rank = (sent, lost, moved, strategy.is_split != carries, any(p == P for p in strategy.outputs), order)
             if best is None or rank < best[0]:
                 best = rank, strategy
         if best is None:

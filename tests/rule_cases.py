@@ -408,7 +408,7 @@ VIEWS = [
     case("repeat nothing", "-", aten.repeat.default, t(0, 8), [4, 1]),
     case("repeat_interleave flat", "- d", aten.repeat_interleave.self_int, t(4, 8), 2, output_size=64),
     case("expand new", "b0 b1", aten.expand.default, t(8), [4, 8]),
-    case("repeat", "b1 p", aten.repeat.default, t(4, 8), [2, 1]),
+    case("repeat", "b1 c0 p", aten.repeat.default, t(4, 8), [2, 1]),
     case("repeat one", "b0 b1 b2 p", aten.repeat.default, t(1, 8), [4, 6, 1]),
     case("repeat_interleave", "b0 b1 p", aten.repeat_interleave.self_int, t(2, 4, 8), 3, 1),
     case("repeat_interleave size", "b0 b1", aten.repeat_interleave.self_int, t(4, 8), 2, 0, output_size=8),

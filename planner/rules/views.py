@@ -186,7 +186,7 @@ def stack(node: fx.Node, dim: int) -> list[Strategy]:
 
 
 def repeat(node: fx.Node) -> list[Strategy]:
-    """Tiling: a dim of one entry that is repeated is split in the result only."""
+    """Tiling: a dim of one entry that is repeated is split in the result only; a longer one copy by copy."""
     shape = info(tensor_args(node)[0]).shape
     counts = list(argument(node, "repeats") or argument(node, "dims") or ())
     counts = [1] * (len(shape) - len(counts)) + counts  # tile may name fewer than there are
@@ -195,7 +195,13 @@ def repeat(node: fx.Node) -> list[Strategy]:
     result: Term = [
         f"b{i}" if count == 1 or i < offset or shape[i - offset] == 1 else None for i, count in enumerate(counts)
     ]
-    return [*split_letters(node, [term], [result]), linear_in(node, (0,))]
+    found = split_letters(node, [term], [result])
+    for dim, extent in enumerate(shape):
+        count = counts[offset + dim]
+        if count > 1 and extent > 1:
+            copies = S(offset + dim, (extent,) * count)
+            found.append(Strategy(f"c{offset + dim}", (S(dim),), (copies,)))
+    return [*found, linear_in(node, (0,))]
 
 
 def broadcast_tensors(node: fx.Node) -> list[Strategy]:

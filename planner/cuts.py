@@ -73,6 +73,12 @@ def find_cuts(compute: Sequence[fx.Node]) -> list[int]:
     return _merge_embeddings(line, bounds)
 
 
+def possible_cuts(compute: Sequence[fx.Node]) -> list[int]:
+    """Every position in `compute` where a cut is legal, cheap or not."""
+    closed = _Line(compute).closed
+    return [i for i in range(1, len(compute)) if i not in closed]
+
+
 class _Line:
     """The compute nodes by position.
 

@@ -240,14 +240,15 @@ class StageLowering:
     def denominator(self, op: OpContext, axes: tuple[str, ...], weight: fx.Node | None, ignore_index: int) -> fx.Node:
         """The number of tokens (or their weight) of the whole batch that a mean over `axes` divides by.
 
-        Counted before the first microbatch where the target follows from the inputs alone; otherwise counted in place,
-        which only ranks can do, not microbatches.
+        Counted before the first microbatch, over all of them, where the target follows from the inputs alone; otherwise
+        counted in place, which only ranks can do, not microbatches.
         """
         target = tensor_args(op.node)[1]
         weights = [a for a in tensor_args(op.node)[2:3] if weight is not None]
         spatial = tuple(axis for axis in axes if axis != MICROBATCH_AXIS)
         roots = [target, *weights]
-        if any(n.name in self.split.stage_of for root in roots for n in ancestors(root)):
+        same = self.mesh.size(MICROBATCH_AXIS) > 1 and spatial == axes  # every microbatch has the same tokens
+        if same or any(n.name in self.split.stage_of for root in roots for n in ancestors(root)):
             if spatial != axes:
                 raise NotSupported(
                     f"{op.node.name} divides by a count that depends on parameters",

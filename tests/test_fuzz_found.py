@@ -90,6 +90,15 @@ SPLIT = {
         program("", "v = x.flatten(0, 1)", "F.cross_entropy(v, torch.tensor(3))"),
         {"microbatches": 2},
     ),
+    "tokens that every microbatch has all of are counted once": (
+        program(
+            parameter("w", 4, 4),
+            "v = table @ self.w",
+            "F.cross_entropy(v, ids, ignore_index=0) + x.mean()",
+            {"x": "torch.randn(8, 4, dtype=D)", "table": "torch.randn(9, 4, dtype=D)", "ids": "torch.arange(9) % 4"},
+        ),
+        {"tp": 3, "microbatches": 2},
+    ),
     "classes lie on two axes": (
         program("", "v = x.flatten(0, 1)", "F.cross_entropy(v, torch.tensor(3))"),
         {"dp": 2, "tp": 2},

@@ -14,7 +14,7 @@ from shardplan.planner.trace import Trace
 from shardplan.rewrite import compile
 from shardplan.rewrite.reference import run_program
 from tests import models
-from tests.fuzz.plan_draws import Choice, draw_plan
+from tests.fuzz.plan_draws import Choice, draw_plan, recut
 from tests.fuzz.program import Loaded, Program
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 5e-2}
@@ -93,8 +93,8 @@ def trace_of(example: Example) -> Trace:
 
 def check_plan(example: Example, choice: Choice) -> bool:
     """The rewritten program of one plan, its ranks simulated, against eager execution. False: there is no such plan."""
-    trace = example.trace
-    assert trace is not None
+    assert example.trace is not None
+    trace = recut(example.trace, choice)
     plan = draw_plan(trace, choice)
     if plan is None:
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 import torch
@@ -80,8 +81,11 @@ def _finish(b: Builder) -> None:
     if form >= 5:
         _classify(b, x)
         return
-    terms = [_term(b, x)]
-    while len(terms) < 3 and b.draws.chance(2):
+    # Mostly of everything that nobody reads, so that little of the program is dead.
+    text = "\n".join(b.program.body)
+    unread = [v for v in floats if len(re.findall(rf"\b{v}\b", text)) < 2 and v != x]
+    terms = [_term(b, x), *(f"0.1 * {_term(b, v)}" for v in unread[: b.draws.one((2, 8, 8, 0))])]
+    if b.draws.chance(3):
         terms.append(f"0.1 * {_term(b, b.draws.one(floats))}")
     # A trainable parameter for sure, and one that no op reads.
     b.attribute("last", "nn.Parameter(torch.ones(2, dtype=D))")

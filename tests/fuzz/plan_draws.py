@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from shardplan.errors import BatchNotDivisible, ConflictingConstraints, NoFeasiblePlan
 from shardplan.planner import schedules
 from shardplan.planner.cluster import Cluster
 from shardplan.planner.constraints import degrees
+from shardplan.planner.cuts import possible_cuts
 from shardplan.planner.placement import Mesh
 from shardplan.planner.plan import Plan
 from shardplan.planner.propagate import follow_batch
 from shardplan.planner.search import SolveOptions, solve
 from shardplan.planner.stages import split_stages
-from shardplan.planner.trace import Trace
+from shardplan.planner.trace import Segment, Trace
 from tests.fuzz.builder import Draws
 from tests.plans import random_plan
 from tests.prices import SimplePrices
@@ -55,6 +57,18 @@ def draw_choice(data: bytes) -> Choice:
         draws.one((0, 0, 1, 2)), draws.chance(3), draws.below(256),
         draws.chance(24),
     )  # fmt: skip
+
+
+def recut(trace: Trace, choice: Choice) -> Trace:
+    """The trace with its segments cut at random, at more places than the planner would, where it has too few stages."""
+    if choice.pp <= len(trace.segments) or choice.searched:
+        return trace
+    rng = random.Random(choice.seed)
+    compute = [name for segment in trace.segments for name in segment.nodes]
+    places = possible_cuts([trace.node(name) for name in compute])
+    bounds = [0, *sorted(rng.sample(places, min(len(places), choice.pp + 1))), len(compute)]
+    segments = tuple(Segment(f"part{i}", i, tuple(compute[a:b])) for i, (a, b) in enumerate(pairwise(bounds)) if a < b)
+    return replace(trace, segments=segments, fingerprint=f"{trace.fingerprint}-{choice.seed}")
 
 
 def draw_plan(trace: Trace, choice: Choice) -> Plan | None:

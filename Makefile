@@ -7,7 +7,9 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 RUN = $(VENV)/bin/python
 INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test fuzz rules lint setup setup-test clean
+# make zoo: every architecture of tests/zoo (half an hour on two cores; resumes), then docs/zoo.md.
+
+.PHONY: demo zoo test fuzz rules lint setup setup-test clean
 
 demo: setup
 	$(RUN) examples/train_byte_gpt.py
@@ -20,6 +22,9 @@ fuzz: setup-test
 
 rules: setup-test
 	$(RUN) -m tests.op_database
+
+zoo: setup-test
+	$(RUN) -m tests.zoo.run
 
 lint: setup-test
 	$(INSTALL) -e ".[lint]"

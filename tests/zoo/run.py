@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -47,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ROWS.parent.mkdir(exist_ok=True)
     if options.fresh and not options.only:
         ROWS.write_text("")
+    commit = _commit()
     for row in _work(todo, options.workers):
+        row["commit"] = commit
         rows[row["name"]] = row
         with ROWS.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -56,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len(ordered) == len(entries):
         from tests.zoo.table import document
 
-        TABLE.write_text(document(ordered, ROOT))
+        TABLE.write_text(document(ordered))
         print(f"wrote {TABLE.relative_to(ROOT)}")
     good = sum(map(passed, ordered))
     print(f"{good} of {len(ordered)} pass")
@@ -82,6 +85,12 @@ def line(row: dict[str, Any]) -> str:
     share = "" if row["share"] is None else f", tp2 splits {row['share']:.1%}"
     bad = [f"\n    {name} ({c['what']}): {c['problem']}" for name, c in row["columns"].items() if not c["passed"]]
     return f"{row['name']}: {row['nodes']} nodes, {row['seconds']:.0f} s{share}{''.join(bad) or ', equal everywhere'}"
+
+
+def _commit() -> str:
+    """Short name of the commit that is checked out, with a star where files differ from it."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=*", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _matches(name: str, family: str, globs: Sequence[str]) -> bool:

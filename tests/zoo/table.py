@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
+from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -30,11 +29,11 @@ This page is written by `make zoo`.
 """
 
 
-def document(rows: Sequence[Row], root: Path) -> str:
-    """The page. rows: in the order of the zoo. root: of the repository, for the commit."""
+def document(rows: Sequence[Row]) -> str:
+    """The page. rows: in the order of the zoo."""
     parts = [
         INTRODUCTION,
-        _totals(rows, root),
+        _totals(rows),
         "| model | family | trace | s | nodes | split | dp2 | tp2 | pp2 | mix | own |",
     ]
     parts[-1] += "\n|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|\n" + "\n".join(map(_line, rows))
@@ -50,13 +49,12 @@ def document(rows: Sequence[Row], root: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _totals(rows: Sequence[Row], root: Path) -> str:
-    commit = subprocess.run(
-        ["git", "-C", str(root), "log", "-1", "--format=%h"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+def _totals(rows: Sequence[Row]) -> str:
+    commits = Counter(r.get("commit") or "unrecorded" for r in rows)
+    where = ", ".join(f"`{name}` ({count})" for name, count in commits.most_common())
     traced = [r for r in rows if r["traced"] != "no"]
     lines = [
-        f"{len(rows)} architectures, {datetime.now(UTC):%Y-%m-%d}, commit `{commit or 'unknown'}`. "
+        f"{len(rows)} architectures, {datetime.now(UTC):%Y-%m-%d}, rows from commits {where}. "
         f"Traced {len(traced)} ({sum(bool(r['leaves']) for r in rows)} with opaque leaves), "
         f"median {median(r['trace_seconds'] for r in traced):.1f} s.",
         "",

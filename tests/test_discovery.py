@@ -129,6 +129,50 @@ FOUND = [
 ]  # fmt: skip
 
 
+def definite(*shape: int) -> Recipe:
+    def make() -> torch.Tensor:
+        found = torch.randn(shape, dtype=F64)
+        return found @ found.mT + shape[-1] * torch.eye(shape[-1], dtype=F64)
+
+    return Recipe(make)
+
+
+BATCHED = [
+    (aten.linalg_cholesky.default, (definite(4, 6, 6),)),
+    (aten.linalg_det.default, (t(4, 6, 6),)),
+    (aten.linalg_slogdet.default, (t(4, 6, 6),)),
+    (aten.linalg_eigh.default, (definite(4, 6, 6),)),
+    (aten.linalg_qr.default, (t(4, 6, 3),)),
+    (aten.linalg_svdvals.default, (t(4, 6, 3),)),
+    (aten.linalg_solve.default, (t(4, 6, 6), t(4, 6, 3))),
+    (aten.linalg_solve_triangular.default, (definite(4, 6, 6), t(4, 6, 3))),
+    (aten.linalg_matrix_exp.default, (t(4, 6, 6),)),
+    (aten.linalg_pinv.default, (t(4, 6, 3), 1e-12)),
+    (aten.linalg_matrix_power.default, (t(4, 6, 6), 3)),
+    (aten.pairwise_distance.default, (t(4, 6), t(4, 6))),
+    (aten.rot90.default, (t(4, 6, 8), 1, [1, 2])),
+    (aten.index_copy.default, (t(4, 8), 1, i(8, 3), t(4, 3))),
+    (aten.index_fill.int_Scalar, (t(4, 8), 1, i(8, 3), 2.0)),
+    (aten.renorm.default, (t(4, 8), 2, 0, 1.0)),
+    (aten.multi_margin_loss.default, (t(4, 8), i(8, 4))),
+    (aten.multilabel_margin_loss.default, (t(4, 8), i(8, 4, 8))),
+    (aten.diag_embed.default, (t(4, 8),)),
+    (aten.trapezoid.dx, (t(4, 8),)),
+]
+
+
+@pytest.mark.parametrize("target, args", BATCHED, ids=[str(x[0]) for x in BATCHED])
+def test_batches_are_split(target, args):
+    triangular = target is aten.linalg_solve_triangular.default
+    op = made(target, args, **({"upper": False} if triangular else {}))
+    batch = [s for s in strategies(op.node) if s.is_split and s.inputs[0].is_shard and s.inputs[0].dim == 0]
+    assert batch
+    for strategy in strategies(op.node):
+        for size in (2, 4):
+            if can_run(op, {"tp": strategy}, Mesh(("tp",), (size,))):
+                verify(op, {"tp": strategy}, Mesh(("tp",), (size,)))
+
+
 def made(target, args, **kwargs) -> Op:
     torch.manual_seed(0)
     remembered: dict[Recipe, torch.Tensor] = {}

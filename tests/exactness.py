@@ -95,7 +95,7 @@ def close(mine: torch.Tensor | None, theirs: torch.Tensor | None, tolerance: flo
         assert left is None or not left.any(), f"{where}: a gradient that the other has not"
         return
     assert mine.shape == theirs.shape and mine.dtype == theirs.dtype, f"{where}: {mine.dtype}{list(mine.shape)}"
-    difference = float((mine - theirs).double().norm())
+    difference = float((mine.double() - theirs.double()).norm())
     error = difference / max(float(theirs.double().norm()), floor)
     assert error <= tolerance, f"{where}: relative error {error:.2e}"
 

@@ -138,6 +138,7 @@ class Leaf:
     held: its parameters and buffers, each once, behind the `inputs` tensors of the call.
     form, values: the call's (args, kwargs): its structure, and its leaves with an `Input` where a tensor stands.
     autocast: dtype of the autocast region in which the module was called, or None.
+    loose: tensors that it holds as plain attributes; they have values and follow the device.
     grad: the module runs with gradients enabled even where nobody wants any (it calls autograd itself).
     constants: per leaf of what the module returns: None for a tensor, else a tuple of the plain value.
     ranges: least and largest entry of every integer among the tensors, as the example had them (None for others).
@@ -152,6 +153,7 @@ class Leaf:
     form: Form
     values: tuple[Any, ...]
     autocast: torch.dtype | None = None
+    loose: tuple[Place, ...] = ()
     grad: bool = False
     constants: tuple[tuple[Any] | None, ...] = ()
     ranges: tuple[tuple[int, int] | None, ...] = ()
@@ -170,6 +172,8 @@ class Leaf:
         region = torch.autocast(device_type, dtype=self.autocast) if self.autocast else contextlib.nullcontext()
         silent = self.grad and not torch.is_grad_enabled()
         graded = torch.enable_grad() if silent else contextlib.nullcontext()
+        if tensors:
+            _move(self.module, self.loose, tensors[0].device)
         with RUNNING, _filled(self, tensors[self.inputs :]), region, graded:
             returned = self.module(*args, **kwargs)
         return pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, returned) if silent else returned
@@ -221,6 +225,25 @@ def held_by(module: nn.Module) -> tuple[Held, ...]:
                     places[id(tensor)].append(Place(path, attribute, "", index))
     ordered = sorted(names, key=lambda key: not names[key][1])  # parameters first
     return tuple(Held(*names[key], tuple(places[key])) for key in ordered)
+
+
+def loose_in(module: nn.Module) -> tuple[Place, ...]:
+    """Tensors that a module holds as plain attributes, parameters and buffers aside."""
+    known = {id(tensor) for tensor in [*module.parameters(), *module.buffers()]}
+    return tuple(
+        Place(path, attribute, "")
+        for path, part in module.named_modules()
+        for attribute, value in vars(part).items()
+        if isinstance(value, torch.Tensor) and id(value) not in known
+    )
+
+
+def _move(module: nn.Module, places: Sequence[Place], device: torch.device) -> None:
+    for place in places:
+        held = vars(module.get_submodule(place.module))
+        value = held.get(place.attribute)  # the module may have replaced it
+        if isinstance(value, torch.Tensor) and value.device != device:
+            held[place.attribute] = value.to(device)
 
 
 def tensor_at(module: nn.Module, held: Held) -> torch.Tensor:

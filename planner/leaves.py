@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from shardplan.errors import NotTraceable, UsageError
 from shardplan.planner import leaf_probe
 from shardplan.planner.constraints import matches
-from shardplan.planner.leaf_op import LEAF, Form, Input, Leaf, held_by, is_leaf, results_text, tensor_at
+from shardplan.planner.leaf_op import LEAF, Form, Input, Leaf, held_by, is_leaf, loose_in, results_text, tensor_at
 from shardplan.planner.leaf_probe import Facts, Unsuitable
 from shardplan.planner.passes.draft import way_out
 from shardplan.planner.placement import D, Mesh, P, Placement, R, S
@@ -199,7 +199,7 @@ class Leaves:
         module = self.model.get_submodule(call.path)
         leaf = Leaf(
             call.name, _structure(module, self.evaluate), held_by(module), len(call.tensors),
-            Form.of(call.spec), call.flat, call.autocast, digest=_digest(module),
+            Form.of(call.spec), call.flat, call.autocast, loose_in(module), digest=_digest(module),
         )  # fmt: skip
         held = [_valued(tensor_at(module, part), i) for i, part in enumerate(leaf.held)]
         try:

@@ -228,15 +228,15 @@ def compare(model: nn.Module, trace: Trace, batch: dict[str, torch.Tensor], eage
     names = [s.name for s in trace.sources.values() if s.kind == "input"]
     given = {name: batch.get(name, batch["x"]) for name in names}
     result = run_program(compile(trace, random_plan(trace, dp=2, seed=0)), state, given)
-    tolerance = {"rtol": 2e-2, "atol": 2e-3} if "bfloat16" in str(trace.graph) else {}
+    rtol, atol = (2e-2, 2e-3) if "bfloat16" in str(trace.graph) else (1e-7, 1e-7)
     loss = eager()
-    torch.testing.assert_close(result.loss, loss.detach(), **tolerance)
+    torch.testing.assert_close(result.loss, loss.detach(), rtol=rtol, atol=atol)
     loss.backward()
     for name, parameter in model.named_parameters():
         found = result.gradients[name]
         assert (found is None) == (parameter.grad is None), name
         if found is not None:
-            torch.testing.assert_close(found, parameter.grad, **tolerance)
+            torch.testing.assert_close(found, parameter.grad, rtol=rtol, atol=atol)
     for name, buffer in model.named_buffers():
         if name in result.buffers:
             torch.testing.assert_close(result.buffers[name], buffer, check_dtype=False)

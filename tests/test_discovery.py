@@ -395,6 +395,22 @@ def test_one_process_serves_many_ops_and_learns_of_new_ones(monkeypatch):
         os.kill(pid, 0)
 
 
+def test_an_interpreter_of_its_own_serves_where_a_fork_cannot(monkeypatch):
+    """A fork of a process whose autograd has threads for devices says so, and another process answers."""
+    room = laboratory.Laboratory()
+    monkeypatch.setattr(discovery, "_laboratory", room)
+    monkeypatch.setattr(discovery, "_answers", {})
+    ask = room._ask
+
+    def forked(question, crashed):
+        return ask(question, crashed) if room._fresh else Answer(reason="Unable to handle fork-based multiprocessing")
+
+    monkeypatch.setattr(room, "_ask", forked)
+    assert "x0.0: S(0) D -> S(0)" in {str(s) for s in discovery.discovered(made(rms, (t(4, 8, 16), t(16))).node)}
+    assert room._fresh
+    room.close()
+
+
 # -- what is kept ------------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,9 @@ An op that is handed tensors that do not fit can bring its process down or hang 
 is forked from this process, because only a fork knows the ops that a user's script has registered. The child is used
 for many ops, says what it is about to run, so that a crash is held against that one trial only, is killed by an alarm
 where a trial hangs, and ends by itself where it is not asked for a while or this process is gone.
+
+A fork of a process that has run a backward on an accelerator cannot run one itself. Then the child is an interpreter of
+its own, which knows the ops of torch and of the modules and libraries that it can load again.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import gc
+import importlib
 import logging
 import os
 import signal
@@ -34,6 +38,8 @@ HANG_SECONDS = 20
 """After which a process is killed in which one way to run an op does not come to an end."""
 _IDLE_SECONDS = 20.0
 _MOST_CRASHES = 6
+_CANNOT_FORK = "fork-based multiprocessing"
+"""What autograd says in a fork in which it cannot run."""
 
 
 class _Gone(Exception):
@@ -46,6 +52,7 @@ class Laboratory:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._child: tuple[int, Connection] | None = None
+        self._fresh = False
 
     def answer(self, question: Question) -> Answer:
         """The ways to split this op. Never raises for what the op does."""
@@ -54,6 +61,10 @@ class Laboratory:
             while len(crashed) <= _MOST_CRASHES:
                 try:
                     found = self._ask(question, tuple(crashed))
+                    if found is not None and _CANNOT_FORK in found.reason and not self._fresh:
+                        self._stop()
+                        self._fresh = True
+                        found = self._ask(question, tuple(crashed))
                     if found is None:  # registered after the child was forked
                         self._stop()
                         found = self._ask(question, tuple(crashed))
@@ -93,6 +104,14 @@ class Laboratory:
                     return connection
             connection.close()  # it went home
         mine, theirs = Pipe()
+        if self._fresh:
+            os.set_inheritable(theirs.fileno(), True)
+            command = f"from {__name__} import serve_again; serve_again({theirs.fileno()}, {_loadable()!r})"
+            environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+            pid = os.posix_spawn(sys.executable, [sys.executable, "-c", command], environment)
+            theirs.close()
+            self._child = pid, mine
+            return mine
         with warnings.catch_warnings():
             # The child runs one thread on what is its own; it takes no lock that another thread may hold.
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -112,6 +131,25 @@ class Laboratory:
         with contextlib.suppress(ProcessLookupError, ChildProcessError):
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
+
+
+def _loadable() -> tuple[list[str], list[str]]:
+    """(modules that define ops in Python, libraries that define them otherwise), for another interpreter to load."""
+    from torch._library.custom_ops import OPDEFS
+
+    modules = {op._init_fn.__module__ for op in OPDEFS.values()} - {"__main__"}
+    return sorted(modules), sorted(torch.ops.loaded_libraries)
+
+
+def serve_again(descriptor: int, loadable: tuple[list[str], list[str]]) -> None:
+    """What the interpreter of its own runs. Never returns."""
+    modules, libraries = loadable
+    for load, names in ((importlib.import_module, modules), (torch.ops.load_library, libraries)):
+        for name in names:
+            # An op that cannot be loaded again is not registered there, and the answer says so.
+            with contextlib.suppress(Exception):
+                load(name)
+    _serve(Connection(descriptor))
 
 
 def _serve(connection: Connection) -> None:

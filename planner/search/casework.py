@@ -14,8 +14,8 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from shardplan.errors import SolverTimeout
-from shardplan.planner.placement import Placement, R, fits
-from shardplan.planner.propagate import Follow, follow_batch
+from shardplan.planner.placement import Layout, Mesh, Placement, R, fits
+from shardplan.planner.propagate import Follow, follow_batch, parts_of
 from shardplan.planner.rules import strategies
 from shardplan.planner.schedules import in_flight
 from shardplan.planner.search.boundaries import Boundaries
@@ -63,6 +63,9 @@ class Cases:
         self.boundaries = Boundaries(search.trace)
         self.makers: dict[tuple[int, int, int], Columns] = {}
         self.follows: dict[tuple[int, int], dict[str, Follow]] = {}
+        self._followed_for: list[tuple[int, int, frozenset[tuple[tuple[int, ...], Layout]], dict[str, Follow]]] = []
+        self._floors: dict[tuple[int, ...], list[float]] = {}
+        self._twins: dict[tuple[int, int], bool] = {}
         self.tied = self._tied()
 
     def _tied(self) -> list[str]:
@@ -78,10 +81,51 @@ class Cases:
 
     def follow(self, case: Case) -> dict[str, Follow]:
         """How the batch is split on the axes "mb" and "dp" of a case."""
-        sizes = case.dp, case.microbatches
+        sizes = case.microbatches, case.dp
         if sizes not in self.follows:
-            self.follows[sizes] = follow_batch(self.trace, case.mesh)
+            self.follows[sizes] = self._followed_before(case) or self._followed(case)
         return self.follows[sizes]
+
+    def _followed(self, case: Case) -> dict[str, Follow]:
+        found = follow_batch(self.trace, case.mesh)
+        self._followed_for.append((case.microbatches, case.dp, parts_of(self.trace, found), found))
+        return found
+
+    def _followed_before(self, case: Case) -> dict[str, Follow] | None:
+        """The result for smaller axes, where the larger ones divide all the same (see `parts_of`)."""
+        for microbatches, dp, parts, found in self._followed_for:
+            alike = (microbatches > 1, dp > 1) == (case.microbatches > 1, case.dp > 1)
+            if not alike or case.microbatches % microbatches or case.dp % dp:
+                continue
+            mesh = Mesh(tuple(found), tuple(case.mesh.size(axis) for axis in found))
+            if all(fits(shape, layout, mesh) for shape, layout in parts):
+                return found
+        return None
+
+    def floor(self, case: Case) -> list[float]:
+        """Seconds of every segment and a microbatch that no column of the case can undercut.
+
+        They depend on the local shapes alone, so cases that cut the batch into as many parts share them, if every op
+        splits it alike in time and over replicas.
+        """
+        parts = case.microbatches * case.dp
+        twin = Case(1, parts, case.tp, 1)
+        shared = self._alike(case, twin)
+        key = (parts, case.tp) if shared else (case.microbatches, case.dp, case.tp)
+        if key not in self._floors:
+            columns = self.columns(twin if shared else case)
+            self._floors[key] = [columns.floor(index) for index in range(len(self.trace.segments))]
+        return self._floors[key]
+
+    def _alike(self, case: Case, twin: Case) -> bool:
+        key = case.microbatches, case.dp
+        if key not in self._twins:
+            mine, other = self.follow(case), self.follow(twin).get("dp")
+            self._twins[key] = all(
+                followed is other or (other is not None and followed.strategies == other.strategies)
+                for followed in mine.values()
+            )
+        return self._twins[key]
 
     def columns(self, case: Case) -> Columns:
         """The maker of a case's columns, which do not depend on the number of stages."""

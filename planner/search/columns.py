@@ -7,6 +7,7 @@ which forward counts twice and activations do not. Segments of one kind share th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -134,6 +135,7 @@ class Columns:
         """Share of their cost that is proven of all columns: a bound on a program of them is worth that share."""
         self.shared: Price | None = None
         """Of the ops that every stage computes for itself; filled in by `casework`."""
+        self._nbytes: dict[tuple[str, Placement], float] = {}
         self._floors: dict[int, float] = {}
         self._op_prices: dict[tuple[str, Strategy | None], Price] = {}
 
@@ -150,10 +152,12 @@ class Columns:
 
     def local_nbytes(self, value: fx.Node, tp: Placement) -> float:
         """Bytes of the value on one rank."""
-        count = 1
-        for extent in local_shape(info(value).shape, self.layout(value, tp), self.mesh):
-            count *= extent
-        return float(count * info(value).dtype.itemsize)
+        key = value.name, tp
+        found = self._nbytes.get(key)
+        if found is None:
+            shape = local_shape(info(value).shape, self.layout(value, tp), self.mesh)
+            found = self._nbytes[key] = float(math.prod(shape) * info(value).dtype.itemsize)
+        return found
 
     def boundary_layouts(self, index: int) -> list[Placement]:
         """Layouts that the free tensor behind a segment may have; whole first."""

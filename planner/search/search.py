@@ -215,9 +215,7 @@ class Search:
         for case in self.cases():
             reason = self.exact(case)
             if reason is None:
-                columns = self.work.columns(case)
-                floors = [columns.floor(index) for index in range(len(self.trace.segments))]
-                found.append((self.bound(case, floors), case))
+                found.append((self.bound(case, self.work.floor(case)), case))
             else:
                 excluded[reason] = None
         self.tally.notes += [f"not exact with {reason}" for reason in sorted(excluded)]

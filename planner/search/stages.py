@@ -9,7 +9,7 @@ from shardplan.planner.search.solver import Budget
 from shardplan.planner.search.stage_dp import solve_quickly
 from shardplan.planner.search.stage_ilp import StageChoice, StageProblem, solve_program
 
-_SMALL = 600
+_SMALL = 200
 """Binary variables of an integer program that is worth its time."""
 _LIMIT_SECONDS = 10.0
 

@@ -208,7 +208,7 @@ def compare(subject: Subject, plan: Plan) -> tuple[float, str]:
             return math.inf, f"the gradient of {name}, which is missing"
         worst = max(worst, (_error(mine, gradient, floor), f"the gradient of {name}"))
     buffers = {n: b for n, b in eager.buffers.items() if n in result.buffers and b.is_floating_point()}
-    floor = 1e-6 * max((float(b.norm()) for b in buffers.values()), default=1.0)
+    floor = max(1e-6 * max((float(b.norm()) for b in buffers.values()), default=1.0), 1e-12)
     for name, value in buffers.items():
         worst = max(worst, (_error(result.buffers[name], value, floor), f"buffer {name}"))
     return worst

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -113,6 +114,6 @@ def _failures(row: Row) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Without the paths of this machine, and without what Markdown would take for its own."""
-    words = [word.rsplit("site-packages/", 1)[-1] if "site-packages/" in word else word for word in text.split()]
+    """Without the folders of this machine, and without what Markdown would take for its own."""
+    words = [re.sub(r"^/.*(site-packages|(?=/tests))/", "", word) for word in text.split()]
     return " ".join(words).replace("|", ";").replace("<", "\\<").replace("*", "\\*")

@@ -8,8 +8,10 @@ instead, on its local tensors, under ordinary autograd.
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -174,7 +176,7 @@ class Leaf:
         graded = torch.enable_grad() if silent else contextlib.nullcontext()
         if tensors:
             _move(self.module, self.loose, tensors[0].device)
-        with RUNNING, _filled(self, tensors[self.inputs :]), region, graded:
+        with RUNNING, _as_before(self.module), _filled(self, tensors[self.inputs :]), region, graded:
             returned = self.module(*args, **kwargs)
         return pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, returned) if silent else returned
 
@@ -250,6 +252,31 @@ def tensor_at(module: nn.Module, held: Held) -> torch.Tensor:
     """The tensor that a module holds now."""
     place = held.places[0]
     return getattr(module.get_submodule(place.module), place.table)[place.attribute]
+
+
+@contextlib.contextmanager
+def _as_before(module: nn.Module) -> Iterator[None]:
+    """What the module sets on itself while the block runs, or changes in lists, dicts and sets that it holds, is undone:
+    a state that a call leaves behind would link the backward of the next call to its own."""
+    found: list[tuple[Any, Any]] = []
+    seen: set[int] = set()
+    waiting: list[Any] = [vars(part) for part in module.modules()]
+    while waiting:
+        container = waiting.pop()
+        if id(container) not in seen:
+            seen.add(id(container))
+            found.append((container, copy.copy(container)))
+            within = container.values() if isinstance(container, dict) else container
+            waiting.extend(value for value in within if isinstance(value, (dict, list, set, deque)))
+    try:
+        yield
+    finally:
+        for container, before in found:
+            container.clear()
+            if isinstance(container, (dict, set)):
+                container.update(before)
+            else:
+                container.extend(before)
 
 
 @contextlib.contextmanager

@@ -119,22 +119,41 @@ class Leaves:
             self._record()
 
     def take(self, error: NotTraceable) -> bool:
-        """Make a leaf of the module in which tracing failed. False: there is none, or there were too many tries."""
+        """Make a leaf of the module in which tracing failed; where it cannot be one, of the module around it.
+
+        False: there is none, or there were too many tries. Raises NotTraceable where not even the outermost can be one.
+        """
         self._rounds += 1
         if self._rounds > MOST_ROUNDS:
             return False
-        if isinstance(error, NeedsRun):
-            self._run(error.call, None)
-            return True
+        refusals: list[NotTraceable] = []
+        while True:
+            try:
+                if isinstance(error, NeedsRun):
+                    self._run(error.call, None)
+                elif not self._keep(error):
+                    break
+                return True
+            except NotTraceable as refused:
+                if not refused.module:
+                    raise
+                refusals.append(refused)
+                error = refused
+        if refusals:
+            raise refusals[0]
+        return False
+
+    def _keep(self, error: NotTraceable) -> bool:
+        """Make a leaf of the innermost module around the error that is none yet. False: there is none."""
         path = error.module
         while path and (path in self.reasons or any(path.startswith(f"{leaf}.") for leaf in self.reasons)):
-            path = path.rpartition(".")[0]  # what is called is not its forward
+            path = path.rpartition(".")[0]  # what is called is not its forward, or it cannot be a leaf
         modules = dict(self.model.named_modules())
         while path and _callable(modules[path], path) != [path]:
             path = path.rpartition(".")[0]
         if not path:
             return False
-        reason = error.details[0] if error.details else error.title
+        reason = self.reasons.get(error.module or "") or (error.details[0] if error.details else error.title)
         self._add(path, reason)
         kind = (type(modules[path]), reason)
         if self._seen.setdefault(kind, path) != path:
@@ -217,7 +236,13 @@ class Leaves:
         why = f"cannot be run by itself: {type(error).__name__}: {error}"
         if isinstance(error, Unsuitable):
             why = str(error)
-        return NotTraceable(f"{path} cannot be kept whole: it {why}", [f"kept whole because: {self.reasons[path]}"])
+        refused = NotTraceable(f"{path} cannot be kept whole: it {why}", [f"kept whole because: {self.reasons[path]}"])
+        refused.module = self._grown(path)
+        return refused
+
+    def _grown(self, path: str) -> str | None:
+        """The leaf, where the module around it may be one in its place: not where the user asked for it."""
+        return None if path in self._asked else path
 
     # -- in the trace --------------------------------------------------------------------------------------------------
 
@@ -241,7 +266,11 @@ class Leaves:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             counts[0] += 1
-            call = _described(path, counts[0], args, kwargs)
+            try:
+                call = _described(path, counts[0], args, kwargs)
+            except NotTraceable as error:
+                error.module = self._grown(path)
+                raise
             known = self.known.get(call.name)
             if known is None or (known.call.tensors, known.call.flat) != (call.tensors, call.flat):
                 error = NeedsRun(f"{path} is kept whole and was not run")

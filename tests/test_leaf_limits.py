@@ -297,3 +297,56 @@ def test_a_leaf_that_changes_its_shape_in_a_step_says_so():
     leaf.module.forward = lambda x: x[:1]
     with pytest.raises(LeafChanged, match="part returned shapes"):
         run_program(program, state, {"x": x, "target": y})
+
+
+class Branches(nn.Module):
+    def forward(self, x, positive):
+        return x * 2 if positive else -x
+
+
+class Decides(nn.Module):
+    """Gives its part a number that depends on data; holds another that returns one."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x):
+        if isinstance(self.part, Branches):
+            return self.part(x, x.sum().item() > 0)
+        y, count = self.part(x)
+        return y * count
+
+
+@pytest.mark.parametrize("part", [Branches, Counts])
+def test_where_a_module_cannot_be_a_leaf_the_one_around_it_is(part):
+    model, x, y, trace = traced(Decides(part()))
+    (node,) = leaves(trace)
+    assert leaf_of(node).leaf.name == "part" and __file__ in leaf_of(node).reason
+    compare(model, trace, x, y, random_plan(trace, tp=2, seed=0))
+    with pytest.raises(NotTraceable, match=r"part\.part"):
+        traced(Decides(part()), leaves=["part.part"])
+
+
+class Remembers(nn.Module):
+    """Keeps what it saw on itself and in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.all = None, []
+
+    def forward(self, x):
+        found = x if self.last is None or x.sum().item() > 1e9 else x + self.last + sum(self.all)
+        self.last = found
+        self.all.append(found)
+        return found
+
+
+def test_every_call_of_a_leaf_starts_from_what_the_module_was():
+    model, x, y, trace = traced(Remembers(), leaves=["part"])
+    state = {n: v.detach().clone() for n, v in model.named_parameters()}
+    program = compile(trace, random_plan(trace, tp=2, seed=0))
+    compare(model, trace, x, y, random_plan(trace, dp=2, microbatches=2, seed=0))
+    first = run_program(program, state, {"x": x, "target": y})
+    again = run_program(program, state, {"x": x, "target": y})  # not "backward a second time"
+    assert torch.equal(first.loss, again.loss)

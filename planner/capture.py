@@ -22,7 +22,7 @@ from torch._guards import TracingContext, tracing
 from torch.utils import _pytree as pytree
 
 from shardplan.errors import NotTraceable, UsageError
-from shardplan.planner import vmaps
+from shardplan.planner import casts, vmaps
 from shardplan.planner.custom_backward import is_plain
 from shardplan.planner.data_checks import Answers
 from shardplan.planner.passes.draft import way_out
@@ -263,7 +263,7 @@ def capture(wrapper: Wrapper, inputs: tuple[Any, Any, Any], fake_mode: Any, answ
     """inputs: (args, kwargs, target) of fake tensors. answers: to questions about numbers. Raises NotTraceable or
     UsageError, and passes on what the model raises behind such a question."""
     try:
-        with plain_python(wrapper.need_loss), quiet(), answers.given():
+        with plain_python(wrapper.need_loss), quiet(), answers.given(), casts.as_ops(wrapper.packing.remarks):
             return _export(wrapper, inputs, fake_mode)
     except Exception as error:
         if answers.checked(error):
@@ -275,7 +275,7 @@ def capture(wrapper: Wrapper, inputs: tuple[Any, Any, Any], fake_mode: Any, answ
             raise explain(error, wrapper.model) from error
         first = error
     try:
-        with plain_python(wrapper.need_loss), quiet(), answers.given():
+        with plain_python(wrapper.need_loss), quiet(), answers.given(), casts.as_ops(wrapper.packing.remarks):
             made = _make_fx(wrapper, inputs, fake_mode)
     except Exception as error:
         if answers.checked(error):
@@ -373,7 +373,8 @@ def depends_on_data(error: BaseException) -> bool:
 
 
 def explain(error: BaseException, model: nn.Module) -> NotTraceable:
-    """The error for the user: the statement that could not be traced, and the module to make a leaf."""
+    """The error for the user: the statement that could not be traced, and the module to make a leaf: the innermost one
+    that was called, since another method of a module inside it (`self.part.to(...)`) runs in the caller's forward."""
     names = {id(module): name for name, module in model.named_modules()}
     place, text, path = "", "", None
     for link in _chain(error):
@@ -382,7 +383,7 @@ def explain(error: BaseException, model: nn.Module) -> NotTraceable:
                 place = f"{frame.f_code.co_filename}:{line}"
                 text = _source_line(frame.f_code.co_filename, line)
             owner = frame.f_locals.get("self")
-            if path is None and id(owner) in names:
+            if path is None and frame.f_code.co_name in ("forward", "_call_impl") and id(owner) in names:
                 path = names[id(owner)]
         if place:
             break

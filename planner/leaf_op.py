@@ -21,6 +21,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from shardplan.errors import LeafChanged
+from shardplan.planner import casts
 
 _LIBRARY = torch.library.Library("shardplan", "FRAGMENT")
 # The tag keeps passes from merging two calls or taking one for a constant: what is inside may draw random numbers.
@@ -176,7 +177,8 @@ class Leaf:
         graded = torch.enable_grad() if silent else contextlib.nullcontext()
         if tensors:
             _move(self.module, self.loose, tensors[0].device)
-        with RUNNING, _as_before(self.module), _filled(self, tensors[self.inputs :]), region, graded:
+        filled = _filled(self, tensors[self.inputs :])
+        with RUNNING, _as_before(self.module), filled, region, graded, casts.as_ops():
             returned = self.module(*args, **kwargs)
         return pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, returned) if silent else returned
 
@@ -256,8 +258,8 @@ def tensor_at(module: nn.Module, held: Held) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _as_before(module: nn.Module) -> Iterator[None]:
-    """What the module sets on itself while the block runs, or changes in lists, dicts and sets that it holds, is undone:
-    a state that a call leaves behind would link the backward of the next call to its own."""
+    """Undo what the module sets on itself while the block runs, or changes in lists, dicts and sets that it holds.
+    A state that a call leaves behind would link the backward of the next call to its own."""
     found: list[tuple[Any, Any]] = []
     seen: set[int] = set()
     waiting: list[Any] = [vars(part) for part in module.modules()]

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from shardplan.errors import NotTraceable, UsageError
-from shardplan.planner import leaf_probe
+from shardplan.planner import casts, leaf_probe
 from shardplan.planner.constraints import matches
 from shardplan.planner.leaf_op import LEAF, Form, Input, Leaf, held_by, is_leaf, loose_in, results_text, tensor_at
 from shardplan.planner.leaf_probe import Facts, Unsuitable
@@ -208,7 +208,7 @@ class Leaves:
 
         for path in self.reasons:
             copied.get_submodule(path).register_forward_pre_hook(hook(path), prepend=True, with_kwargs=True)
-        with contextlib.suppress(Exception), leaf_probe.drawing(0), torch.no_grad():
+        with contextlib.suppress(Exception), leaf_probe.drawing(0), torch.no_grad(), casts.as_ops():
             copied(*self.args, **self.kwargs)
         for call, tensors in calls:
             if call.name not in self.known:

@@ -350,3 +350,27 @@ def test_every_call_of_a_leaf_starts_from_what_the_module_was():
     first = run_program(program, state, {"x": x, "target": y})
     again = run_program(program, state, {"x": x, "target": y})  # not "backward a second time"
     assert torch.equal(first.loss, again.loss)
+
+
+class Converts(nn.Module):
+    """A router in single precision, as some models convert it in their forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(lm.DIM, lm.DIM)
+
+    def forward(self, x):
+        self.gate = self.gate.to(torch.float32)
+        return x * self.gate(x.float()).to(x.dtype)
+
+
+@pytest.mark.parametrize("globs", [(), ("part",), ("before",)], ids=["in the graph", "in a leaf", "beside a leaf"])
+def test_modules_that_are_converted_in_a_forward(globs):
+    model, x, y, trace = traced(Converts(), leaves=globs)
+    assert model.part.gate.weight.dtype == torch.float64  # no run on trial has converted it
+    assert ("stay as they are" in " ".join(trace.notes)) == (globs != ("part",))
+    state = {n: v.detach().clone() for n, v in model.named_parameters()}
+    found = run_program(compile(trace, random_plan(trace, tp=2, seed=0)), state, {"x": x, "target": y})
+    lm.loss(model(x), y).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found.gradients[name].float(), parameter.grad.float(), rtol=1e-5, atol=1e-6)

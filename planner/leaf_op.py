@@ -143,6 +143,8 @@ class Leaf:
     autocast: dtype of the autocast region in which the module was called, or None.
     loose: tensors that it holds as plain attributes; they have values and follow the device.
     grad: the module runs with gradients enabled even where nobody wants any (it calls autograd itself).
+    later: its backward runs modules, or gives parameters their gradients itself (reversible layers): it is one function
+        for autograd, and its modules hold in the backward what they held at the end of the forward.
     constants: per leaf of what the module returns: None for a tensor, else a tuple of the plain value.
     ranges: least and largest entry of every integer among the tensors, as the example had them (None for others).
     flops: of the forward run on the example; results: how many numbers it gave.
@@ -158,6 +160,7 @@ class Leaf:
     autocast: torch.dtype | None = None
     loose: tuple[Place, ...] = ()
     grad: bool = False
+    later: bool = False
     constants: tuple[tuple[Any] | None, ...] = ()
     ranges: tuple[tuple[int, int] | None, ...] = ()
     flops: float = 0.0
@@ -169,6 +172,16 @@ class Leaf:
 
     def call(self, *tensors: torch.Tensor) -> Any:
         """What the module returns."""
+        if self.later and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            form: list[Any] = []
+            made = _Later.apply(self, form, *tensors)
+            flat, spec = form
+            kept = iter(made)
+            return pytree.tree_unflatten([next(kept) if isinstance(v, torch.Tensor) else v for v in flat], spec)
+        return self._run(tensors, None)
+
+    def _run(self, tensors: Sequence[torch.Tensor], after: list[tuple[Any, Any]] | None) -> Any:
+        """after: is given what the module holds at the end."""
         flat = [tensors[value.position] if isinstance(value, Input) else value for value in self.values]
         args, kwargs = pytree.tree_unflatten(flat, self.form.spec())
         device_type = tensors[0].device.type if tensors else "cpu"
@@ -180,6 +193,8 @@ class Leaf:
         filled = _filled(self, tensors[self.inputs :])
         with RUNNING, _as_before(self.module), filled, region, graded, casts.as_ops():
             returned = self.module(*args, **kwargs)
+            if after is not None:
+                after.extend(_attributes(self.module))
         return pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, returned) if silent else returned
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -256,10 +271,36 @@ def tensor_at(module: nn.Module, held: Held) -> torch.Tensor:
     return getattr(module.get_submodule(place.module), place.table)[place.attribute]
 
 
-@contextlib.contextmanager
-def _as_before(module: nn.Module) -> Iterator[None]:
-    """Undo what the module sets on itself while the block runs, or changes in lists, dicts and sets that it holds.
-    A state that a call leaves behind would link the backward of the next call to its own."""
+class _Later(torch.autograd.Function):
+    """A leaf with a graph of its own that ends at its tensors: all that its backward adds to their gradients counts."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Leaf, form: list[Any], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """form: is given the leaves of what the module returns, and their structure."""
+        own = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
+        after: list[tuple[Any, Any]] = []
+        with torch.enable_grad():
+            flat, spec = pytree.tree_flatten(leaf._run(own, after))
+        form += [flat, spec]
+        made = [value for value in flat if isinstance(value, torch.Tensor)]
+        results = [value.detach() for value in made]
+        ctx.mark_non_differentiable(*(r for r, m in zip(results, made, strict=True) if not m.requires_grad))
+        ctx.set_materialize_grads(False)
+        ctx.module, ctx.own, ctx.made, ctx.after = leaf.module, own, made, after
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        outs = [(m, g) for m, g in zip(ctx.made, gradients, strict=True) if m.requires_grad and g is not None]
+        devices = {tensor.device for tensor in ctx.own if tensor.device.type == "cuda"}
+        with RUNNING, torch.random.fork_rng(devices), _as_before(ctx.module):
+            _put_back(ctx.after)
+            torch.autograd.backward([m for m, _ in outs], [g for _, g in outs])
+        return None, None, *(tensor.grad for tensor in ctx.own)
+
+
+def _attributes(module: nn.Module) -> list[tuple[Any, Any]]:
+    """The attributes of a module and of those in it, and all lists, dicts and sets in these, each with a copy."""
     found: list[tuple[Any, Any]] = []
     seen: set[int] = set()
     waiting: list[Any] = [vars(part) for part in module.modules()]
@@ -270,15 +311,27 @@ def _as_before(module: nn.Module) -> Iterator[None]:
             found.append((container, copy.copy(container)))
             within = container.values() if isinstance(container, dict) else container
             waiting.extend(value for value in within if isinstance(value, (dict, list, set, deque)))
+    return found
+
+
+def _put_back(attributes: Sequence[tuple[Any, Any]]) -> None:
+    for container, before in attributes:
+        container.clear()
+        if isinstance(container, (dict, set)):
+            container.update(before)
+        else:
+            container.extend(before)
+
+
+@contextlib.contextmanager
+def _as_before(module: nn.Module) -> Iterator[None]:
+    """Undo what the module sets on itself while the block runs, or changes in lists, dicts and sets that it holds.
+    A state that a call leaves behind would link the backward of the next call to its own."""
+    before = _attributes(module)
     try:
         yield
     finally:
-        for container, before in found:
-            container.clear()
-            if isinstance(container, (dict, set)):
-                container.update(before)
-            else:
-                container.extend(before)
+        _put_back(before)
 
 
 @contextlib.contextmanager

@@ -83,6 +83,8 @@ def examine(leaf: Leaf, inputs: Sequence[torch.Tensor], held: Sequence[torch.Ten
     first = _run(leaf, inputs, held, training, observed=True)
     if not first.tensors:
         raise Unsuitable("returns no tensor")
+    if _own_backwards(first):
+        leaf = _with_backward(leaf, inputs, held)
     checked = replace(
         leaf,
         constants=first.constants,
@@ -100,6 +102,36 @@ def examine(leaf: Leaf, inputs: Sequence[torch.Tensor], held: Sequence[torch.Ten
             raise Unsuitable(f"changes its parameter {part.name} in forward")
     saves = _saves(first)
     return Facts(checked, results, first.returned, changes, first.drew, saves)
+
+
+def _own_backwards(run: _Run) -> bool:
+    """Whether a custom autograd.Function stands between the results of a run and what it was given."""
+    waiting: list[Any] = [tensor.grad_fn for tensor in run.tensors]
+    seen: set[Any] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return True
+        seen.add(node)
+        waiting.extend(following for following, _ in node.next_functions)
+    return False
+
+
+def _with_backward(leaf: Leaf, inputs: Sequence[torch.Tensor], held: Sequence[torch.Tensor]) -> Leaf:
+    """The leaf, `later` where its backward needs that. Raises whatever the backward raises even then."""
+    later = replace(leaf, later=True)
+    found = [_run(kind, inputs, held, True) for kind in (leaf, later)]
+    generator = torch.Generator().manual_seed(0)
+    seeds = [torch.randn(t.shape, generator=generator).to(t) if t.requires_grad else None for t in found[1].tensors]
+    wanted, _ = _gradients(found[1], seeds)
+    try:
+        plain, _ = _gradients(found[0], seeds)
+    except Exception:
+        return later
+    pairs = [(p, w) for p, w in zip(plain, wanted, strict=True) if w is not None]
+    return leaf if all(p is not None and _close(p, w) for p, w in pairs) else later
 
 
 def _range(tensor: torch.Tensor) -> tuple[int, int] | None:

@@ -374,3 +374,48 @@ def test_modules_that_are_converted_in_a_forward(globs):
     lm.loss(model(x), y).backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(found.gradients[name].float(), parameter.grad.float(), rtol=1e-5, atol=1e-6)
+
+
+class Reversed(torch.autograd.Function):
+    """y = x + f(x) whose backward runs f again, which adds to the gradients of its parameters."""
+
+    @staticmethod
+    def forward(ctx, x, module):
+        ctx.save_for_backward(x)
+        ctx.module = module
+        return x + module.inner(x)
+
+    @staticmethod
+    def backward(ctx, gradient):  # pyright: ignore
+        (x,) = ctx.saved_tensors
+        assert ctx.module.last == x.shape, "the backward sees what the forward left"
+        with torch.enable_grad():
+            again = x.detach().requires_grad_()
+            ctx.module.inner(again).backward(gradient)
+        return gradient + again.grad, None
+
+
+class Reversible(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.last = nn.Linear(lm.DIM, lm.DIM), None
+
+    def forward(self, x):
+        self.last = x.shape
+        return Reversed.apply(x, self)
+
+
+@pytest.mark.parametrize("rematerialize", [False, True])
+def test_a_backward_that_runs_the_module_again(rematerialize):
+    model, x, y, trace = traced(Reversible())
+    (node,) = leaves(trace)
+    assert leaf_of(node).leaf.later and leaf_of(node).splits
+    names = [segment.name for segment in trace.segments] if rematerialize else ()
+    plan = random_plan(trace, dp=2, microbatches=2, seed=0, rematerialize=names)
+    state = {n: v.detach().clone() for n, v in model.named_parameters()}
+    random_state = torch.random.get_rng_state()
+    found = run_program(compile(trace, plan), state, {"x": x, "target": y})
+    assert torch.equal(random_state, torch.random.get_rng_state())
+    lm.loss(model(x), y).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found.gradients[name], parameter.grad)

@@ -19,7 +19,7 @@ from tests.test_leaf import made
 CASES = [
     ("experts", {"dp": 2}, 1),
     ("experts", {"tp": 2}, 1),
-    ("experts", {"dp": 2, "pp": 2}, 2),
+    ("experts", {"pp": 2}, 2),
     ("layers", {"dp": 2}, 2),
     ("batch", {"dp": 2}, 1),
     ("statistics", {"pp": 2}, 1),

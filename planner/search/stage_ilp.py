@@ -100,9 +100,9 @@ def memory(problem: StageProblem, bounds: Sequence[int], columns: Sequence[int])
     return found
 
 
-def solve_program(problem: StageProblem, budget: Budget, limit_seconds: float | None = None) -> StageChoice | None:
+def solve_program(problem: StageProblem, budget: Budget, limit_seconds: float = math.inf) -> StageChoice | None:
     """The cheapest choice that fits, or None where none does. Raises SolverTimeout without either."""
-    return _Stages(problem).solve(budget, math.inf if limit_seconds is None else limit_seconds)
+    return _Stages(problem).solve(budget, limit_seconds)
 
 
 class _Stages:

@@ -15,21 +15,17 @@ _LIMIT_SECONDS = 10.0
 
 
 def solve_stages(problem: StageProblem, budget: Budget) -> StageChoice | None:
-    """The cheapest choice found that fits, with a bound on all choices of these columns; None where none fits.
+    """The cheapest choice found that fits, with a bound on all choices of these columns; None where none was found.
 
-    Raises SolverTimeout where it is not known whether one does.
+    (`stage_dp.certified` says whether that is proven.)
     """
     quick = solve_quickly(problem, budget.gap)
-    if quick is not None and quick.optimal:
-        return quick
     size = sum(map(len, problem.columns)) * problem.stages
-    if quick is not None and size > _SMALL:
+    if size > _SMALL or (quick is not None and quick.optimal):
         return quick
     try:
-        exact = solve_program(problem, budget, _LIMIT_SECONDS if quick is not None else None)
+        exact = solve_program(problem, budget, _LIMIT_SECONDS)
     except SolverTimeout:
-        if quick is None:
-            raise
         return quick
     if quick is None or exact is None:
         return exact

@@ -19,7 +19,7 @@ from shardplan.errors import NotSupported, NotTraceable, UsageError
 from shardplan.planner.capture import PLAIN, Captured, Wrapper, capture
 from shardplan.planner.data_checks import Answers, settle
 from shardplan.planner.leaves import Leaves, annotate, prove_splits
-from shardplan.planner.passes import Draft, drop_checks, normalize
+from shardplan.planner.passes import Draft, drop_checks, normalize, selections
 from shardplan.planner.passes.draft import not_traceable, packet
 from shardplan.planner.passes.inline_regions import mark_switched
 from shardplan.planner.passes.verify import known_target
@@ -216,6 +216,7 @@ def _draft(captured: Captured, model: nn.Module, inputs: Any, notes: list[str], 
             captured.module.graph.erase_node(node)
     _flatten_output(captured)
     drop_checks.drop(captured.module.graph)
+    selections.apply(draft)
     for node in draft.ops():
         if not known_target(node.target):
             called = getattr(node.target, "__name__", node.target)

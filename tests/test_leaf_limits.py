@@ -254,7 +254,7 @@ class Counts(nn.Module):
 
 class AroundPicks(lm.Around):
     def forward(self, x):
-        return self.after(self.before(x)) + self.part(self.before(x)).sum()
+        return self.after(self.before(x)) + self.part(self.before(x)).cumsum(0).mean()
 
 
 class AroundCounts(lm.Around):

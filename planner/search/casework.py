@@ -9,6 +9,7 @@ those that were made.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ from shardplan.planner.rules import strategies
 from shardplan.planner.schedules import in_flight
 from shardplan.planner.search.boundaries import Boundaries
 from shardplan.planner.search.candidate import Candidate, Prepared
-from shardplan.planner.search.columns import Case, Columns, held_by, ops_of
+from shardplan.planner.search.columns import Case, Columns, SegmentColumns, held_by, ops_of
 from shardplan.planner.search.memory import Keeps
 from shardplan.planner.search.problem import Price, Weights
 from shardplan.planner.search.stage_dp import certified
@@ -48,6 +49,16 @@ class Outcome:
     bound: float
 
 
+@dataclass(frozen=True, slots=True)
+class Lower:
+    """seconds: of every segment and a microbatch, from below; total: of all of them one after the other; fixed: of
+    every stage."""
+
+    seconds: list[float]
+    total: float
+    fixed: float
+
+
 class Cases:
     """Solves cases for a search; keeps what cases share."""
 
@@ -64,7 +75,8 @@ class Cases:
         self.makers: dict[tuple[int, int, int], Columns] = {}
         self.follows: dict[tuple[int, int], dict[str, Follow]] = {}
         self._followed_for: list[tuple[int, int, frozenset[tuple[tuple[int, ...], Layout]], dict[str, Follow]]] = []
-        self._floors: dict[tuple[int, ...], list[float]] = {}
+        self._floors: dict[tuple[int, ...], Lower] = {}
+        self._cheapest: dict[tuple[int, ...], Lower] = {}
         self._twins: dict[tuple[int, int], bool] = {}
         self.tied = self._tied()
 
@@ -102,25 +114,44 @@ class Cases:
                 return found
         return None
 
-    def floor(self, case: Case) -> list[float]:
-        """Seconds of every segment and a microbatch that no column of the case can undercut.
+    def floor(self, case: Case) -> Lower:
+        """What no column of the case can undercut: every op by its cheapest split, nothing converted."""
+        return self._lower(self._floors, case, self._floor_of)
 
-        They depend on the local shapes alone, so cases that cut the batch into as many parts share them, if every op
-        splits it alike in time and over replicas.
-        """
+    def cheapest(self, case: Case) -> Lower:
+        """The fastest columns, whatever they cost once a step and hold in memory."""
+        return self._lower(self._cheapest, case, self._cheapest_of)
+
+    def _lower(self, known: dict[tuple[int, ...], Lower], case: Case, of: Callable[[Columns], Lower]) -> Lower:
+        """Both depend on the local shapes alone, so cases that cut the batch into as many parts share them, if every op
+        splits it alike in time and over replicas."""
         parts = case.microbatches * case.dp
-        twin = Case(1, parts, case.tp, 1)
+        twin = Case(1, 1, case.tp, parts)  # in time: there are no messages between microbatches
         shared = self._alike(case, twin)
         key = (parts, case.tp) if shared else (case.microbatches, case.dp, case.tp)
-        if key not in self._floors:
-            columns = self.columns(twin if shared else case)
-            self._floors[key] = [columns.floor(index) for index in range(len(self.trace.segments))]
-        return self._floors[key]
+        if key not in known:
+            known[key] = of(self.columns(twin if shared else case))
+        return known[key]
+
+    def _floor_of(self, columns: Columns) -> Lower:
+        seconds = [columns.floor(index) for index in range(len(self.trace.segments))]
+        return Lower(seconds, sum(seconds), self.shared(columns).forward_seconds)
+
+    def _cheapest_of(self, columns: Columns) -> Lower:
+        weights = Weights()
+        segments = [columns.of(index, {}, [weights]) for index in range(len(self.trace.segments))]
+        return self.lower(columns, segments, weights)
+
+    def lower(self, columns: Columns, segments: list[SegmentColumns], weights: Weights) -> Lower:
+        """Of given columns, by their weighted price, which has to be least among all for these weights."""
+        each = [min((weights.of(c.price) for c in s.columns), default=math.inf) * columns.proven for s in segments]
+        path = cheapest_path(segments, weights) * columns.proven
+        return Lower(each, path, self.shared(columns).forward_seconds)
 
     def _alike(self, case: Case, twin: Case) -> bool:
         key = case.microbatches, case.dp
         if key not in self._twins:
-            mine, other = self.follow(case), self.follow(twin).get("dp")
+            mine, other = self.follow(case), self.follow(twin).get("mb")
             self._twins[key] = all(
                 followed is other or (other is not None and followed.strategies == other.strategies)
                 for followed in mine.values()
@@ -317,3 +348,16 @@ class Cases:
             self.search.schedule,
             prepared.forced,
         )
+
+
+def cheapest_path(segments: list[SegmentColumns], weights: Weights) -> float:
+    """Least sum of weighted column prices where every segment takes the layout that the one before it leaves."""
+    reached: dict[int, float] = {0: 0.0}
+    for segment in segments:
+        following: dict[int, float] = {}
+        for column in segment.columns:
+            if column.enters in reached:
+                total = reached[column.enters] + weights.of(column.price)
+                following[column.leaves] = min(total, following.get(column.leaves, math.inf))
+        reached = following
+    return min(reached.values(), default=math.inf)

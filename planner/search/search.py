@@ -11,13 +11,15 @@ stages
     sum_s t_s + (m - 1) max_s t_s + max_s u_s  >=  sum_s c_s + (m - 1) max_s c_s,
 
 and the right side is least where every segment runs by the column of least c and the stages are the contiguous
-partition of least maximum (`_least_maximum`); the sum is taken along layouts that agree (`_cheapest_path`). Columns
+partition of least maximum (`_least_maximum`); the sum is taken along layouts that agree (`cheapest_path`). Columns
 minimise c, memory aside; messages and memory can only add. Before anything is solved the same holds with c = the
-cheapest split of every op and no conversions. What a case itself proves, memory included, is in `stage_dp`.
+cheapest split of every op and no conversions, then with the fastest columns: both depend on the local shapes alone, so
+few have to be worked out. What a case itself proves, memory included, is in `stage_dp`.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,13 +30,12 @@ from shardplan.planner.costs.base import Costs
 from shardplan.planner.plan import Alternative, Plan
 from shardplan.planner.search.baselines import NAMES, hand_made, why_missing
 from shardplan.planner.search.candidate import Candidate
-from shardplan.planner.search.casework import Cases
-from shardplan.planner.search.columns import Case, SegmentColumns
+from shardplan.planner.search.casework import Cases, Lower
+from shardplan.planner.search.columns import Case
 from shardplan.planner.search.decided import decide
 from shardplan.planner.search.finish import Finished, finish
 from shardplan.planner.search.infeasible import explain_infeasible
 from shardplan.planner.search.options import SolveOptions
-from shardplan.planner.search.problem import Weights
 from shardplan.planner.search.solver import Budget
 from shardplan.planner.trace import Trace, info
 
@@ -97,10 +98,18 @@ class Search:
             used_counts = [wanted]
         for used in used_counts:
             for stages in _divisors(used):
-                for tp in _divisors(used // stages):
+                for tp in self._tensor_degrees(used // stages):
                     dp = used // stages // tp
                     for microbatches in self._microbatches(stages, dp):
                         yield Case(stages, dp, tp, microbatches)
+
+    def _tensor_degrees(self, devices: int) -> list[int]:
+        """Tensor parallelism is tried up to twice the devices of a node (16 at least), or as the user says."""
+        nodes: dict[int, int] = {}
+        for device in self.cluster.devices:
+            nodes[device.node] = nodes.get(device.node, 0) + 1
+        most = self.decided.degrees.get("tp", max(16, 2 * max(nodes.values())))
+        return [tp for tp in _divisors(devices) if tp <= most]
 
     def _microbatches(self, stages: int, dp: int) -> list[int]:
         batch = self.trace.batch_size
@@ -140,15 +149,13 @@ class Search:
 
     # -- one case ------------------------------------------------------------------------------------------------------
 
-    def bound(self, case: Case, cheapest: list[float], path: float | None = None) -> float:
-        """No plan of the case is faster; see the module docstring.
-
-        cheapest: c per segment. path: least sum of c over columns whose layouts agree, where columns are known.
-        """
-        fixed = self.work.shared(self.work.columns(case)).forward_seconds
-        total = max(sum(cheapest), path or 0.0)
-        slowest = max(_least_maximum(cheapest, case.stages), total / case.stages) + fixed
-        return total + fixed * case.stages + (case.microbatches - 1) * slowest
+    def bound(self, case: Case, lower: Lower) -> float:
+        """No plan of the case is faster; see the module docstring."""
+        total = max(sum(lower.seconds), lower.total)
+        if not math.isfinite(total):
+            return math.inf
+        slowest = max(_least_maximum(lower.seconds, case.stages), total / case.stages) + lower.fixed
+        return total + lower.fixed * case.stages + (case.microbatches - 1) * slowest
 
     def memory_floor(self, case: Case) -> float:
         """Bytes that the fullest device of a case holds at least: its share of the parameters with their gradients and
@@ -165,41 +172,36 @@ class Search:
     # -- the search ----------------------------------------------------------------------------------------------------
 
     def solve(self) -> Plan:
+        """Cases by their lowest bound; each is bounded better before it is solved."""
         found: list[Candidate] = []
         unfit: list[Case] = []
         best = math.inf
-        for floor, case in self._ordered():
-            if self._hopeless(floor, best):
-                continue
+        queue = self._queue()
+        while queue:
+            bound, devices, text, bounded, case = heapq.heappop(queue)
+            if bound >= best * (1 - self.options.gap / 2):
+                self.tally.pruned += 1 + len(queue)  # no other bound is lower
+                self.tally.bound = min(self.tally.bound, bound)
+                break
             if self.budget.left() < 0.1 * self.options.time_limit and found:
                 self.tally.timed_out = True
-                self.tally.bound = min(self.tally.bound, floor)
-                continue
+                self.tally.bound = min(self.tally.bound, bound)
+                break
             if self.memory_floor(case) > max(self.cluster.memory_limit(r) for r in range(case.devices)):
                 self.tally.infeasible += 1
                 unfit.append(case)
                 continue
-            proven, fits_somewhere = math.inf, False
-            for prepared in self.work.prepare(case):
-                once = self.work.once(case)
-                cheapest = [min(once.of(c.price) for c in s.columns) for s in prepared.segments]
-                path = _cheapest_path(prepared.segments, once)
-                bound = max(floor, self.bound(case, cheapest, path) * prepared.columns.proven)
-                if self._hopeless(bound, best):
-                    fits_somewhere = True
-                    continue
-                outcome = self.work.solve(prepared)
-                proven = min(proven, max(outcome.bound, bound))
-                candidate = outcome.candidate
-                if candidate is None:
-                    continue
-                fits_somewhere = True
-                self.tally.solved += 1
+            if not bounded:
+                better = max(bound, self.bound(case, self.work.cheapest(case)))
+                heapq.heappush(queue, (better, devices, text, True, case))
+                continue
+            candidates, proven = self._solve_case(case, bound, best)
+            for candidate in candidates:
                 best = min(best, candidate.choice.objective)
-                found.append(candidate)
                 self._say(f"{case}: {candidate.choice.objective * 1e3:.2f} ms, best {best * 1e3:.2f} ms")
+            found += candidates
             self.tally.bound = min(self.tally.bound, proven)
-            if not fits_somewhere:
+            if proven == math.inf or (not candidates and proven < best * (1 - self.options.gap / 2)):
                 self.tally.infeasible += 1
                 unfit.append(case)
         if not found:
@@ -208,14 +210,33 @@ class Search:
             raise explain_infeasible(self, unfit)
         return self._finish(found)
 
-    def _ordered(self) -> list[tuple[float, Case]]:
-        """Exact cases with a bound that needs no solving: every op by its cheapest split, nothing converted."""
-        found: list[tuple[float, Case]] = []
+    def _solve_case(self, case: Case, bound: float, best: float) -> tuple[list[Candidate], float]:
+        """(what was found, what is proven of all plans of the case: inf, if none fits)."""
+        found: list[Candidate] = []
+        proven = math.inf
+        for prepared in self.work.prepare(case):
+            lower = self.work.lower(prepared.columns, prepared.segments, self.work.once(case))
+            mine = max(bound, self.bound(case, lower))
+            if mine >= best * (1 - self.options.gap / 2):
+                self.tally.pruned += 1
+                proven = min(proven, mine)
+                continue
+            outcome = self.work.solve(prepared)
+            proven = min(proven, max(outcome.bound, mine))
+            if outcome.candidate is not None:
+                self.tally.solved += 1
+                found.append(outcome.candidate)
+        return found, proven
+
+    def _queue(self) -> list[tuple[float, int, str, bool, Case]]:
+        """Exact cases as a heap of (bound, devices, name, whether the bound knows of conversions, case)."""
+        found: list[tuple[float, int, str, bool, Case]] = []
         excluded: dict[str, None] = {}
         for case in self.cases():
             reason = self.exact(case)
             if reason is None:
-                found.append((self.bound(case, self.work.floor(case)), case))
+                bound = self.bound(case, self.work.floor(case))
+                found.append((bound, case.devices, str(case), False, case))
             else:
                 excluded[reason] = None
         self.tally.notes += [f"not exact with {reason}" for reason in sorted(excluded)]
@@ -223,14 +244,8 @@ class Search:
             raise ConflictingConstraints(
                 "the settings ask for a split that is not exact for this model", sorted(excluded), ["microbatches=1"]
             )
-        return sorted(found, key=lambda item: (item[0], item[1].devices, str(item[1])))
-
-    def _hopeless(self, bound: float, best: float) -> bool:
-        if bound < best * (1 - self.options.gap / 2):
-            return False
-        self.tally.pruned += 1
-        self.tally.bound = min(self.tally.bound, bound)
-        return True
+        heapq.heapify(found)
+        return found
 
     def _say(self, text: str) -> None:
         if self.options.progress is not None:
@@ -256,19 +271,6 @@ class Search:
             if id(f.candidate) not in names and f.candidate.case != best.candidate.case
         ]
         return best.plan(self, tuple(shown.values()), tuple(runners[:_RUNNERS_UP]))
-
-
-def _cheapest_path(segments: list[SegmentColumns], weights: Weights) -> float:
-    """Least sum of weighted column prices where every segment takes the layout that the one before it leaves."""
-    reached: dict[int, float] = {0: 0.0}
-    for segment in segments:
-        following: dict[int, float] = {}
-        for column in segment.columns:
-            if column.enters in reached:
-                total = reached[column.enters] + weights.of(column.price)
-                following[column.leaves] = min(total, following.get(column.leaves, math.inf))
-        reached = following
-    return min(reached.values(), default=math.inf)
 
 
 def _least_maximum(values: list[float], parts: int) -> float:

@@ -34,6 +34,7 @@ from shardplan.planner.trace import (
     LeafNote,
     TensorInfo,
     Trace,
+    info,
     leaf_of,
     needs_grad,
     resolve,
@@ -388,6 +389,21 @@ def prove_splits(trace: Trace, leaves: Leaves) -> None:
     """
     parts = next((n for n in range(2, trace.batch_size + 1) if trace.batch_size % n == 0), 1)
     tried: set[tuple[str, tuple[Placement, ...]]] = set()
+    alike: dict[tuple[Any, ...], tuple[Placement, ...]] = {}
+
+    def attempt(node: fx.Node, states: tuple[Placement, ...]) -> None:
+        note = leaf_of(node)
+        assert note is not None
+        tried.add((node.name, states))
+        try:
+            split, steady = _split(node, states, leaves, trace.batch_size, trace.training)
+        except Unsuitable as error:
+            if not note.splits:
+                set_leaf(node, replace(note, unsplit=str(error)))
+            return
+        set_leaf(node, replace(note, splits=(split,), unsplit="", steady=steady))
+        alike[_kind(node)] = states
+
     for _ in range(_PROOF_ROUNDS):
         nodes = [node for node in trace.nodes() if is_leaf(node)]
         states = _states(trace, nodes, parts)
@@ -395,14 +411,12 @@ def prove_splits(trace: Trace, leaves: Leaves) -> None:
         if not new:
             break
         for node in new:
-            tried.add((node.name, states[node.name]))
-            note = leaf_of(node)
-            assert note is not None
-            try:
-                split, steady = _split(node, states[node.name], leaves, trace.batch_size, trace.training)
-                set_leaf(node, replace(note, splits=(split,), unsplit="", steady=steady))
-            except Unsuitable as error:
-                set_leaf(node, replace(note, splits=(), unsplit=str(error)))
+            attempt(node, states[node.name])
+        for node in nodes:
+            # In a later layer of the same kind the batch stands where it stood, once the layers before are split.
+            found, note = alike.get(_kind(node)), leaf_of(node)
+            if found is not None and note is not None and not note.splits and (node.name, found) not in tried:
+                attempt(node, found)
         forget_strategies(trace.graph)
     for node in trace.nodes():
         note = leaf_of(node)
@@ -410,6 +424,12 @@ def prove_splits(trace: Trace, leaves: Leaves) -> None:
             how = "its batch is split" if note.splits else f"its batch is not split: it {note.unsplit}"
             drawn = "; it draws random numbers" if note.draws else ""
             trace.notes.append(f"{note.leaf.name} is kept whole (opaque leaf), {note.reason}; {how}{drawn}")
+
+
+def _kind(node: fx.Node) -> tuple[Any, ...]:
+    note = leaf_of(node)
+    assert note is not None
+    return note.leaf.digest, note.leaf.inputs, tuple(info(argument) for argument in tensor_args(node))
 
 
 def _states(trace: Trace, nodes: Sequence[fx.Node], parts: int) -> dict[str, tuple[Placement, ...]]:
@@ -436,7 +456,16 @@ def _split(
     if all(dim is None for dim in dims):
         raise Unsuitable("reads nothing that carries the batch")
     samples = [known.inputs, *(leaf_probe.redrawn(known.inputs, seed) for seed in (1, 2, 3))]
-    kinds, steady = leaf_probe.prove_split(known.facts, samples, known.held, dims, batch, training)
+    try:
+        kinds, steady = leaf_probe.prove_split(known.facts, samples, known.held, dims, batch, training)
+    except Unsuitable:
+        # A mask that the model makes for the whole batch by itself: a part of it goes with a part of the batch.
+        given = zip(states, arguments, known.inputs, strict=False)
+        made = [s == R and not needs_grad(a) and tensor.shape[:1] == (batch,) for s, a, tensor in given]
+        if not any(made):
+            raise
+        dims = [0 if own else dim for dim, own in zip(dims, made, strict=True)]
+        kinds, steady = leaf_probe.prove_split(known.facts, samples, known.held, dims, batch, training)
     whole = [D if needs_grad(a) and needs_grad(node) else R for a in arguments]
     ins = [S(d) if d is not None else w for d, w in zip([*dims, *[None] * len(known.held)], whole, strict=True)]
     return Strategy("leaf", tuple(ins), tuple(P if kind == "sum" else S(int(kind)) for kind in kinds)), steady

@@ -419,3 +419,30 @@ def test_a_backward_that_runs_the_module_again(rematerialize):
     lm.loss(model(x), y).backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(found.gradients[name], parameter.grad)
+
+
+class Attends(lm.Experts):
+    """Also reads a mask of the whole batch, which the model makes."""
+
+    def forward(self, x, mask):
+        return super().forward(x * mask)
+
+
+class Masked(nn.Module):
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Attends() for _ in range(count))
+
+    def forward(self, x):
+        mask = torch.ones(x.shape[0], 1, dtype=x.dtype).tril()
+        for layer in self.layers:
+            x = layer(x, mask)
+        return x
+
+
+def test_the_part_of_a_mask_goes_with_the_part_of_the_batch_in_every_layer():
+    torch.manual_seed(0)
+    model, x, y = Masked(7).double(), *torch.randn(2, 8, lm.DIM, dtype=torch.float64)
+    trace = trace_model(model, (x,), loss_fn=lm.loss, target=y)
+    assert [bool(leaf_of(node).splits) for node in leaves(trace)] == [True] * 7
+    compare(model, trace, x, y, random_plan(trace, dp=2, microbatches=2, seed=0))

@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 from shardplan.errors import NotSupported, NotTraceable, UsageError
 from shardplan.planner.capture import PLAIN, Captured, Wrapper, capture
 from shardplan.planner.data_checks import Answers, settle
-from shardplan.planner.leaves import Leaves, annotate, prove_splits
+from shardplan.planner.leaf_nodes import annotate, prove_splits
+from shardplan.planner.leaves import Leaves
 from shardplan.planner.passes import Draft, drop_checks, normalize, selections
 from shardplan.planner.passes.draft import not_traceable, packet
 from shardplan.planner.passes.inline_regions import mark_switched

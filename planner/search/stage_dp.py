@@ -33,6 +33,8 @@ from shardplan.planner.search.stage_ilp import Column, StageChoice, StageProblem
 Numbers = np.ndarray
 _ROUNDS = 24
 _STEPS = 24
+_HIDDEN = 0.1
+"""Share of the gap that the steps of `_Cuts` may hide."""
 
 
 @dataclass(slots=True)
@@ -394,8 +396,9 @@ class _Cuts:
 
     def solve(self) -> tuple[float, list[tuple[int, int, int, int]]] | None:
         """(value, cells of the stages), or None where no cut is possible."""
+        # [j, b, i, a], so that the least over (i, a) runs along memory
         cells = [
-            np.where(mask[:, :, None, None], stage.bounds, math.inf)
+            np.ascontiguousarray(np.where(mask[:, :, None, None], stage.bounds, math.inf).transpose(1, 3, 0, 2))
             for mask, stage in zip(self.allowed, self.program.stages, strict=True)
         ]
         weight = self.program.problem.microbatches - 1
@@ -417,11 +420,11 @@ class _Cuts:
             above = [c[(c > threshold) & (c < highest)] for c in cells]
             following = min((float(a.min()) for a in above if a.size), default=math.inf)
             # In steps that cannot hide more than a fraction of the gap.
-            step = threshold + 0.02 * self.program.gap * best[0] / weight
+            step = threshold + _HIDDEN * self.program.gap * best[0] / weight
             if following > highest:
                 break
             threshold = max(following, step)
-        return best[0] - 0.02 * self.program.gap * best[0], best[1]
+        return best[0] * (1 - _HIDDEN * self.program.gap), best[1]
 
     def _least(
         self, cells: list[Numbers], threshold: float
@@ -433,8 +436,8 @@ class _Cuts:
         back: list[tuple[Numbers, Numbers]] = []
         for s, table in enumerate(cells):
             enter = reached[:count] + (self.program.send[:count] if s else 0.0)
-            total = enter[:, None, :, None] + np.where(table <= threshold, table, math.inf)
-            flat = total.transpose(1, 3, 0, 2).reshape(count + 1, width, count * width)
+            total = np.where(table <= threshold, table + enter[None, None, :, :], math.inf)
+            flat = total.reshape(count + 1, width, count * width)
             choice = flat.argmin(2)
             reached = np.take_along_axis(flat, choice[:, :, None], 2)[:, :, 0]
             back.append((choice // width, choice % width))
@@ -446,7 +449,8 @@ class _Cuts:
             path.append((i, j, a, b))
             j, b = i, a
         path.reverse()
-        return float(reached[count, 0]), max(float(c[key]) for c, key in zip(cells, path, strict=True)), path
+        largest = max(float(c[j, b, i, a]) for c, (i, j, a, b) in zip(cells, path, strict=True))
+        return float(reached[count, 0]), largest, path
 
     def _least_maximum(self, cells: list[Numbers]) -> float:
         count, width = self.program.count, self.program.width
@@ -455,7 +459,7 @@ class _Cuts:
         for s, table in enumerate(cells):
             open_ends = np.isfinite(self.program.send[:count]) if s else np.ones((count, width), dtype=bool)
             enter = np.where(open_ends, reached[:count], math.inf)
-            reached = np.maximum(enter[:, None, :, None], table).min((0, 2))
+            reached = np.maximum(enter[None, None, :, :], table).min((2, 3))
         return float(reached[count, 0])
 
 

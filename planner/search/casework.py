@@ -264,6 +264,7 @@ class Cases:
             fixed,
             tuple(sorted(self.decided.pinned.items())),
             tuple(self.decided.together),
+            tuple(columns.least_transient(index) for index in range(len(segments))),
         )
 
     def shared(self, columns: Columns) -> Price:

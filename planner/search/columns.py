@@ -137,6 +137,7 @@ class Columns:
         """Of the ops that every stage computes for itself; filled in by `casework`."""
         self._nbytes: dict[tuple[str, Placement], float] = {}
         self._floors: dict[int, float] = {}
+        self._transients: dict[int, float] = {}
         self._op_prices: dict[tuple[str, Strategy | None], Price] = {}
 
     # -- layouts -------------------------------------------------------------------------------------------------------
@@ -229,6 +230,19 @@ class Columns:
                 total += min((self.op_price(node, s).seconds for s in self.legal(node)), default=0.0)
             self._floors[kind] = total
         return self._floors[kind]
+
+    def least_transient(self, index: int) -> float:
+        """Bytes that some op of the segment holds while it runs, whichever splits are chosen."""
+        kind = self.trace.segments[index].kind
+        if kind not in self._transients:
+            self._transients[kind] = max(
+                (
+                    min((self.op_price(node, s).transient_nbytes for s in self.legal(node)), default=0.0)
+                    for node in ops_of(self.trace, self.trace.segments[index])
+                ),
+                default=0.0,
+            )
+        return self._transients[kind]
 
     def legal(self, node: fx.Node) -> list[Strategy]:
         """Strategies on tp that fit together with the batch's."""

@@ -115,8 +115,10 @@ class _Program:
 
     def _least_transient(self) -> Numbers:
         """[i, j]: no run of segments [i, j) needs fewer transient bytes."""
-        least = np.array([min(c.price.transient_nbytes for c in columns) for columns in self.problem.columns])
-        least *= self.transients
+        if self.transients:
+            least = np.array([min(c.price.transient_nbytes for c in columns) for columns in self.problem.columns])
+        else:
+            least = np.array(self.problem.least_transients or (0.0,) * self.count)
         table = np.zeros((self.count, self.count + 1))
         for i in range(self.count):
             table[i, i + 1 :] = np.maximum.accumulate(least[i:])

@@ -47,7 +47,8 @@ class Column:
 class StageProblem:
     """columns: per segment. cut_seconds, cut_nbytes: per boundary (i, i+1) and layout: of one message, and of what the
     receiver keeps. fixed: of every stage. limits: bytes per stage. in_flight: microbatches held per stage. pinned:
-    segment -> stage; together: groups of segments on one stage."""
+    segment -> stage; together: groups of segments on one stage. least_transients: per segment, transient bytes that no
+    column can do without, made or not (default: nothing is known)."""
 
     columns: tuple[tuple[Column, ...], ...]
     stages: int
@@ -59,6 +60,7 @@ class StageProblem:
     fixed: Price = field(default_factory=Price)
     pinned: tuple[tuple[int, int], ...] = ()
     together: tuple[tuple[int, ...], ...] = ()
+    least_transients: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+_OWN: Any = nn.Module._apply
+_LOCK = threading.Lock()
+# Thread -> the notes of the blocks that it is in. Simulated ranks are threads, and others may convert what they like.
+_INSIDE: dict[int, list[list[str] | None]] = {}
+
 
 @contextlib.contextmanager
 def as_ops(notes: list[str] | None = None) -> Iterator[None]:
@@ -23,33 +28,38 @@ def as_ops(notes: list[str] | None = None) -> Iterator[None]:
     notes: told of parameters that change their dtype. A graph cannot hold a buffer that is another one afterwards, so
     where there are notes to be written that raises RuntimeError.
     """
-    own: Any = nn.Module._apply
-    tracer = threading.get_ident()
-
-    def apply(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        if threading.get_ident() != tracer:
-            return own(module, fn, recurse)
-        for child in module.children() if recurse else ():
-            child._apply(fn)
-        for key, value in module._parameters.items():
-            if value is not None and (made := fn(value)) is not value:
-                module._parameters[key] = made  # type: ignore[assignment]
-                if notes is not None and made.dtype != value.dtype:
-                    notes.append(_told(module, value.dtype, made.dtype))
-        for key, value in module._buffers.items():
-            if value is not None and (made := fn(value)) is not value:
-                if notes is not None:
-                    raise RuntimeError(
-                        f"{type(module).__name__}.{key} is a buffer that is converted within the forward"
-                    )
-                module._buffers[key] = made
-        return module
-
-    nn.Module._apply = apply  # type: ignore[method-assign]
+    thread = threading.get_ident()
+    with _LOCK:
+        _INSIDE.setdefault(thread, []).append(notes)
+        nn.Module._apply = _apply  # type: ignore[method-assign]
     try:
         yield
     finally:
-        nn.Module._apply = own
+        with _LOCK:
+            _INSIDE[thread].pop()
+            if not _INSIDE[thread]:
+                del _INSIDE[thread]
+            if not _INSIDE:
+                nn.Module._apply = _OWN
+
+
+def _apply(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+    if threading.get_ident() not in _INSIDE:
+        return _OWN(module, fn, recurse)
+    notes = _INSIDE[threading.get_ident()][-1]
+    for child in module.children() if recurse else ():
+        child._apply(fn)
+    for key, value in module._parameters.items():
+        if value is not None and (made := fn(value)) is not value:
+            module._parameters[key] = made  # type: ignore[assignment]
+            if notes is not None and made.dtype != value.dtype:
+                notes.append(_told(module, value.dtype, made.dtype))
+    for key, value in module._buffers.items():
+        if value is not None and (made := fn(value)) is not value:
+            if notes is not None:
+                raise RuntimeError(f"{type(module).__name__}.{key} is a buffer that is converted within the forward")
+            module._buffers[key] = made
+    return module
 
 
 def _told(module: nn.Module, before: torch.dtype, after: torch.dtype) -> str:

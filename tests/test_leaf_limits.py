@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 import shardplan as sp
 from shardplan.errors import LeafChanged, NoMatch, NotTraceable, UsageError
+from shardplan.planner import casts
 from shardplan.planner.cluster import Cluster
 from shardplan.planner.costs.links import LinkModel
 from shardplan.planner.costs.model import CostModel
@@ -446,3 +448,16 @@ def test_the_part_of_a_mask_goes_with_the_part_of_the_batch_in_every_layer():
     trace = trace_model(model, (x,), loss_fn=lm.loss, target=y)
     assert [bool(leaf_of(node).splits) for node in leaves(trace)] == [True] * 7
     compare(model, trace, x, y, random_plan(trace, dp=2, microbatches=2, seed=0))
+
+
+def test_other_threads_convert_modules_as_ever():
+    own, other = nn.Module._apply, nn.Linear(2, 2)
+    with casts.as_ops():
+        thread = threading.Thread(target=other.double)
+        thread.start()
+        thread.join()
+        inside = nn.Linear(2, 2)
+        before = inside.weight
+        inside.double()
+    assert nn.Module._apply is own and isinstance(other.weight, nn.Parameter) and other.weight.dtype == torch.float64
+    assert before.dtype == torch.float32 and inside.weight.dtype == torch.float64

@@ -1,6 +1,6 @@
 """Trace, and plan for, Llama 3 models on the meta device: seconds by phase (of the processor), nodes, peak memory.
 
-    python benchmarks/trace.py [8b 70b 405b] [--seq 8192] [--batch 8] [--plan 64xh100] [--profile]
+    python benchmarks/tracing.py [8b 70b 405b] [--seq 8192] [--batch 8] [--plan 64xh100] [--profile]
 
 Every model is a process of its own. Exits with 7 where a trace takes 60 s (of the
 processor, so that other load does not count) or 4 GiB and more. --plan: also plan for

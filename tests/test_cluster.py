@@ -352,7 +352,7 @@ def test_detecting_twice_gives_the_same() -> None:
         ("Tesla T4", 15.8, "t4"),
         ("NVIDIA GeForce RTX 4090", 25.3, "rtx4090"),
         ("NVIDIA GeForce RTX 3090", 25.3, "rtx3090"),
-            ("NVIDIA GeForce RTX 2080 Ti", 11.5, None),
+        ("NVIDIA GeForce RTX 2080 Ti", 11.5, None),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 10.2, None),
     ],
 )

@@ -6,6 +6,8 @@ send it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -14,7 +16,7 @@ from shardplan.planner.passes.draft import Draft
 name = "known-forms"
 
 aten = torch.ops.aten
-_SHAPES = {
+_SHAPES: dict[Any, Any] = {
     aten.view_as.default: aten.reshape.default,
     aten.reshape_as.default: aten.reshape.default,
     aten.expand_as.default: aten.expand.default,

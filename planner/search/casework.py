@@ -21,9 +21,10 @@ from shardplan.planner.rules import strategies
 from shardplan.planner.schedules import in_flight
 from shardplan.planner.search.boundaries import Boundaries
 from shardplan.planner.search.candidate import Candidate, Prepared
-from shardplan.planner.search.columns import Case, Columns, SegmentColumns, held_by, ops_of
+from shardplan.planner.search.columns import Case, Columns, SegmentColumns
 from shardplan.planner.search.memory import Keeps
 from shardplan.planner.search.problem import Price, Weights
+from shardplan.planner.search.runs import held_by, ops_of
 from shardplan.planner.search.stage_dp import certified
 from shardplan.planner.search.stage_ilp import StageChoice, StageProblem
 from shardplan.planner.search.stages import solve_stages

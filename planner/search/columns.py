@@ -8,7 +8,7 @@ which forward counts twice and activations do not. Segments of one kind share th
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 
@@ -19,13 +19,15 @@ from shardplan.planner.placement import COLLECTIVES, D, Mesh, Placement, R, S, c
 from shardplan.planner.propagate import Follow, placed
 from shardplan.planner.rules import Strategy, groups_fit, local_call, strategies
 from shardplan.planner.search.boundaries import Boundaries
+from shardplan.planner.search.builder import Builder
 from shardplan.planner.search.elimination import eliminate
 from shardplan.planner.search.memory import Keeps, copies
-from shardplan.planner.search.problem import Option, Price, SegmentProblem, Value, Weights, total_price
+from shardplan.planner.search.problem import Price, SegmentProblem, Weights, total_price
+from shardplan.planner.search.runs import Run, held_by, ops_of
 from shardplan.planner.search.segment_ilp import solve_segment
 from shardplan.planner.search.solver import Budget
 from shardplan.planner.search.stage_ilp import Column
-from shardplan.planner.trace import Segment, Trace, info, infos, is_tensor, mutated, needs_grad, resolve, tensor_args
+from shardplan.planner.trace import Trace, info, infos, is_tensor, mutated, needs_grad, resolve, tensor_args
 
 _REDUCE_SAMPLE_NBYTES = 4 << 20
 
@@ -56,38 +58,12 @@ class Case:
         return f"pp{self.stages} dp{self.dp} tp{self.tp} m{self.microbatches}"
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """How a column runs its segment: a tp strategy per op and parameter it reads, by position in the segment."""
-
-    choices: tuple[Strategy | None, ...]
-    parameters: tuple[Strategy | None, ...]
-    rematerialized: bool = False
-
-
 @dataclass(slots=True)
 class SegmentColumns:
     """columns of one segment; runs[column.index] says how."""
 
     columns: list[Column] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
-
-
-def ops_of(trace: Trace, segment: Segment) -> list[fx.Node]:
-    """The segment's ops, results of multi-result ops left out."""
-    nodes = (trace.node(name) for name in segment.nodes)
-    return [node for node in nodes if resolve(node)[0] is node and infos(node)]
-
-
-def held_by(trace: Trace, nodes: Iterable[fx.Node]) -> list[fx.Node]:
-    """Parameters and buffers that the ops read, in order of first use."""
-    found: dict[fx.Node, None] = {}
-    for node in nodes:
-        for argument in tensor_args(node):
-            source = trace.sources.get(argument.name)
-            if source is not None and source.kind in ("param", "buffer"):
-                found[argument] = None
-    return list(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +103,7 @@ class Columns:
         self.rematerialize = rematerialize
         self.tp_ranks = tuple(range(case.tp))
         self.dp_ranks = tuple(range(0, case.width, case.tp))
-        self._builders: dict[Hashable, _Builder] = {}
+        self._builders: dict[Hashable, Builder] = {}
         self._made: dict[Hashable, dict[tuple[int, int], _Made]] = {}
         self._columns: dict[Hashable, SegmentColumns] = {}
         self._ends: dict[int, Hashable] = {}
@@ -292,12 +268,12 @@ class Columns:
         if missing:
             builder = self._builders.get(kind)
             if builder is None:
-                builder = self._builders[kind] = _Builder(self, index, forced)
+                builder = self._builders[kind] = Builder(self, index, forced)
             for weighting, made in zip(missing, self._run(builder, missing), strict=True):
                 self._made[kind, weighting] = made
         return [self._made[kind, w] for w in weights]
 
-    def _run(self, builder: _Builder, weights: list[Weights]) -> list[dict[tuple[int, int], _Made]]:
+    def _run(self, builder: Builder, weights: list[Weights]) -> list[dict[tuple[int, int], _Made]]:
         problem = builder.problem
         if problem is None:
             return [{} for _ in weights]
@@ -428,160 +404,3 @@ class Columns:
             forward += self._seconds(step.forward, nbytes, "dp")
             backward += self._seconds(step.backward, nbytes, "dp") if self.training else 0.0
         return Price(forward, backward)
-
-
-class _Builder:
-    """The op-level problem of one segment (None where some op has no legal option left)."""
-
-    def __init__(self, columns: Columns, index: int, forced: dict[str, Placement]) -> None:
-        self.columns = columns
-        self.trace = columns.trace
-        self.forced = forced
-        self.enters, self.leaves = columns.boundaries.before(index), columns.boundaries.free[index]
-        self.entering, self.leaving = columns.boundary_layouts(index - 1), columns.boundary_layouts(index)
-        self.index = index
-        self.ops = ops_of(self.trace, self.trace.segments[index])
-        self.held = held_by(self.trace, self.ops)
-        self.written = {buffer for op in self.ops for buffer in mutated(op)}
-        self.states: dict[Placement, int] = {R: 0}
-        self.numbers: dict[fx.Node, int] = {}
-        self.options: list[tuple[Option, ...]] = []
-        self.strategies: list[list[Strategy | None]] = []
-        self.names: list[str] = []
-        self.values: dict[Value, fx.Node] = {}
-        self.constant = Price()
-        self.problem = self._problem()
-
-    def state(self, placement: Placement) -> int:
-        return self.states.setdefault(placement, len(self.states))
-
-    def _problem(self) -> SegmentProblem | None:
-        inside = set(self.ops)
-        wanted = self._wanted_of_held()
-        enter = -1
-        for node in self._outside(inside):
-            layouts = self._layouts(node)
-            options = [Option(Price(), tuple(self.state(p) for p in layout), ()) for layout in layouts]
-            self._add(node, [None] * len(options), options)
-            if self.enters is not None and resolve(self.enters)[0] is node:
-                enter = self.numbers[node]
-        for node in self.held:
-            self._held(node, wanted[node])
-        for node in self.ops:
-            if not self._op(node):
-                return None
-            self.constant += self.columns.batch_conversions(node)
-        leave = None
-        if self.leaves is not None:
-            maker, result = resolve(self.leaves)
-            leave = (self.numbers[maker], result), tuple(self.state(p) for p in self.leaving)
-        names = {number: str(placement) for placement, number in self.states.items()}
-        return SegmentProblem(
-            tuple(self.names),
-            tuple(self.options),
-            self._conversions(),
-            tuple(names[i] for i in range(len(names))),
-            enter,
-            leave,
-        )
-
-    def run(self, choice: tuple[int, ...]) -> Run:
-        """What a choice means, by position in the segment."""
-        chosen = {node: self.strategies[number][choice[number]] for node, number in self.numbers.items()}
-        return Run(tuple(chosen[n] for n in self.ops), tuple(chosen[n] for n in self.held))
-
-    def _add(self, node: fx.Node, strategies: list[Strategy | None], options: list[Option]) -> None:
-        number = self.numbers[node] = len(self.options)
-        self.options.append(tuple(options))
-        self.strategies.append(strategies)
-        self.names.append(node.name)
-        for user in [node, *node.users]:
-            if resolve(user)[0] is node and is_tensor(user):
-                self.values[number, resolve(user)[1]] = user
-
-    def _outside(self, inside: set[fx.Node]) -> list[fx.Node]:
-        found: dict[fx.Node, None] = {}
-        for node in self.ops:
-            for argument in tensor_args(node):
-                maker = resolve(argument)[0]
-                if maker not in inside and maker not in self.held:
-                    found[maker] = None
-        return list(found)
-
-    def _layouts(self, node: fx.Node) -> list[list[Placement]]:
-        """The ways in which the results of an op of another segment may lie, per layout of what enters."""
-        count = max(len(infos(node)), 1)
-        if self.enters is None or resolve(self.enters)[0] is not node:
-            return [[R] * count]
-        place = resolve(self.enters)[1]
-        return [[layout if i == place else R for i in range(count)] for layout in self.entering]
-
-    def _wanted_of_held(self) -> dict[fx.Node, list[Placement]]:
-        """Placements in which some option reads a parameter or buffer."""
-        found: dict[fx.Node, dict[Placement, None]] = {node: {R: None} for node in self.held}
-        for node in self.ops:
-            for strategy in self.columns.legal(node):
-                for argument, placement in zip(tensor_args(node), strategy.inputs, strict=True):
-                    if argument in found and placement.kind in ("S", "D"):
-                        found[argument][placement] = None
-        return {node: list(placements) for node, placements in found.items()}
-
-    def _held(self, node: fx.Node, placements: list[Placement]) -> None:
-        allowed = [p for p in placements if fits(info(node).shape, self.columns.layout(node, p), self.columns.mesh)]
-        if node.name in self.forced:
-            allowed = [self.forced[node.name]]
-        options = [Option(self.columns.parameter_price(node, p), (self.state(p),), (), str(p)) for p in allowed]
-        self._add(node, [Strategy("-", (), (p,)) for p in allowed], options)
-
-    def _op(self, node: fx.Node) -> bool:
-        legal, options = [], []
-        pinned = self.leaves is not None and resolve(self.leaves)[0] is node
-        crossing = self._crosses(node)
-        for strategy in self.columns.legal(node):
-            if pinned and self.leaves is not None:
-                if strategy.outputs[resolve(self.leaves)[1]] not in self.leaving:
-                    continue
-            elif crossing and any(p != R for p in strategy.outputs):
-                continue
-            needs = []
-            for argument, placement in zip(tensor_args(node), strategy.inputs, strict=True):
-                maker, position = resolve(argument)
-                if placement == D and not needs_grad(argument):
-                    placement = R
-                needs.append(((self.numbers[maker], position), self.state(placement)))
-            states = tuple(self.state(p) for p in strategy.outputs)
-            legal.append(strategy)
-            options.append(Option(self.columns.op_price(node, strategy), states, tuple(needs), strategy.name))
-        if options:
-            self._add(node, legal, options)
-        return bool(options)
-
-    def _crosses(self, node: fx.Node) -> bool:
-        """Whether a result is read by other segments, or is the loss. Other results of the model may lie in any way."""
-        mine = set(self.trace.segments[self.index].nodes)
-        for value in [node, *node.users]:
-            if resolve(value)[0] is not node:
-                continue
-            for reader in value.users:
-                if reader.op == "output":
-                    if reader.args[0][0] is value:  # type: ignore[index]
-                        return True
-                elif reader.name not in mine and resolve(reader)[0] is reader:
-                    return True
-        return False
-
-    def _conversions(self) -> dict[tuple[Value, int, int], Price]:
-        placements = {number: placement for placement, number in self.states.items()}
-        found: dict[tuple[Value, int, int], Price] = {}
-        needed = sorted({need for options in self.options for option in options for need in option.needs})
-        for value, target in needed:
-            node = self.values.get(value)
-            if node is None:
-                continue
-            for source in sorted({option.states[value[1]] for option in self.options[value[0]]}):
-                if source == target or node in self.written:
-                    continue
-                price = self.columns.conversion_price(node, placements[source], placements[target])
-                if price is not None:
-                    found[value, source, target] = price
-        return found

@@ -24,7 +24,7 @@ from shardplan.planner.plan import (
 )
 from shardplan.planner.propagate import norm_notes, placed
 from shardplan.planner.rules import Strategy, has_rule, is_discovered, strategies, why_whole
-from shardplan.planner.search.columns import held_by, ops_of
+from shardplan.planner.search.runs import held_by, ops_of
 from shardplan.planner.simulate import Simulation, StageTimes, simulate
 from shardplan.planner.stages import StageSplit, split_stages
 from shardplan.planner.trace import info, leaf_of, resolve

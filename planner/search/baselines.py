@@ -92,6 +92,8 @@ def why_missing(search: Search, name: str) -> str:
         return "excluded by the constraints"
     if name == "data parallel" and search.trace.batch_size % total:
         return f"a batch of {search.trace.batch_size} does not divide over {total} replicas"
+    if name == "tensor parallel" and total > search.most_tensor:
+        return f"tensor parallelism is searched up to {search.most_tensor} devices"
     if name == "even pipeline" and total > len(search.trace.segments):
         return f"{len(search.trace.segments)} segments are too few for {total} stages"
     reason = search.exact(shape)

@@ -75,6 +75,8 @@ class Search:
         self.schedule = "1f1b" if options.schedule == "auto" else options.schedule
         if len(self.cluster.kinds()) > 1:
             self.tally.notes.append("the devices differ; compute is priced as on the first of them")
+        if len(self.cluster) > self.most_tensor and "tp" not in self.decided.degrees:
+            self.tally.notes.append(f"tensor parallelism was searched up to {self.most_tensor} devices")
         self.work = Cases(self)
 
     # -- cases ---------------------------------------------------------------------------------------------------------
@@ -103,12 +105,16 @@ class Search:
                     for microbatches in self._microbatches(stages, dp):
                         yield Case(stages, dp, tp, microbatches)
 
-    def _tensor_degrees(self, devices: int) -> list[int]:
+    @property
+    def most_tensor(self) -> int:
         """Tensor parallelism is tried up to twice the devices of a node (16 at least), or as the user says."""
         nodes: dict[int, int] = {}
         for device in self.cluster.devices:
             nodes[device.node] = nodes.get(device.node, 0) + 1
-        most = self.decided.degrees.get("tp", max(16, 2 * max(nodes.values())))
+        return self.decided.degrees.get("tp", max(16, 2 * max(nodes.values())))
+
+    def _tensor_degrees(self, devices: int) -> list[int]:
+        most = self.most_tensor
         return [tp for tp in _divisors(devices) if tp <= most]
 
     def _microbatches(self, stages: int, dp: int) -> list[int]:

@@ -107,6 +107,7 @@ def measure(name: str, seq: int, batch: int, devices: str | None, profiled: bool
     """Runs in a process of its own."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    # Imported before the clock starts: transformers loads the model's code on first use.
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     found: dict[str, Any] = {"imports_nbytes": peak_nbytes()}

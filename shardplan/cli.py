@@ -116,23 +116,7 @@ def plan_command(
     """Find the fastest plan that fits, and say why it is."""
     from shardplan import cli_work
 
-    job = cli_work.Job(
-        target=target,
-        devices=str(cluster) if cluster else devices,
-        inputs=tuple(input or ()),
-        batch=batch,
-        seq=seq,
-        memory=memory,
-        pins=tuple(pin or ()),
-        degrees=_degrees(dp, tp, pp),
-        microbatches=microbatches,
-        batch_norm=batch_norm,
-        solver=solver,
-        time_limit=time_limit,
-        gap=gap,
-        cache=cache,
-        verbose=verbose or (sys.stderr.isatty() and not quiet),
-    )
+    job = _job(locals(), progress=sys.stderr.isatty() and not quiet)
     found = cli_work.make_plan(job)
     _show(found, output, html, trace, json, quiet)
 
@@ -201,23 +185,7 @@ def run_command(
     """Train for a few steps on the factory's batch, or on random inputs; print losses, predicted and measured time."""
     from shardplan import cli_work
 
-    job = cli_work.Job(
-        target=target,
-        devices=devices,
-        inputs=tuple(input or ()),
-        batch=batch,
-        seq=seq,
-        memory=memory,
-        pins=tuple(pin or ()),
-        degrees=_degrees(dp, tp, pp),
-        microbatches=microbatches,
-        batch_norm=batch_norm,
-        solver=solver,
-        time_limit=time_limit,
-        gap=gap,
-        cache=cache,
-        verbose=verbose,
-    )
+    job = _job(locals())
     found = cli_work.train(job, plan, steps, lr, seed, quiet or json)
     if found is None:  # a rank other than the first
         return
@@ -262,23 +230,7 @@ def check_command(
     """
     from shardplan import cli_work
 
-    job = cli_work.Job(
-        target=target,
-        devices=devices,
-        inputs=tuple(input or ()),
-        batch=batch,
-        seq=seq,
-        memory=memory,
-        pins=tuple(pin or ()),
-        degrees=_degrees(dp, tp, pp),
-        microbatches=microbatches,
-        batch_norm="global",
-        solver=solver,
-        time_limit=time_limit,
-        gap=gap,
-        cache=cache,
-        verbose=verbose,
-    )
+    job = _job(locals())
     found = cli_work.check(job, plan, tolerance, seed)
     if json:
         print(found.to_json())
@@ -325,6 +277,29 @@ def cluster_list() -> None:
     print("nodes:")
     for name, node in sorted(preset_nodes().items()):
         print(f"  {name:16} {node.summary()}")
+
+
+def _job(flags: dict[str, Any], progress: bool = False) -> Any:
+    """The `cli_work.Job` of a command's parameters, by name. progress: show it unasked."""
+    from shardplan import cli_work
+
+    return cli_work.Job(
+        target=flags["target"],
+        devices=str(flags.get("cluster") or flags["devices"]),
+        inputs=tuple(flags["input"] or ()),
+        batch=flags["batch"],
+        seq=flags["seq"],
+        memory=flags["memory"],
+        pins=tuple(flags["pin"] or ()),
+        degrees=_degrees(flags["dp"], flags["tp"], flags["pp"]),
+        microbatches=flags["microbatches"],
+        batch_norm=flags.get("batch_norm", "global"),
+        solver=flags["solver"],
+        time_limit=flags["time_limit"],
+        gap=flags["gap"],
+        cache=flags["cache"],
+        verbose=flags["verbose"] or progress,
+    )
 
 
 def _degrees(dp: int | None, tp: int | None, pp: int | None) -> dict[str, int]:

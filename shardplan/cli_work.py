@@ -56,6 +56,19 @@ class Job:
             found.append(constraints.degrees(**self.degrees))
         return tuple(found)
 
+    def planning(self) -> dict[str, Any]:
+        """What `plan`, `auto_parallel` and `check` are all given, by their parameter names."""
+        return {
+            "constraints": self.constraints(),
+            "microbatches": self.microbatches or "auto",
+            "memory_limit": self.limit(),
+            "solver": self.solver,
+            "time_limit": self.time_limit,
+            "gap": self.gap,
+            "cache": self.cache,
+            "batch_norm": self.batch_norm,
+        }
+
     def limit(self) -> Any:
         """Memory limit: one text, or one per device."""
         return self.memory.split(",") if self.memory and "," in self.memory else self.memory
@@ -88,14 +101,7 @@ def make_plan(job: Job) -> Plan:
     request = Request(
         loss_fn=target.loss_fn,
         optimizer=torch.optim.AdamW,
-        constraints=job.constraints(),
-        microbatches=job.microbatches or "auto",
-        memory_limit=job.limit(),
-        solver=job.solver,
-        time_limit=job.time_limit,
-        gap=job.gap,
-        cache=job.cache,
-        batch_norm=job.batch_norm,
+        **job.planning(),
     )
     batch = example_batch(target.model, target.example(), target.loss_fn is not None)
     say = say_on_stderr if job.verbose else say_nothing
@@ -115,15 +121,8 @@ def train(job: Job, plan: Path | None, steps: int, lr: float, seed: int, quiet: 
         loss_fn=target.loss_fn,
         optimizer=lambda params: torch.optim.AdamW(params, lr=lr),
         plan=plan,
-        constraints=job.constraints(),
-        microbatches=job.microbatches or "auto",
-        memory_limit=job.limit(),
-        solver=job.solver,
-        time_limit=job.time_limit,
-        gap=job.gap,
-        cache=job.cache,
+        **job.planning(),
         verbose=job.verbose,
-        batch_norm=job.batch_norm,
         seed=seed,
     ) as pm:
         losses: list[float] = []
@@ -157,13 +156,7 @@ def check(job: Job, plan: Path | None, tolerance: float | None, seed: int) -> Ch
         plan,
         tolerance=tolerance,
         seed=seed,
-        constraints=job.constraints(),
-        microbatches=job.microbatches or "auto",
-        memory_limit=job.limit(),
-        solver=job.solver,
-        time_limit=job.time_limit,
-        gap=job.gap,
-        cache=job.cache,
+        **job.planning(),
         verbose=job.verbose,
     )
 

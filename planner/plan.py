@@ -20,11 +20,13 @@ from shardplan.errors import PlanFileError, PlanMismatch
 from shardplan.planner.instructions import Schedule, parse_schedule, schedule_text
 from shardplan.planner.placement import Mesh
 from shardplan.planner.rules.strategy import Strategy
+from shardplan.planner.storage import Storage
 
 if TYPE_CHECKING:
     from shardplan.planner.report.measured import Measured
 
 SCHEMA = 1
+BUCKET_NBYTES = 25 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +154,8 @@ class Plan:
         "whole: " and why its batch is not split.
     batch_norm: as in `Trace`.
     links: messages between stages, one entry per edge of the schedule. nodes: node name -> summary, getitem left out.
+    storage: parameter name -> how it is stored where that is not as it is used (`planner.storage`).
+    bucket_nbytes: about how many bytes of gradients are summed over ranks at a time while backward goes on.
     flops: of a step of the model itself, recomputation left out; peak_flops: per second, of all devices together.
     coverage: share of predicted op seconds that was "measured", "interpolated", "modelled".
     """
@@ -183,6 +187,8 @@ class Plan:
     batch_norm: str = "global"
     links: tuple[StageLink, ...] = ()
     nodes: dict[str, NodeSummary] = field(default_factory=dict)
+    storage: dict[str, Storage] = field(default_factory=dict)
+    bucket_nbytes: int = BUCKET_NBYTES
     schema: int = SCHEMA
 
     def strategy(self, axis: str, node: str) -> Strategy | None:

@@ -6,6 +6,7 @@ torch.distributed, tests on threads (`rewrite.threads`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -13,7 +14,12 @@ import torch
 
 class Comm(Protocol):
     """All methods return new tensors and never change their input. `axis` is a mesh axis of the stage; on an axis of
-    size 1 every method is the identity."""
+    size 1 every method is the identity.
+
+    unsettled: what is left to do with gradients that are under way, see `rewrite.storage`.
+    """
+
+    unsettled: list[Callable[[], None]]
 
     def size(self, axis: str) -> int:
         """Number of ranks on the axis."""
@@ -33,6 +39,15 @@ class Comm(Protocol):
 
     def reduce_scatter(self, x: torch.Tensor, dim: int, axis: str) -> torch.Tensor:
         """Sum over the ranks, then this rank's even part along `dim`."""
+        ...
+
+    def start_all_gather(self, x: torch.Tensor, axis: str) -> Callable[[], torch.Tensor]:
+        """Begin to concatenate the ranks' vectors, in index order. -> what waits for the result. x must not change
+        before that."""
+        ...
+
+    def start_reduce_scatter(self, x: torch.Tensor, axis: str) -> Callable[[], torch.Tensor]:
+        """Begin to sum up row i for rank i. x: [ranks, n]. -> what waits for this rank's sum [n]."""
         ...
 
     def all_to_all(self, x: torch.Tensor, split_dim: int, concat_dim: int, axis: str) -> torch.Tensor:

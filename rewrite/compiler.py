@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 from torch import fx
 
@@ -15,10 +16,11 @@ from shardplan.planner.placement import MICROBATCH_AXIS, D, Layout, P, R, local_
 from shardplan.planner.plan import Plan
 from shardplan.planner.propagate import placed
 from shardplan.planner.stages import Crossing, split_stages
-from shardplan.planner.trace import Trace, info, is_tensor, mutated, needs_grad
-from shardplan.rewrite.emit import emit
+from shardplan.planner.trace import Trace, info, is_tensor, mutated, needs_grad, resolve
+from shardplan.rewrite.emit import Group, emit
 from shardplan.rewrite.lower import StageLowering, ancestors, stage_mesh
 from shardplan.rewrite.program import Argument, Program, Result, StageCode, StageRanks, TensorSpec
+from shardplan.rewrite.stored import StoredParameters, storage_of
 
 
 def compile_program(
@@ -118,6 +120,8 @@ class _Compiler:
             loss_stage=self.split.loss_stage if self.train else -1,
             constants={name: self.trace.constants[by_name[name]] for name in sorted(constants)},
             uneven=frozenset(name for s in stages for name in s.lowering.lowered.uneven),
+            late=frozenset(name for s in stages for name in s.lowering.lowered.late),
+            bucket_nbytes=self.plan.bucket_nbytes,
             leaves={name: leaf for s in stages for name, leaf in s.lowering.lowered.leaves.items()},
         )
 
@@ -164,20 +168,27 @@ class _Compiler:
         return _Stage(lowering, code)
 
     def run_segments(self, lowering: StageLowering, index: int, own: list[fx.Node]) -> None:
-        """Lower the stage's ops; segments to be recomputed become groups, unless they write to buffers (which must
-        happen once)."""
+        """Lower the stage's ops. Segments to be recomputed become groups, unless they write to buffers (which must
+        happen once); so do those whose parameters are gathered for them."""
         stage = self.plan.stages[index]
-        group_of: dict[str, str] = {}
-        if self.train:
-            for segment in self.trace.segments[stage.first : stage.last]:
-                nodes = [self.trace.node(n) for n in segment.nodes]
-                if segment.name in stage.rematerialized and not any(map(mutated, nodes)):
-                    label = re.sub(r"\W+", "_", segment.name).strip("_")
-                    group_of |= dict.fromkeys(segment.nodes, f"recomputed_{label}")
-        for node in own:
-            lowering.group = group_of.get(node.name, "")
-            lowering.op(node)
-        lowering.group = ""
+        segment_of = {name: s for s in self.trace.segments[stage.first : stage.last] for name in s.nodes}
+        runs = [(segment, list(run)) for segment, run in groupby(own, lambda n: segment_of.get(resolve(n)[0].name))]
+        lowering.parameters = StoredParameters(lowering, [run for _, run in runs])
+        for number, (segment, run) in enumerate(runs):
+            lowering.parameters.ahead(number)
+            if segment is not None and self.train:
+                recomputed = segment.name in stage.rematerialized and not any(
+                    mutated(self.trace.node(name)) for name in segment.nodes
+                )
+                label = re.sub(r"\W+", "_", segment.name).strip("_")
+                if recomputed:
+                    lowering.group = Group(f"recomputed_{label}", True)
+                elif lowering.parameters.gathers(number):
+                    lowering.group = Group(f"gathered_{label}", False)
+            lowering.parameters.begin(number)
+            lowering.run(run)
+            lowering.parameters.end(number)
+            lowering.group = None
 
     def send(self, lowering: StageLowering, crossing: Crossing, node: fx.Node) -> Result:
         grad = self.train and needs_grad(node)
@@ -212,7 +223,8 @@ class _Compiler:
         """How every parameter, buffer or input lies. Those that no op reads stay on the first stage."""
         stages: dict[str, list[int]] = {}
         for index, argument in used:
-            if argument.kind == kind and index not in stages.setdefault(argument.name, []):
+            held = "param" if argument.kind == "shard" else argument.kind
+            if held == kind and index not in stages.setdefault(argument.name, []):
                 stages[argument.name].append(index)
         found = []
         for placeholder, source in self.trace.sources.items():
@@ -223,7 +235,9 @@ class _Compiler:
             mesh = stage_mesh(self.plan, at[0])
             chosen = {axis: self.plan.strategy(axis, placeholder) for axis in mesh.axes if mesh.size(axis) > 1}
             layout = tuple(placed(chosen.get(axis), 0) for axis in mesh.axes)
-            reduce_axes = tuple(a for a, p in zip(mesh.axes, layout, strict=True) if p == D and a != MICROBATCH_AXIS)
+            stored = storage_of(self.plan, self.trace, placeholder, layout, mesh) if kind == "param" else None
+            done = {MICROBATCH_AXIS, stored.axis if stored is not None else ""}
+            reduce_axes = tuple(a for a, p in zip(mesh.axes, layout, strict=True) if p == D and a not in done)
             found.append(
                 TensorSpec(
                     source.name,
@@ -234,6 +248,7 @@ class _Compiler:
                     reduce_axes if source.trainable else (),
                     at,
                     source.aliases,
+                    stored,
                 )
             )
         return tuple(found)

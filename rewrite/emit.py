@@ -1,8 +1,8 @@
 """A stage graph as readable Python source, and back to a function.
 
 The source is a module of its own: imports, then ``def stage(comm, device, <arguments>)``. Values are released at their
-last use. Nodes that share a recomputation group are outlined into an inner function that runs under
-``torch.utils.checkpoint``.
+last use. Nodes that share a group are outlined into an inner function that runs under ``torch.utils.checkpoint``, or
+around parameters that are gathered for it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from torch import fx
 _HEADER = (
     "import torch",
     "from torch.utils.checkpoint import checkpoint",
-    "from shardplan.rewrite import collectives, kernels, random_ops",
+    "from shardplan.rewrite import collectives, kernels, random_ops, storage",
 )
 _RESERVED = frozenset(
-    {"torch", "checkpoint", "collectives", "kernels", "random_ops", "stage", "shardplan", "inf", "nan", "float"}
+    {"torch", "checkpoint", "collectives", "kernels", "random_ops", "storage", "stage", "shardplan"}
+    | {"inf", "nan", "float"}
 )
 _GROUP = "shardplan_group"
 
@@ -35,8 +36,17 @@ class Bound:
     name: str
 
 
-def set_group(node: fx.Node, group: str) -> None:
-    """Mark a node of a stage graph as part of a recomputation group (consecutive nodes of one name)."""
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Consecutive nodes of a stage graph that become an inner function. recomputed: it is run again in backward;
+    otherwise it runs around gathered parameters (see `rewrite.storage`)."""
+
+    name: str
+    recomputed: bool
+
+
+def set_group(node: fx.Node, group: Group) -> None:
+    """Mark a node of a stage graph as part of a group."""
     node.meta[_GROUP] = group
 
 
@@ -92,19 +102,21 @@ class _Emitter:
         lines = [*header, "", "", f"def stage({', '.join(parameters)}):", *(f"    {line}" for line in body)]
         return "\n".join(lines) + "\n"
 
-    def outline(self, start: int, end: int, group: str) -> list[str]:
+    def outline(self, start: int, end: int, group: Group) -> list[str]:
         inside = self.nodes[start:end]
         members = set(inside)
         taken = dict.fromkeys(a for n in inside for a in n.all_input_nodes if a not in members)
         given = [n for n in inside if any(user not in members for user in n.users)]
-        lines = [f"def {group}({', '.join(self.names[n] for n in taken)}):"]
+        lines = [f"def {group.name}({', '.join(self.names[n] for n in taken)}):"]
         for position in range(start, end):
             lines += [f"    {line}" for line in self.line(position, keep=given, bound=members)]
         results = ", ".join(self.names[n] for n in given)
         lines.append(f"    return {results}")
-        arguments = ", ".join([group, *(self.names[n] for n in taken)])
-        # Random numbers follow from where they stand, so the state of the generators need not be kept.
-        call = f"checkpoint({arguments}, use_reentrant=False, preserve_rng_state=False)"
+        arguments = ", ".join([group.name, *(self.names[n] for n in taken)])
+        call = f"storage.around({arguments})"
+        if group.recomputed:
+            # Random numbers follow from where they stand, so the state of the generators need not be kept.
+            call = f"checkpoint({arguments}, use_reentrant=False, preserve_rng_state=False)"
         dead = [n for n in taken if self.last_use.get(n, -1) < end and n.op != "placeholder"]
         lines.append(f"{results} = {call}{self.release(dead)}")
         return lines
@@ -142,7 +154,7 @@ class _Emitter:
             namespace, name = target._schema.name.split("::")
             return f"torch.ops.{namespace}.{name}.{target._overloadname}"
         module, name = target.__module__, target.__qualname__
-        for short in ("collectives", "kernels", "random_ops"):
+        for short in ("collectives", "kernels", "random_ops", "storage"):
             if module == f"shardplan.rewrite.{short}":
                 return f"{short}.{name}"
         self.imports.add(module)

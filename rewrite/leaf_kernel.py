@@ -30,6 +30,7 @@ def implement_leaf(op: OpContext) -> fx.Node:
     arguments = tensor_args(op.node)
     # A parameter may go without a gradient, unless the backward of its conversion waits for other ranks.
     held = [i for i in range(note.leaf.inputs, len(arguments)) if arguments[i].op == "placeholder"]
+    op.stage.lowered.late |= {op.stage.trace.sources[arguments[i].name].name for i in held}
     alone = [i for i in held if not _waits(op, arguments[i], i)]
     if any(strategy.is_split for strategy in op.chosen.values()):
         op.stage.lowered.uneven |= {op.stage.trace.sources[arguments[i].name].name for i in alone}
@@ -49,6 +50,9 @@ def implement_leaf(op: OpContext) -> fx.Node:
 def _waits(op: OpContext, value: fx.Node, position: int) -> bool:
     """Whether the gradient of a tensor argument goes through a collective of ranks that have other parts of the batch,
     and may have gone another way inside the leaf."""
+    kept = op.stage.stored.get(value.name)
+    if kept is not None and kept.level > 1:
+        return True
     mesh = op.stage.mesh
     wanted = tuple(op.chosen[a].inputs[position] if a in op.chosen else R for a in mesh.axes)
     apart = {axis for axis, strategy in op.chosen.items() if strategy.is_split}

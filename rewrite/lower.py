@@ -18,12 +18,14 @@ from shardplan.planner.propagate import placed
 from shardplan.planner.reshard import steps
 from shardplan.planner.rules import Slot, Strategy, local_call
 from shardplan.planner.stages import StageSplit
+from shardplan.planner.storage import Storage, part_shape
 from shardplan.planner.trace import Trace, info, is_tensor, mutated, needs_grad, resolve, tensor_args
 from shardplan.rewrite import collectives, kernels
 from shardplan.rewrite.conversions import conversion_call
-from shardplan.rewrite.emit import Bound, emit, set_group
+from shardplan.rewrite.emit import Bound, Group, emit, set_group
 from shardplan.rewrite.implement import IMPLEMENTATIONS, OpContext, implementation_of
 from shardplan.rewrite.program import Argument, Denominator
+from shardplan.rewrite.stored import StoredParameters, storage_of
 
 
 def stage_mesh(plan: Plan, stage: int) -> Mesh:
@@ -36,13 +38,14 @@ def stage_mesh(plan: Plan, stage: int) -> Mesh:
 @dataclass(slots=True)
 class Lowered:
     """A stage graph and what goes in. arguments: in placeholder order, behind comm and device. leaves: by the name that
-    the source calls them. uneven: see `Program`."""
+    the source calls them. uneven, late: see `Program`."""
 
     graph: fx.Graph
     arguments: list[Argument] = field(default_factory=list)
     denominators: list[Denominator] = field(default_factory=list)
     leaves: dict[str, Leaf] = field(default_factory=dict)
     uneven: set[str] = field(default_factory=set)
+    late: set[str] = field(default_factory=set)
 
 
 class StageLowering:
@@ -64,7 +67,9 @@ class StageLowering:
         self.converted: dict[tuple[str, Layout], fx.Node] = {}
         self.totals: dict[tuple[str, Layout], fx.Node] = {}
         self.sites = {node.name: i for i, node in enumerate(trace.nodes())}
-        self.group = ""
+        self.group: Group | None = None
+        self.stored = self._stored()
+        self.parameters = StoredParameters(self, ())
 
     # -- layouts -------------------------------------------------------------------------------------------------------
 
@@ -84,15 +89,28 @@ class StageLowering:
     def local_shape(self, value: fx.Node) -> tuple[int, ...]:
         return local_shape(info(value).shape, self.layout(value), self.mesh)
 
+    def _stored(self) -> dict[str, Storage]:
+        """Placeholder -> how the parameter is stored, where that is not as it is used."""
+        found = {
+            name: storage_of(self.plan, self.trace, name, self.layout(self.trace.node(name)), self.mesh)
+            for name, source in (self.trace.sources.items() if self.plan.storage else ())
+            if source.kind == "param"
+        }
+        return {name: stored for name, stored in found.items() if stored is not None}
+
     # -- values --------------------------------------------------------------------------------------------------------
 
     def argument(self, value: fx.Node, kind: str, name: str, stage: int = -1) -> fx.Node:
         """Make the value an argument of the stage."""
-        prefix = {"recv": "recv_", "denominator": "count_"}.get(kind, "")
+        prefix = {"recv": "recv_", "denominator": "count_", "shard": "part_"}.get(kind, "")
         with self.graph.inserting_after(self._last_placeholder()):
             node = self.graph.placeholder(prefix + re.sub(r"\W", "_", value.name))
-        grad = self.train and kind in ("recv", "param") and needs_grad(value)
-        self.lowered.arguments.append(Argument(kind, name, self.local_shape(value), info(value).dtype, grad, stage))
+        grad = self.train and kind in ("recv", "param", "shard") and needs_grad(value)
+        shape = self.local_shape(value)
+        if kind == "shard":
+            dim, axis = self.stored[value.name].dim, self.stored[value.name].axis
+            shape = part_shape(shape, dim, self.mesh.size(axis))
+        self.lowered.arguments.append(Argument(kind, name, shape, info(value).dtype, grad, stage))
         return node
 
     def _last_placeholder(self) -> fx.Node:
@@ -163,6 +181,8 @@ class StageLowering:
     def fetch(self, node: fx.Node) -> fx.Node:
         if node.op == "placeholder":
             source = self.trace.sources[node.name]
+            if node.name in self.stored:
+                return self.parameters.fetch(node)
             return self.argument(node, source.kind, source.name)
         stage = self.split.stage_of.get(node.name, self.stage)
         if stage != self.stage:
@@ -180,7 +200,7 @@ class StageLowering:
     def emit(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         """Append a call to the stage graph."""
         node = self.graph.call_function(target, args, kwargs)
-        if self.group:
+        if self.group is not None:
             set_group(node, self.group)
         return node
 

@@ -14,16 +14,19 @@ import torch
 from shardplan.planner.instructions import Schedule
 from shardplan.planner.leaf_op import Leaf
 from shardplan.planner.placement import Layout, Mesh
+from shardplan.planner.plan import BUCKET_NBYTES
+from shardplan.planner.storage import Storage
 
 
 @dataclass(frozen=True, slots=True)
 class Argument:
     """One argument of a stage function.
 
-    kind: "param" | "buffer" | "constant" | "input" | "recv" | "denominator".
+    kind: "param" | "shard" (the stored part of a parameter, see `planner.storage`) | "buffer" | "constant" | "input" |
+        "recv" | "denominator".
     name: parameter/buffer/constant/input name as in `Source.name`; for "recv" and "denominator" the value's name.
     stage: for "recv" the stage that sends it, else -1.
-    shape, dtype: local; requires_grad: for "recv", whether its gradient is sent back.
+    shape, dtype: local (of a shard: the largest); requires_grad: for "recv", whether its gradient is sent back.
     """
 
     kind: str
@@ -70,7 +73,8 @@ class TensorSpec:
 
     layout: along the stage mesh's axes (incl. "mb", on which only inputs are split). reduce_axes: mesh axes on which
     the gradient is a sum still to be taken at the end of the step. stages: every stage that holds the tensor; where
-    there are several (tied parameters) their gradients are added up as well.
+    there are several (tied parameters) their gradients are added up as well. storage: how a parameter is split for
+    storage, inside the layout, on an axis that is then none of reduce_axes; None: as it is used.
     """
 
     name: str
@@ -81,6 +85,7 @@ class TensorSpec:
     reduce_axes: tuple[str, ...] = ()
     stages: tuple[int, ...] = ()
     aliases: tuple[str, ...] = ()
+    storage: Storage | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +136,8 @@ class Program:
     stages[i] runs on placement[i]. schedule has one list per pipeline position; positions[i] gives the ranks of
     position i. loss_stage: the stage whose "loss" result counts, -1 for none. leaves: submodules that are run whole, by
     the name that the stages' sources call them. uneven: parameters that get a gradient on some ranks of a group and
-    none on others, because ranks go different ways inside a leaf.
+    none on others, because ranks go different ways inside a leaf. late: parameters read by leaves, whose gradients may
+    arrive in several parts. bucket_nbytes: about how many bytes of gradients are summed at a time.
     """
 
     kind: str
@@ -147,6 +153,8 @@ class Program:
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     leaves: dict[str, Leaf] = field(default_factory=dict)
     uneven: frozenset[str] = frozenset()
+    late: frozenset[str] = frozenset()
+    bucket_nbytes: int = BUCKET_NBYTES
 
     @property
     def world_size(self) -> int:

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from shardplan.planner.placement import MICROBATCH_AXIS
+from shardplan.planner.placement import MICROBATCH_AXIS, R
+from shardplan.planner.storage import span
+from shardplan.rewrite import storage
 from shardplan.rewrite.emit import load
 from shardplan.rewrite.parts import assemble, part_of
 from shardplan.rewrite.program import Argument, Program, Result, StageRanks, TensorSpec
@@ -62,11 +64,19 @@ class _Run:
             for comm in comms.values():
                 comm.base_seed = seed
         self.tensors: list[dict[Coordinate, Tensors]] = []
+        self.shards: list[dict[Coordinate, Tensors]] = []
         for stage, placement in enumerate(program.placement):
             held = [s for kind in ("param", "buffer") for s in self._of(kind) if stage in s.stages]
             self.tensors.append(
                 {
                     c: {s.name: self._leaf(s, state[s.name], placement, comm) for s in held}
+                    for c, comm in self.comms[stage].items()
+                }
+            )
+            split = [s for s in held if s.storage is not None and s.storage.level > 1]
+            self.shards.append(
+                {
+                    c: {s.name: self._shard(s, self.tensors[stage][c], comm) for s in split}
                     for c, comm in self.comms[stage].items()
                 }
             )
@@ -81,11 +91,23 @@ class _Run:
         part = part_of(whole.detach(), spec.layout, placement.mesh, comm.coordinate).clone()
         return part.requires_grad_(spec.trainable and self.program.kind == "train")
 
+    def _shard(self, spec: TensorSpec, held: Tensors, comm: ThreadComm) -> torch.Tensor:
+        """The stored part of a parameter; the whole one of level 3 is not kept."""
+        assert spec.storage is not None
+        axis, dim = spec.storage.axis, spec.storage.dim
+        whole = held[spec.name].detach()
+        held[spec.name] = whole if spec.storage.level < 3 else whole[:0]
+        low, high = span(whole.shape[dim], comm.size(axis), comm.index(axis))
+        part = whole.narrow(dim, low, high - low).clone()
+        return part.requires_grad_(spec.trainable and self.program.kind == "train")
+
     def argument(
         self, a: Argument, stage: int, place: Coordinate, comm: ThreadComm, received: Tensors, counts: Tensors
     ) -> torch.Tensor:
         if a.kind in ("param", "buffer"):
             return self.tensors[stage][place][a.name]
+        if a.kind == "shard":
+            return self.shards[stage][place][a.name]
         if a.kind == "constant":
             return self.program.constants[a.name]
         if a.kind == "recv":
@@ -223,6 +245,7 @@ class _Run:
                     grads.append(sum(present[1:], present[0]) if present else torch.zeros_like(value))
                 if outs:
                     torch.autograd.backward(outs, grads)
+                    storage.settle(comm)
 
             run_ranks(self.comms[stage], run)
 
@@ -230,17 +253,25 @@ class _Run:
         """The whole gradient, added up over the stages that hold the parameter."""
         total: torch.Tensor | None = None
         for stage in spec.stages:
-            parts = {}
-            some = any(held[spec.name].grad is not None for held in self.tensors[stage].values())
-            for place, held in self.tensors[stage].items():
-                leaf = held[spec.name]
-                if some and leaf.grad is None and spec.name in self.program.uneven:
-                    leaf.grad = torch.zeros_like(leaf)
-                if leaf.grad is not None:
-                    parts[tuple(self.comms[stage][place].coordinate.items())] = leaf.grad
-            if parts:
-                if len(parts) != len(self.tensors[stage]):
-                    raise AssertionError(f"only some ranks of stage {stage} have a gradient of {spec.name}")
-                whole = assemble(parts, spec.layout, self.program.placement[stage].mesh, spec.shape, gradient=True)
-                total = whole if total is None else total + whole
+            held = self.shards if spec.storage is not None and spec.storage.level > 1 else self.tensors
+            leaves = {place: tensors[spec.name] for place, tensors in held[stage].items()}
+            if spec.name in self.program.uneven and any(leaf.grad is not None for leaf in leaves.values()):
+                for leaf in leaves.values():
+                    leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+            parts = {
+                tuple(self.comms[stage][place].coordinate.items()): leaf.grad
+                for place, leaf in leaves.items()
+                if leaf.grad is not None
+            }
+            if not parts:
+                continue
+            if len(parts) != len(leaves):
+                raise AssertionError(f"only some ranks of stage {stage} have a gradient of {spec.name}")
+            layout, mesh = spec.layout, self.program.placement[stage].mesh
+            if held is self.shards:
+                assert spec.storage is not None
+                parts = storage.joined(parts, spec.storage)
+                layout = tuple(R if a == spec.storage.axis else p for a, p in zip(mesh.axes, layout, strict=True))
+            whole = assemble(parts, layout, mesh, spec.shape, gradient=True)
+            total = whole if total is None else total + whole
         return total

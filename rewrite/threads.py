@@ -40,6 +40,7 @@ class ThreadComm:
         self.microbatch = 0
         self.base_seed = 0
         self.step = 0
+        self.unsettled: list[Callable[[], None]] = []
 
     def size(self, axis: str) -> int:
         return self.mesh.size(axis)
@@ -72,6 +73,14 @@ class ThreadComm:
             return x
         everyone = self._swap(axis, x.detach().clone())
         return torch.cat([part.chunk(size, split_dim)[self.index(axis)] for part in everyone], concat_dim)
+
+    def start_all_gather(self, x: torch.Tensor, axis: str) -> Callable[[], torch.Tensor]:
+        gathered = self.all_gather(x, 0, axis)
+        return lambda: gathered
+
+    def start_reduce_scatter(self, x: torch.Tensor, axis: str) -> Callable[[], torch.Tensor]:
+        summed = self.reduce_scatter(x, 0, axis)[0]
+        return lambda: summed
 
     def key(self, site: int) -> int:
         return mix(self.base_seed, self.step, site) >> 1

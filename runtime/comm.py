@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ class DistComm:
         self.microbatch = 0
         self.step = 0
         self.base_seed = seed
+        self.unsettled: list[Callable[[], None]] = []
         self._sizes = dict(zip(placement.mesh.axes, placement.mesh.sizes, strict=True))
         self._index = placement.coordinate(rank)
         self._axes: dict[str, _Axis] = {}
@@ -109,6 +111,36 @@ class DistComm:
         held.group.alltoall_base(incoming, outgoing, [], []).wait()
         parts = incoming.unbind()
         return torch.cat(parts if held.order is None else [parts[place] for place in held.order], concat_dim)
+
+    def start_all_gather(self, x: torch.Tensor, axis: str) -> Callable[[], torch.Tensor]:
+        held = self._axes.get(axis)
+        if held is None:
+            return lambda: x
+        stacked = x.new_empty((held.size, *x.shape))
+        work = held.group._allgather_base(stacked, x)
+
+        def arrive() -> torch.Tensor:
+            work.wait()
+            return (stacked if held.order is None else stacked[held.order]).view(-1)
+
+        return arrive
+
+    def start_reduce_scatter(self, x: torch.Tensor, axis: str) -> Callable[[], torch.Tensor]:
+        held = self._axes.get(axis)
+        if held is None:
+            return lambda: x[0]
+        outgoing = x if held.inverse is None else x[held.inverse]
+        arriving = torch.empty_like(outgoing if not x.is_cuda else outgoing[0])
+        if x.is_cuda:
+            work = held.group._reduce_scatter_base(arriving, outgoing)
+        else:
+            work = held.group.alltoall_base(arriving, outgoing, [], [])
+
+        def arrive(outgoing: torch.Tensor = outgoing) -> torch.Tensor:
+            work.wait()
+            return arriving if outgoing.is_cuda else arriving.sum(0, dtype=arriving.dtype)
+
+        return arrive
 
     @staticmethod
     def _outgoing(x: torch.Tensor, dim: int, held: _Axis) -> torch.Tensor:

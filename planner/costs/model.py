@@ -18,6 +18,7 @@ from torch import fx
 from shardplan.planner.cluster import Cluster
 from shardplan.planner.costs import profile, saves
 from shardplan.planner.costs.base import OpCost, OpSaves, coverage_of
+from shardplan.planner.costs.company import Company
 from shardplan.planner.costs.links import LinkModel
 from shardplan.planner.costs.roofline import copy_seconds, modelled_seconds, optimizer_seconds
 from shardplan.planner.costs.store import Sample, Store
@@ -64,6 +65,7 @@ class CostModel:
         self._saves: dict[str, OpSaves] = {}
         self._copies: dict[str, tuple[tuple[int, float], ...]] = {}
         self._rates: dict[str, float] = {}
+        self._companies: dict[str, Company] = {}
         self._measured = 0
 
     # -- ops -----------------------------------------------------------------------------------------------------------
@@ -108,7 +110,7 @@ class CostModel:
         self, call: LocalCall, local: str, key: str, family: str, modelled: tuple[float, float]
     ) -> Sample | None:
         started = time.perf_counter()
-        seconds = profile.measure(call, torch.device(local))
+        seconds = profile.measure(call, torch.device(local), self.company(local))
         self.profile_seconds += time.perf_counter() - started
         self._measured += 1
         if self._progress is not None and self._measured % 50 == 0:
@@ -121,6 +123,18 @@ class CostModel:
         if all(known.key != key for known in self._families[family]):
             self._families[family].append(sample)
         return sample
+
+    def company(self, local: str) -> Company:
+        """What ops in company take longer on a device of this machine."""
+        if local not in self._companies:
+            key = f"company/{profile.device_key(torch.device(local))}"
+            text = self.store.get_text(key)
+            found = Company.parse(text) if text is not None else None
+            if found is None:
+                found = profile.measure_device(torch.device(local))
+                self.store.put_text(key, found.to_json())
+            self._companies[local] = found
+        return self._companies[local]
 
     def _learned(self, place: str, target: str, family: str, modelled: tuple[float, float]) -> OpCost:
         """Scale the model as the nearest sample of the same op says; without one as the op's other uses or, last, all

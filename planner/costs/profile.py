@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from shardplan.planner.costs.company import Company, company, measure_company
 from shardplan.planner.leaf_op import Leaf
 from shardplan.planner.rules.localize import LocalCall, Slot
 
@@ -22,10 +23,10 @@ log = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 
-VERSION = 2
+VERSION = 3
 """Of the way of measuring: older measurements are not looked at."""
 
-_LEAST_REPEATS, _MOST_REPEATS = 3, 9
+_LEAST_REPEATS, _MOST_REPEATS = 5, 9
 _ENOUGH_SECONDS = 0.01
 _INNER_SECONDS = 200e-6
 _INNER_MOST = 20
@@ -94,14 +95,36 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
-def measure(call: LocalCall, device: torch.device) -> tuple[float, float] | None:
-    """Forward and backward seconds of a call, or None where it cannot be run by itself."""
+def measure(call: LocalCall, device: torch.device, among: Company | None = None) -> tuple[float, float] | None:
+    """Forward and backward seconds of a call, or None where it cannot be run by itself. among: what other ops do on
+    the device (`measure_device`); None takes the call alone."""
+    found = _attempt(call, device, among is not None)
+    if found is None or among is None:
+        return found[::2] if found is not None else None
+    alone, after, back = found
+    if max(alone, after) > _INNER_SECONDS:
+        return alone, back * (among.backward if back < _INNER_SECONDS else 1.0)
+    return alone + among.forward * max(after - alone, 0.0), back * among.backward
+
+
+def _attempt(call: LocalCall, device: torch.device, twice: bool) -> tuple[float, float, float] | None:
     try:
         with as_a_rank():
-            return _measure(call, device)
+            return _measure(call, device, twice and device.type == "cpu")
     except Exception as error:  # the caller models it instead, and says so in the coverage
         log.debug("%s cannot be measured: %s", call.target, error)
         return None
+
+
+def measure_device(device: torch.device) -> Company:
+    """What ops in company take longer on a device. A GPU runs behind Python: its kernels take what they take alone."""
+    with as_a_rank():
+        start = _call_overhead(device)
+        if device.type != "cpu":
+            return Company(pass_seconds=start)
+        return measure_company(
+            lambda call: _attempt(call, device, True), lambda action: _reading(action, device, 1), start
+        )
 
 
 def _as_composed(call: LocalCall) -> AbstractContextManager[Any]:
@@ -112,7 +135,8 @@ def _as_composed(call: LocalCall) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _measure(call: LocalCall, device: torch.device) -> tuple[float, float]:
+def _measure(call: LocalCall, device: torch.device, twice: bool) -> tuple[float, float, float]:
+    """Seconds forward alone, forward after other ops (the same unless `twice`), backward alone."""
     inputs = _tensors(call, device)
     grads = [tensor for tensor in inputs if tensor.requires_grad]
     args, kwargs = _filled(call.args, inputs), {k: _filled(v, inputs) for k, v in call.kwargs.items()}
@@ -123,11 +147,12 @@ def _measure(call: LocalCall, device: torch.device) -> tuple[float, float]:
 
     with torch.set_grad_enabled(bool(grads)):
         forward = _timed(run, device)
+        after = _timed(run, device, company(False)) if twice and forward < _INNER_SECONDS else forward
         if not grads:
-            return forward, 0.0
+            return forward, after, 0.0
         results = [r for r in _flat(run()) if r.requires_grad]
         if not results:
-            return forward, 0.0
+            return forward, after, 0.0
         seeds = [torch.ones_like(r) for r in results]
 
         def back() -> None:
@@ -135,7 +160,7 @@ def _measure(call: LocalCall, device: torch.device) -> tuple[float, float]:
 
         seconds = _timed(back, device)
         # A step calls autograd once, not once an op.
-        return forward, max(seconds - _call_overhead(device), 0.1 * seconds)
+        return forward, after, max(seconds - _call_overhead(device), 0.1 * seconds)
 
 
 @lru_cache(maxsize=16)
@@ -195,15 +220,18 @@ def _flat(value: Any) -> list[torch.Tensor]:
     return [item for part in value for item in _flat(part)] if isinstance(value, (list, tuple)) else []
 
 
-def _timed(action: Callable[[], Any], device: torch.device) -> float:
-    """Median seconds of an action, after a warm-up; several per reading where one is too short for the clock."""
+def _timed(action: Callable[[], Any], device: torch.device, after: Callable[[], None] | None = None) -> float:
+    """Median seconds of an action, after a warm-up. after: run before every reading. Without it, several per reading
+    where one is too short for the clock."""
     once = _reading(action, device, 1)
     once = min(once, _reading(action, device, 1))
     if once > _LONG_SECONDS:
         return once  # it varies little, and every further run would take the budget from other ops
-    inner = 1 if once > _INNER_SECONDS else min(int(_INNER_SECONDS / max(once, 1e-7)) + 1, _INNER_MOST)
+    inner = 1 if once > _INNER_SECONDS or after else min(int(_INNER_SECONDS / max(once, 1e-7)) + 1, _INNER_MOST)
     readings: list[float] = []
     while len(readings) < _LEAST_REPEATS or (sum(readings) * inner < _ENOUGH_SECONDS and len(readings) < _MOST_REPEATS):
+        if after is not None:
+            after()
         readings.append(_reading(action, device, inner))
     return statistics.median(readings)
 
@@ -223,7 +251,13 @@ def _reading(action: Callable[[], Any], device: torch.device, inner: int) -> flo
     started = clock()
     for _ in range(inner):
         action()
-    return (clock() - started) / inner
+    return max((clock() - started - _clock_seconds(clock)) / inner, 0.0)
+
+
+@lru_cache(maxsize=2)
+def _clock_seconds(clock: Callable[[], float]) -> float:
+    """Seconds of a call of a clock."""
+    return statistics.median(-clock() + clock() for _ in range(100))
 
 
 def measure_copy(nbytes: int, device: torch.device) -> float:

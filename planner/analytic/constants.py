@@ -42,7 +42,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "volta": Architecture(0.72, 0.72, 60, 200, 200, 0.8, 0.40, 0.30, 512, 1.0, 0.92, 8e-6),
     "ampere": Architecture(0.764, 0.84, 120, 200, 120, 0.87, 0.515, 0.42, 103, 0.75, 0.75, 6e-6),
     "ada": Architecture(0.70, 0.60, 120, 200, 120, 0.85, 0.45, 0.38, 554, 0.75, 0.75, 6e-6),
-    "hopper": Architecture(0.72, 0.64, 120, 200, 200, 0.8, 0.564, 0.415, 1360, 0.395, 0.75, 6e-6),
+    "hopper": Architecture(0.72, 0.624, 120, 200, 200, 0.8, 0.578, 0.415, 1330, 0.39, 0.75, 6e-6),
     "blackwell": Architecture(0.7, 0.512, 120, 200, 300, 0.7, 0.315, 0.381, 1000, 0.4, 0.75, 6e-6),
 }
 
@@ -71,18 +71,24 @@ class System:
 
 @dataclass(frozen=True, slots=True)
 class Constants:
-    """architectures: by name. fused: systems like Megatron-LM, which share at most the optimizer (ZeRO 0 and 1);
-    sharded: those like PyTorch FSDP and DeepSpeed (ZeRO 2 and 3). imbalance: tokens of the busiest expert over the
-    mean."""
+    """architectures: by name. fused: systems like Megatron-LM, which share at most the optimizer (ZeRO 0 and 1); early:
+    the same on GPUs before Hopper, when gradients were reduced after the last backward; sharded: those like PyTorch
+    FSDP and DeepSpeed (ZeRO 2 and 3). imbalance: tokens of the busiest expert over the mean. expert_cast_seconds: of one
+    expert's operand that is scaled and cast to 8 bits by itself (a handful of small kernels, as long as they take to
+    launch)."""
 
     architectures: dict[str, Architecture] = field(default_factory=lambda: dict(ARCHITECTURES), hash=False)
-    fused: System = System(0.421, 0.507, 1.0, 0.1, 2.27, 1.0, False, 0.01)
+    early: System = System(0.464, 0.423, 0.0, 0.1, 1.89, 1.0, False, 0.0)
+    fused: System = System(0.524, 0.495, 1.0, 0.1, 2.24, 1.01, False, 0.01)
     sharded: System = System(0.1, 0.7, 0.9, 0.4, 1.0, 1.28, True, 0.00978)
     imbalance: float = 1.1
+    expert_cast_seconds: float = 5.5e-5
 
-    def system(self, zero: int) -> System:
-        """The kind of system that trains at this ZeRO level."""
-        return self.sharded if zero >= 2 else self.fused
+    def system(self, zero: int, kind: DeviceKind) -> System:
+        """The kind of system that trains at this ZeRO level on such devices."""
+        if zero >= 2:
+            return self.sharded
+        return self.fused if "fp8" in kind.flops else self.early
 
 
 DEFAULT = Constants()

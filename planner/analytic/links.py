@@ -19,6 +19,8 @@ from shardplan.planner.analytic.row import Row
 from shardplan.planner.cluster import Cluster, DeviceKind, Wiring
 from shardplan.planner.costs.links import LinkModel
 
+CONTEXT_NBYTES = 1 << 30
+"""What the driver's context, the libraries' workspaces and the buffers of collectives take on a GPU, about."""
 _OWN_LINKS = ("nvls", "nvswitch", "nvlink")
 _FASTEST_PCIE = 128e9
 
@@ -161,7 +163,9 @@ def _described(
                 uplink = replace(uplink, bytes_per_s=inter, per=inter_per, fabric="rdma", source="row")
             changed[wires] = Wiring(link, uplink)
         wiring.append(changed[wires])
-    cluster = replace(cluster, wiring=tuple(wiring))
+    # A table tells what ran: no margin for the unforeseen is held back, as the planner does.
+    limits = tuple(device.kind.memory_nbytes - CONTEXT_NBYTES for device in cluster.devices)
+    cluster = replace(cluster, wiring=tuple(wiring), limits=limits)
     return _site(cluster), sorted(set(notes))
 
 

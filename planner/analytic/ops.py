@@ -22,6 +22,7 @@ class Chip:
     of: Architecture
     system: System
     imbalance: float
+    expert_cast_seconds: float
     precision: str
     peak: float
     peak16: float
@@ -33,7 +34,8 @@ class Chip:
         peak = peak_flops(kind, precision)
         peak16 = peak_flops(kind, "bf16") if precision == "fp8" else peak
         of = constants.architectures[architecture(kind)]
-        return Chip(kind, of, constants.system(zero), constants.imbalance, precision, peak, peak16, item)
+        system, cast = constants.system(zero, kind), constants.expert_cast_seconds
+        return Chip(kind, of, system, constants.imbalance, cast, precision, peak, peak16, item)
 
     def product(self, m: float, n: float, k: float, count: float = 1.0, high: bool = False) -> float:
         """`count` products of [m, k] and [k, n], run as one grouped kernel. high: in 16 bits even under fp8.
@@ -49,8 +51,10 @@ class Chip:
         item = 1 if fp8 else self.item
         moved = (item * (m * k + k * n) + self.item * m * n) * count
         # Casting to 8 bits reads and writes the operand once more.
-        moved_to_cast = 3.0 * m * k * count if fp8 else 0.0
-        return max(arithmetic, self._moving(moved)) + self._moving(moved_to_cast) + of.launch_seconds
+        casting = self._moving(3.0 * m * k * count) if fp8 else 0.0
+        if fp8 and count > 1:
+            casting += self.expert_cast_seconds * count
+        return max(arithmetic, self._moving(moved)) + casting + of.launch_seconds
 
     def traffic(self, nbytes: float) -> float:
         """An elementwise kernel that reads and writes so many bytes."""

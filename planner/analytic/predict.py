@@ -102,7 +102,7 @@ def predict(
         seconds = row.full_microbatches * (times[0].forward + times[0].backward)
         piped = pipeline.Piped(seconds, 0.0)
     per_stage = [_once(row, shape, net, constants, stage, chunks, times) for stage in range(row.pp)]
-    step = piped.seconds + max(per_stage) + constants.system(row.zero).step_seconds
+    step = piped.seconds + max(per_stage)
     tokens = row.global_batch * shape.seq_len
     flops = tokens * shapes.model_flops_per_token(shape)
     more = tokens * shapes.recomputed_flops_per_token(row, shape)
@@ -192,7 +192,8 @@ def _both(compute: float, talk: float, slack: float) -> float:
 def _once(
     row: Row, shape: Shape, net: Network, constants: Constants, stage: int, chunks: list[int], times: list[Seconds]
 ) -> float:
-    """Seconds of a stage's gradient reduction and parameter gathering that stay visible, and of its optimizer.
+    """Seconds of a stage's gradient reduction and parameter gathering that stay visible, of its optimizer and of what a
+    step takes beside.
 
     They hide behind the last backward and the first forward; interleaved chunks finish one after the other, each a
     pipeline's length before the next.
@@ -201,10 +202,11 @@ def _once(
     mine = memory.held(row, shape, layers, stage == 0, stage == row.pp - 1)
     each = memory.recipe(row)
     replicas = row.dp * row.cp
+    chips = _chips(row, net, constants, stage)
     exposed = 0.0
     if replicas > 1 and row.zero < 3:
         mine_times = times[stage :: row.pp]
-        behind = constants.system(row.zero).dp_overlap * (row.pp if row.interleave > 1 else 1)
+        behind = min(chip.system.dp_overlap for chip in chips) * (row.pp if row.interleave > 1 else 1)
         backward = behind * sum(seconds.backward for seconds in mine_times)
         forward = behind * sum(seconds.forward for seconds in mine_times)
         if row.zero:
@@ -214,8 +216,7 @@ def _once(
             exposed += max(0.0, _among_replicas("all_reduce", each.gradient, mine, net, stage) - backward)
     shared = mine.total / (replicas if row.zero else 1)
     nbytes = shared * (2 * each.gradient + 2 * each.optimizer + each.weight)
-    chips = _chips(row, net, constants, stage)
-    return exposed + max(chip.traffic(nbytes) for chip in chips)
+    return exposed + max(chip.traffic(nbytes) + chip.system.step_seconds for chip in chips)
 
 
 def _among_replicas(kind: str, item: int, mine: memory.Held, net: Network, stage: int) -> float:
@@ -255,6 +256,6 @@ def _limits(row: Row, net: Network, limit_nbytes: int | None) -> list[int]:
     if limit_nbytes is not None:
         return [limit_nbytes] * row.pp
     size = row.ranks // row.pp
-    if net.uniform is not None and not net.cluster.limits:
+    if net.uniform is not None and len(set(net.cluster.limits)) <= 1:
         return [net.cluster.memory_limit(0)] * row.pp
     return [min(net.cluster.memory_limit(rank) for rank in range(s * size, (s + 1) * size)) for s in range(row.pp)]

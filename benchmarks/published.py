@@ -242,9 +242,8 @@ def main() -> None:
         found = fit([case for case in cases if case.set == "fit"])
         for name, arch in found.architectures.items():
             print(f'    "{name}": {_text(arch)},')
-        print(
-            f"    early: System = {_text(found.early)}\n    fused: System = {_text(found.fused)}\n    sharded: System = {_text(found.sharded)}"
-        )
+        for name in ("early", "fused", "sharded"):
+            print(f"    {name}: System = {_text(getattr(found, name))}")
         return
     show(cases, not options.summary)
 

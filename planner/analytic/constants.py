@@ -73,9 +73,9 @@ class System:
 class Constants:
     """architectures: by name. fused: systems like Megatron-LM, which share at most the optimizer (ZeRO 0 and 1); early:
     the same on GPUs before Hopper, when gradients were reduced after the last backward; sharded: those like PyTorch
-    FSDP and DeepSpeed (ZeRO 2 and 3). imbalance: tokens of the busiest expert over the mean. expert_cast_seconds: of one
-    expert's operand that is scaled and cast to 8 bits by itself (a handful of small kernels, as long as they take to
-    launch)."""
+    FSDP and DeepSpeed (ZeRO 2 and 3). imbalance: tokens of the busiest expert over the mean. expert_cast_seconds: of
+    one expert's operand that is scaled and cast to 8 bits by itself (a handful of small kernels, as long as they take
+    to launch)."""
 
     architectures: dict[str, Architecture] = field(default_factory=lambda: dict(ARCHITECTURES), hash=False)
     early: System = System(0.464, 0.423, 0.0, 0.1, 1.89, 1.0, False, 0.0)

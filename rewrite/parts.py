@@ -8,6 +8,7 @@ from itertools import product
 import torch
 
 from shardplan.planner.placement import Layout, Mesh, local_slices
+from shardplan.planner.transfers import overlaps as overlaps
 
 
 def part_of(whole: torch.Tensor, layout: Layout, mesh: Mesh, coordinate: Mapping[str, int]) -> torch.Tensor:
@@ -60,26 +61,3 @@ def runs(pieces: Sequence[Sequence[tuple[int, int]]]) -> Iterator[tuple[Slices, 
         per_dim.append(found)
     for combination in product(*per_dim):
         yield tuple(whole for whole, _ in combination), tuple(part for _, part in combination)
-
-
-def overlaps(
-    mine: Sequence[Sequence[tuple[int, int]]], theirs: Sequence[Sequence[tuple[int, int]]]
-) -> Iterator[tuple[Slices, Slices]]:
-    """The blocks that two parts of one tensor have in common: (where in mine, where in theirs)."""
-    per_dim = []
-    for left, right in zip(mine, theirs, strict=True):
-        found, here = [], 0
-        for start, stop in left:
-            there = 0
-            for low, high in right:
-                first, last = max(start, low), min(stop, high)
-                if first < last:
-                    shift_here, shift_there = here - start, there - low
-                    found.append(
-                        (slice(first + shift_here, last + shift_here), slice(first + shift_there, last + shift_there))
-                    )
-                there += high - low
-            here += stop - start
-        per_dim.append(found)
-    for combination in product(*per_dim):
-        yield tuple(a for a, _ in combination), tuple(b for _, b in combination)

@@ -27,6 +27,7 @@ class Argument:
     name: parameter/buffer/constant/input name as in `Source.name`; for "recv" and "denominator" the value's name.
     stage: for "recv" the stage that sends it, else -1.
     shape, dtype: local (of a shard: the largest); requires_grad: for "recv", whether its gradient is sent back.
+    layout: for "recv", how it arrives on the stage's mesh.
     """
 
     kind: str
@@ -35,6 +36,7 @@ class Argument:
     dtype: torch.dtype
     requires_grad: bool = False
     stage: int = -1
+    layout: Layout = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,20 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from shardplan.errors import CheckpointError, NotSupported, UsageError
+from shardplan.errors import NotSupported, UsageError
 from shardplan.planner.placement import D, Layout, R
 from shardplan.rewrite.program import Program, TensorSpec
-from shardplan.runtime import checkpoint, measuring, optim, weight_files
+from shardplan.runtime import checkpoint, measuring, optim, state, weight_files
 from shardplan.runtime.dtensors import Distributed, whole_of
 from shardplan.runtime.executor import Executor
 from shardplan.runtime.groups import Groups
-from shardplan.runtime.optim import OptimizerFactory
-from shardplan.runtime.parameters import Shards, collect, collect_one, collect_outputs, owners
+from shardplan.runtime.optim import OptimizerFactory, SchedulerFactory
+from shardplan.runtime.parameters import Shards, collect, collect_one, collect_outputs
+from shardplan.runtime.saving import Order, Saver
 from shardplan.runtime.supply import Supply
 
 Batch = Mapping[str, torch.Tensor]
@@ -29,7 +31,8 @@ class Engine:
 
     programs: by key; "train" or "forward" is the planned call, `use` adds others (a smaller batch, another length)
     under keys of their own. In all of them parameters and buffers lie alike. optimizer_factory: makes an optimizer of
-    this rank's local parameters. clip: largest global norm of the gradients, or None. seed: of random ops.
+    this rank's local parameters; scheduler_factory: a torch learning-rate scheduler of that optimizer, moved by every
+    `train_step`. clip: largest global norm of the gradients, or None. seed: of random ops.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class Engine:
         optimizer_factory: OptimizerFactory | None = None,
         clip: float | None = None,
         seed: int = 0,
+        scheduler_factory: SchedulerFactory | None = None,
     ) -> None:
         self.programs = dict(programs)
         self.rank = rank
@@ -53,6 +57,9 @@ class Engine:
         self.shards = Shards(_with_all_buffers(programs), rank, self.device)
         self.optimizer_factory = optimizer_factory
         self.optimizer: torch.optim.Optimizer | None = None
+        self.scheduler_factory = scheduler_factory
+        self.scheduler: Any = None
+        self.saver = Saver()
         self._executors: dict[str, Executor] = {}
 
     # -- parameters ----------------------------------------------------------------------------------------------------
@@ -76,6 +83,8 @@ class Engine:
             trainable = [p for p in self.shards.parameters.values() if p.requires_grad]
             sharded = any(p.is_shard for spec in self.shards.mine() for p in spec.layout)
             self.optimizer = optim.make(self.optimizer_factory, trainable, sharded)
+            if self.optimizer is not None and self.scheduler_factory is not None:
+                self.scheduler = self.scheduler_factory(self.optimizer)
 
     def use(self, key: str, program: Program) -> None:
         """Add a program, or replace the one of that key. Raises NotSupported where its parameters lie differently."""
@@ -116,7 +125,10 @@ class Engine:
                 "train_step needs an optimizer", [], ["pass optimizer=lambda params: torch.optim.AdamW(...)"]
             )
         self.zero_grad()
-        return self._train(batch, self._optimize, key)
+        loss = self._train(batch, self._optimize, key)
+        if self.scheduler is not None:
+            optim.advance(self.scheduler, loss)
+        return loss
 
     def step(self, batch: Batch, key: str = "train") -> torch.Tensor:
         """Gradients of the global batch are added to those in place. -> loss [], the same on every rank."""
@@ -196,83 +208,35 @@ class Engine:
             return None
         return Distributed(executor.placement, executor.comm, self.rank, self.groups, self.device)
 
-    def save(self, path: str | os.PathLike[str], facts: Mapping[str, Any] | None = None) -> None:
-        """The whole training state; loads under any plan and world size. Raises CheckpointError.
+    def save(
+        self, path: str | os.PathLike[str], facts: Mapping[str, Any] | None = None, wait: bool = True, keep: int = 0
+    ) -> str:
+        """The whole training state; loads under any plan and world size. -> where it is.
 
-        facts: JSON values to keep with it.
+        facts: JSON values to keep with it. wait: False returns as soon as the state is copied, and writes it in the
+        background (see `runtime.saving`). keep: 0, or `path` is a directory of checkpoints by step of which that many
+        stay. Raises CheckpointError.
         """
-        mine = optim.options(self.optimizer, self._names())
+        target = checkpoint.of_step(path, self.steps) if keep else Path(path)
         stored = {"steps": self.steps, "seed": self.seed, "user": dict(facts or {})}
-        checkpoint.save(path, self._parts(), stored, {"groups": mine})
+        mine = optim.options(self.optimizer, state.names(self.shards))
+        order = Order(target, stored, {"groups": mine}, keep)
+        self.saver.save(order, lambda: state.parts(self.shards, self.optimizer, self.scheduler), wait)
+        return str(target)
 
-    def load(self, path: str | os.PathLike[str]) -> dict[str, Any]:
-        """Read what `save` wrote, under whatever plan. -> the facts that were given to `save`."""
+    def load(self, path: str | os.PathLike[str]) -> tuple[int, dict[str, Any]]:
+        """Read what `save` wrote, under whatever plan; of a directory of checkpoints the last whole one.
 
-        def read(reader: checkpoint.Reader) -> None:
-            tensors = self.shards.tensors()
-            for spec in self.shards.mine():
-                reader.read(f"model/{spec.name}", spec.shape, self.shards.pieces(spec), tensors[spec.name].data)
-            if self.optimizer is not None:
-                self._load_optimizer(self.optimizer, reader)
-
-        facts = checkpoint.load(path, read)
+        -> (steps that were done, the facts that were given to `save`). Raises CheckpointError.
+        """
+        self.saver.wait()
+        facts = checkpoint.load(path, lambda r: state.read(r, self.shards, self.optimizer, self.scheduler))
         self.steps = int(facts["steps"])
         self.seed = int(facts["seed"])
         for executor in self._executors.values():
             if executor.stage >= 0:
                 executor.comm.base_seed = self.seed
-        return facts["user"]
-
-    def _names(self) -> dict[int, str]:
-        return {id(parameter): name for name, parameter in self.shards.parameters.items()}
-
-    def _owned(self) -> Iterator[TensorSpec]:
-        """Specs of the tensors of which this rank writes its part: every element is written once."""
-        for spec in self.shards.mine():
-            placement = self.shards.program.placement[self.shards.stage]
-            if self.shards.stage == spec.stages[0] and self.rank in owners(placement, spec.layout):
-                yield spec
-
-    def _parts(self) -> Iterator[checkpoint.Part]:
-        tensors = self.shards.tensors()
-        for spec in self._owned():
-            pieces = self.shards.pieces(spec)
-            yield checkpoint.Part(f"model/{spec.name}", tensors[spec.name], spec.shape, pieces)
-            parameter = self.shards.parameters.get(spec.name)
-            if self.optimizer is None or parameter is None:
-                continue
-            for key, value in optim.state_of(self.optimizer, parameter):
-                name = f"optimizer/{spec.name}/{key}"
-                if value.shape == parameter.shape:
-                    yield checkpoint.Part(name, value, spec.shape, pieces)
-                elif value.numel() == 1:
-                    yield checkpoint.Part(name, value, tuple(value.shape), [[(0, 1)]] * value.ndim)
-                else:
-                    raise NotSupported(
-                        f"the optimizer keeps {key} of shape {list(value.shape)} for {spec.name}{list(parameter.shape)}"
-                    )
-
-    def _load_optimizer(self, optimizer: torch.optim.Optimizer, reader: checkpoint.Reader) -> None:
-        stored: dict[str, list[str]] = {}
-        for name in reader.parts:
-            if name.startswith("optimizer/"):
-                parameter, _, key = name.removeprefix("optimizer/").rpartition("/")
-                stored.setdefault(parameter, []).append(key)
-        groups = reader.facts["groups"]
-        if not groups:
-            raise CheckpointError("it holds no optimizer state")
-        optim.restore_options(optimizer, self._names(), groups)
-        for name, parameter in self.shards.parameters.items():
-            spec = self.shards.specs[name]
-            state: dict[str, torch.Tensor] = {}
-            for key in stored.get(name, ()):
-                full = f"optimizer/{name}/{key}"
-                if reader.shape(full) == spec.shape and spec.shape:
-                    state[key] = torch.empty(parameter.shape, dtype=reader.dtype(full), device=parameter.device)
-                    reader.read(full, spec.shape, self.shards.pieces(spec), state[key])
-                else:
-                    state[key] = reader.scalar(full)
-            optim.restore(optimizer, parameter, state)
+        return self.steps, facts["user"]
 
     def save_weights(
         self,
@@ -313,7 +277,14 @@ class Engine:
                 buffer.copy_(buffers[name])
 
     def close(self) -> None:
-        """Drop the shards and the process groups that were made for the programs."""
+        """Wait for a checkpoint that is being written; then drop the shards, and the process groups that were made for
+        the programs. Raises CheckpointError where it could not be written."""
+        try:
+            self.saver.close()
+        finally:
+            self._drop()
+
+    def _drop(self) -> None:
         self._executors.clear()
         self.optimizer = None
         self.shards.parameters.clear()

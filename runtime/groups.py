@@ -25,7 +25,7 @@ class Groups:
         if separate_channels is None:
             separate_channels = dist.get_backend() == "nccl"
         self._separate = separate_channels
-        self._timeout = _default_timeout()
+        self._timeout = default_timeout()
         self._groups: dict[tuple[int, ...], Any] = {}
         self._channels: dict[tuple[int, int], Any] = {}
 
@@ -80,7 +80,7 @@ class Channel:
         return self._group.recv([into], self._source, 0)
 
 
-def _default_timeout() -> timedelta | None:
+def default_timeout() -> timedelta | None:
     """The time limit of the default group; a new group would otherwise wait for half an hour."""
     group = dist.distributed_c10d._get_default_group()
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")

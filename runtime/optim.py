@@ -13,6 +13,7 @@ from torch import nn
 from shardplan.errors import NotSupported
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
 _foreach_norm = torch._foreach_norm  # pyright: ignore[reportPrivateImportUsage]
 _foreach_mul_ = torch._foreach_mul_  # pyright: ignore[reportPrivateImportUsage]
 _WHOLE_TENSOR = frozenset({"Adafactor", "Muon"})
@@ -42,6 +43,14 @@ def make(factory: OptimizerFactory, parameters: Sequence[nn.Parameter], sharded:
             f"{name} steps on parts of tensors: exact only if it treats every element by itself", stacklevel=2
         )
     return optimizer
+
+
+def advance(scheduler: Any, loss: torch.Tensor) -> None:
+    """Move a scheduler after an optimizer step. loss: of the global batch, the same on every rank."""
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        scheduler.step(loss.item())
+    else:
+        scheduler.step()
 
 
 def clip_gradients(held: Sequence[tuple[nn.Parameter, int]], limit: float, device: torch.device) -> torch.Tensor:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class Job:
     optimizer_factory: Callable[..., torch.optim.Optimizer] | None
     clip: float | None
     seed: int
+    scheduler_factory: Callable[[torch.optim.Optimizer], Any] | None = None
 
 
 def join(device: str, timeout_seconds: float) -> Session:
@@ -85,6 +87,7 @@ def load(session: Session, job: Job, supply: Supply) -> None:
         optimizer_factory=job.optimizer_factory,
         clip=job.clip,
         seed=job.seed,
+        scheduler_factory=job.scheduler_factory,
     )
     session.values[_ENGINE] = engine
     load_weights(session, supply)
@@ -146,8 +149,14 @@ def full_gradients(session: Session) -> dict[str, torch.Tensor]:
     return engine_of(session).full_gradients()
 
 
-def save(session: Session, path: str, facts: dict[str, Any]) -> None:
-    engine_of(session).save(path, facts)
+def save(session: Session, path: str, facts: dict[str, Any], wait: bool, keep: int) -> str:
+    """See `Engine.save`."""
+    return engine_of(session).save(path, facts, wait, keep)
+
+
+def finish_saving(session: Session) -> None:
+    """Wait for the checkpoint that is being written. Raises CheckpointError where it could not be."""
+    engine_of(session).saver.wait()
 
 
 def save_weights(session: Session, *arguments: Any) -> None:
@@ -155,8 +164,14 @@ def save_weights(session: Session, *arguments: Any) -> None:
     engine_of(session).save_weights(*arguments)
 
 
-def restore(session: Session, path: str) -> dict[str, Any]:
+def restore(session: Session, path: str) -> tuple[int, dict[str, Any]]:
+    """See `Engine.load`."""
     return engine_of(session).load(path)
+
+
+def has_checkpoint(session: Session, path: str) -> bool:
+    """Whether rank 0 sees a checkpoint, or a directory with some, whole or not."""
+    return share(session, checkpoint.attempt(lambda: checkpoint.candidates(Path(path))) is None)
 
 
 def measure(session: Session, batch: dict[str, torch.Tensor], steps: int, key: str) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import os
 import struct
+import zlib
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,10 @@ def read_header(file: Path) -> dict[str, Stored]:
 
 
 class FileWriter:
-    """A file whose tensors are known beforehand and come one by one, in order of `tensors` (name, shape, dtype)."""
+    """A file whose tensors are known beforehand and come one by one, in order of `tensors` (name, shape, dtype).
+
+    nbytes, crc32: of what was written so far.
+    """
 
     def __init__(self, file: Path, tensors: Sequence[tuple[str, tuple[int, ...], torch.dtype]]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -110,15 +114,21 @@ class FileWriter:
             offset += nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
+        self.nbytes = self.crc32 = 0
         self._file = open(file, "xb")  # noqa: SIM115
-        self._file.write(struct.pack("<Q", len(text)) + text)
+        self._write(struct.pack("<Q", len(text)) + text)
 
     def write(self, tensor: torch.Tensor) -> None:
         """The next tensor."""
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         expected = self._sizes.pop(0)
         assert data.numel() == expected, "a tensor of another size than announced"
-        self._file.write(data.numpy().data)
+        self._write(data.numpy().data)
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self.nbytes += len(data)
+        self.crc32 = zlib.crc32(data, self.crc32)
 
     def close(self) -> None:
         """Put the file on the disk."""
@@ -128,7 +138,9 @@ class FileWriter:
         self._file.close()
 
     def abandon(self) -> None:
-        self._file.close()
+        """Let go of the file, which is not whole."""
+        with suppress(OSError):  # what is still to be written may be what the disk has no room for
+            self._file.close()
 
 
 def nbytes_of(shape: Sequence[int], dtype: torch.dtype) -> int:

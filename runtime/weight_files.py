@@ -17,7 +17,8 @@ import torch
 
 from shardplan.errors import CheckpointError
 from shardplan.planner.plan import write_atomically
-from shardplan.runtime.checkpoint import agree, attempt, publish, sync
+from shardplan.runtime.checkpoint import agree, attempt
+from shardplan.runtime.saving import publish, sync
 from shardplan.runtime.tensor_files import FileWriter, Stored, nbytes_of, read_header, writable
 
 INDEX = "model.safetensors.index.json"

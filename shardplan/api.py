@@ -11,7 +11,7 @@ import torch
 
 from shardplan.batch import Batch, example_batch
 from shardplan.errors import ShardplanError, UsageError, WorldSizeMismatch
-from shardplan.parallel_model import InPlace, ParallelModel, Planned, Settings, Spawned
+from shardplan.parallel_model import ParallelModel, Planned, Settings
 from shardplan.planner.cluster import Cluster
 from shardplan.planner.plan import Plan
 from shardplan.planning import (
@@ -28,6 +28,7 @@ from shardplan.planning import (
     say_nothing,
     say_on_stderr,
 )
+from shardplan.ranks import InPlace, Spawned
 from shardplan.runtime import rank_calls
 from shardplan.runtime.launch import TIMEOUT_SECONDS, Workers
 from shardplan.values import Init, Weights
@@ -59,6 +60,7 @@ def auto_parallel(
     weights: Weights | None = None,
     init: Init | None = None,
     clip_norm: float | None = None,
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
     seed: int = 0,
     timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> ParallelModel:
@@ -80,6 +82,7 @@ def auto_parallel(
         and gradient accumulation, so results depend on the plan. Running statistics then move once per microbatch, by
         the mean of the replicas.
     verbose: progress on stderr. clip_norm: largest global gradient norm. seed: of random ops, and of `init`.
+    scheduler: optimizer -> torch learning-rate scheduler; every `train_step` moves it, and checkpoints have its state.
     weights: start from these: a safetensors file, a directory (one file, or several with an index), or a list of files;
         each rank reads its slices. Rounded to the model's dtypes. Raises CheckpointError unless they are its weights.
     init: ``init(module)`` initialises the parameters of one module of a model on the meta device; called for every
@@ -123,7 +126,7 @@ def auto_parallel(
             return Planned(found, trace, inputs, None)
         return _plan_and_spawn(module, cluster, batch, request, given, timeout_seconds, say)
 
-    made = ParallelModel(module, Settings(loss_fn, optimizer, clip_norm, seed, weights, init), prepare)
+    made = ParallelModel(module, Settings(loss_fn, optimizer, clip_norm, seed, weights, init, scheduler), prepare)
     if example_inputs is not None:
         made.prepare(example_inputs)
     else:

@@ -6,21 +6,22 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from shardplan.batch import Batch, Inputs, canonical, example_batch, move, rebuild_output
 from shardplan.calls import Call, Calls
+from shardplan.checkpoints import Checkpoints, Facts, Saving, encodable
 from shardplan.errors import NotRunnableHere, NotSupported, UsageError
 from shardplan.planner.plan import Plan
 from shardplan.planner.report.measured import Measured
 from shardplan.planner.trace import Trace
 from shardplan.planner.units import parse_nbytes
+from shardplan.ranks import InPlace, Ranks
 from shardplan.rewrite import compile as compile_program
 from shardplan.runtime import rank_calls
-from shardplan.runtime.launch import Workers
 from shardplan.runtime.rank_calls import Job
 from shardplan.runtime.supply import Supply
 from shardplan.runtime.worker import Session
@@ -35,55 +36,6 @@ from shardplan.values import (
     tensors_of,
     to_write,
 )
-
-
-class Ranks(Protocol):
-    """The ranks of a job. A call runs on all of them; `call` gives this process's result (rank 0's in a driver)."""
-
-    in_place: bool
-
-    def call(self, function: Callable[..., Any], *arguments: Any) -> Any: ...
-
-    def load(self, job: Job, supply: Supply) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class InPlace:
-    """This process is a rank (torchrun)."""
-
-    in_place = True
-
-    def __init__(self, session: Session) -> None:
-        self.session = session
-
-    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return function(self.session, *arguments)
-
-    def load(self, job: Job, supply: Supply) -> None:
-        rank_calls.load(self.session, job, rank_calls.same_values(self.session, supply))
-
-    def close(self) -> None:
-        rank_calls.unload(self.session)
-
-
-class Spawned:
-    """The ranks are workers that this process drives."""
-
-    in_place = False
-
-    def __init__(self, workers: Workers) -> None:
-        self.workers = workers
-
-    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return self.workers.call(function, *arguments)[0]
-
-    def load(self, job: Job, supply: Supply) -> None:
-        needed = names_by_rank(job.programs, len(self.workers))
-        self.workers.call_each(rank_calls.load, [(job, supply.only(names)) for names in needed])
-
-    def close(self) -> None:
-        self.workers.close()
 
 
 @dataclass(slots=True)
@@ -106,6 +58,7 @@ class Settings:
     seed: int = 0
     weights: Weights | None = None
     init: Init | None = None
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None = None
 
 
 class ParallelModel:
@@ -128,6 +81,7 @@ class ParallelModel:
         self._calls: Calls | None = None
         self._supply = Supply()
         self._rest = Supply()  # of what no rank holds
+        self._checkpoints = Checkpoints(self._ranks)
         self._closed = False
 
     # -- planning and loading ------------------------------------------------------------------------------------------
@@ -158,8 +112,8 @@ class ParallelModel:
         )
         kind = self._calls.planned.key
         programs = {kind: compile_program(planned.trace, planned.plan, kind)}
-        job = Job(programs, self._settings.optimizer, self._settings.clip_norm, self._settings.seed)
         settings = self._settings
+        job = Job(programs, settings.optimizer, settings.clip_norm, settings.seed, settings.scheduler)
         alike = len({device.kind for device in planned.plan.devices}) == 1
         self._supply = supply_of(self._model, settings.weights, settings.init, settings.seed, programs, alike)
         held = set().union(*names_by_rank(programs, len(planned.plan.devices)))
@@ -335,9 +289,16 @@ class ParallelModel:
         rest = {name: given[name] for name in self._rest.names() if name in given}
         self._rest = replace(self._rest, whole={**self._rest.whole, **rest})
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the whole training state into a directory; it loads under any plan."""
-        self._ranks().call(rank_calls.save, os.path.abspath(path), {"model": self.plan.model})
+    def save(self, path: str | os.PathLike[str], *, wait: bool = True, keep: int = 0, extra: Any = None) -> Saving:
+        """Write the whole training state into a directory; it loads under any plan.
+
+        It has its name once it is whole; an older one is replaced. wait: False returns as soon as the state is copied
+        and writes it while training goes on; what went wrong is raised by ``.wait()`` of the result, or by the next
+        `save`, `load` or `close`. keep: `path` is a directory of checkpoints by step, and the last `keep` of them stay.
+        extra: JSON values of yours, given back by `load`. Raises CheckpointError on every rank.
+        """
+        facts = {"model": self.plan.model, "extra": encodable(extra)}
+        return self._checkpoints.save(path, facts, wait, keep)
 
     def save_weights(self, path: str | os.PathLike[str], max_shard: int | str = "5 GB") -> None:
         """Write the weights of the unsplit model into a directory of safetensors files, with its configuration if it
@@ -354,9 +315,27 @@ class ParallelModel:
         announced = to_write(self._model)
         self._ranks().call(rank_calls.save_weights, os.path.abspath(path), announced, self._rest, max_nbytes, others)
 
-    def load(self, path: str | os.PathLike[str]) -> None:
-        """Read what `save` wrote, under this or any other plan. Raises CheckpointError."""
-        self._ranks().call(rank_calls.restore, os.path.abspath(path))
+    def load(self, path: str | os.PathLike[str]) -> Any:
+        """Read what `save` wrote, under this or any other plan; of a directory of checkpoints the last whole one.
+
+        -> what was given as ``extra=``. Every byte is compared with its checksum. Raises CheckpointError.
+        """
+        return self._take(*self._checkpoints.load(path))[1]
+
+    def resume(self, path: str | os.PathLike[str]) -> int:
+        """As `load`, if there is a checkpoint. -> steps that are done: 0 at the first start.
+
+        With it a script that is started again goes on where its last checkpoint was::
+
+            for step in range(pm.resume("runs/a"), steps):
+                pm.train_step(...)
+                if step % 100 == 99:
+                    pm.save("runs/a", keep=3, wait=False)
+        """
+        return self._take(*self._checkpoints.load_if_any(path))[0]
+
+    def _take(self, steps: int, facts: Facts) -> tuple[int, Any]:
+        return steps, facts.get("extra")
 
     # -- of later versions ---------------------------------------------------------------------------------------------
 
@@ -369,9 +348,17 @@ class ParallelModel:
     # -- the end -------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """End the workers, or drop this rank's shards. Does nothing the second time."""
-        self._closed = True
-        if self._planned is not None and self._planned.ranks is not None:
+        """End the workers, or drop this rank's shards, when a checkpoint that is being written is whole. Does nothing
+        the second time. Raises CheckpointError where it could not be written."""
+        if self._closed:
+            return
+        if self._planned is None or self._planned.ranks is None:
+            self._closed = True
+            return
+        try:
+            self._checkpoints.finish()
+        finally:
+            self._closed = True
             self._planned.ranks.close()
 
     def __enter__(self) -> ParallelModel:

@@ -1,0 +1,62 @@
+"""The ranks of a job, with one face wherever they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from shardplan.runtime import rank_calls
+from shardplan.runtime.launch import Workers
+from shardplan.runtime.rank_calls import Job
+from shardplan.runtime.supply import Supply
+from shardplan.runtime.worker import Session
+from shardplan.values import names_by_rank
+
+
+class Ranks(Protocol):
+    """The ranks of a job. A call runs on all of them; `call` gives this process's result (rank 0's in a driver)."""
+
+    in_place: bool
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any: ...
+
+    def load(self, job: Job, supply: Supply) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class InPlace:
+    """This process is a rank (torchrun)."""
+
+    in_place = True
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(self.session, *arguments)
+
+    def load(self, job: Job, supply: Supply) -> None:
+        rank_calls.load(self.session, job, rank_calls.same_values(self.session, supply))
+
+    def close(self) -> None:
+        rank_calls.unload(self.session)
+
+
+class Spawned:
+    """The ranks are workers that this process drives."""
+
+    in_place = False
+
+    def __init__(self, workers: Workers) -> None:
+        self.workers = workers
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return self.workers.call(function, *arguments)[0]
+
+    def load(self, job: Job, supply: Supply) -> None:
+        needed = names_by_rank(job.programs, len(self.workers))
+        self.workers.call_each(rank_calls.load, [(job, supply.only(names)) for names in needed])
+
+    def close(self) -> None:
+        self.workers.close()

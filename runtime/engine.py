@@ -20,6 +20,7 @@ from shardplan.runtime.executor import Executor
 from shardplan.runtime.groups import Groups
 from shardplan.runtime.optim import OptimizerFactory, SchedulerFactory
 from shardplan.runtime.parameters import Shards, collect, collect_one, collect_outputs
+from shardplan.runtime.reduction import Attached
 from shardplan.runtime.saving import Order, Saver
 from shardplan.runtime.supply import Supply
 
@@ -54,6 +55,7 @@ class Engine:
         self.seed = seed
         self.steps = 0
         self.groups = Groups()
+        self.attached = Attached()
         self.shards = Shards(_with_all_buffers(programs), rank, self.device)
         self.optimizer_factory = optimizer_factory
         self.optimizer: torch.optim.Optimizer | None = None
@@ -77,7 +79,14 @@ class Engine:
         if not self._executors:
             for kind, program in self.programs.items():
                 self._executors[kind] = Executor(
-                    program, self.rank, self.device, self.shards.tensors(), self.groups, self.seed, f"{kind} "
+                    program,
+                    self.rank,
+                    self.device,
+                    self.shards.tensors(),
+                    self.groups,
+                    self.seed,
+                    f"{kind} ",
+                    self.attached,
                 )
         if self.optimizer is None and self.optimizer_factory is not None:
             trainable = [p for p in self.shards.parameters.values() if p.requires_grad]
@@ -93,7 +102,7 @@ class Engine:
         self.programs = programs
         if self._executors:
             self._executors[key] = Executor(
-                program, self.rank, self.device, self.shards.tensors(), self.groups, self.seed, f"{key} "
+                program, self.rank, self.device, self.shards.tensors(), self.groups, self.seed, f"{key} ", self.attached
             )
 
     def drop(self, key: str) -> None:
@@ -131,22 +140,17 @@ class Engine:
         return loss
 
     def step(self, batch: Batch, key: str = "train") -> torch.Tensor:
-        """Gradients of the global batch are added to those in place. -> loss [], the same on every rank."""
+        """Gradients of the global batch are added to those in place. -> loss [], the same on every rank.
+
+        Tensors that were taken from `.grad` before change with it: gradients keep their places in memory.
+        """
         return self._train(batch, None, key)
 
     def _train(self, batch: Batch, optimizer_step: Callable[[], None] | None, key: str) -> torch.Tensor:
         executor = self.executor(key)
-        earlier = None
-        if optimizer_step is None and any(p.grad is not None for p in self.shards.parameters.values()):
-            # The sum over ranks is taken of this step's gradients only; the earlier ones are summed already.
-            earlier = {name: p.grad for name, p in self.shards.parameters.items()}
-            self.zero_grad()
         share, _ = executor.run(batch, optimizer_step, self.steps)
         if self.clip is not None and optimizer_step is not None and executor.stage < 0:
             self._optimize()  # the norm is a sum over all ranks, idle ones included
-        for name, grad in (earlier or {}).items():
-            parameter = self.shards.parameters[name]
-            parameter.grad = grad if parameter.grad is None else parameter.grad + (0 if grad is None else grad)
         self.steps += 1
         return executor.whole_loss(share)
 
@@ -266,7 +270,8 @@ class Engine:
 
     def measure(self, batch: Batch, steps: int = 5, key: str = "train") -> dict[str, Any]:
         """Timed steps without changing anything: gradients are computed and dropped. See `runtime.measuring`."""
-        gradients = {name: p.grad for name, p in self.shards.parameters.items()}
+        parameters = self.shards.parameters.items()
+        gradients = {name: None if p.grad is None else p.grad.clone() for name, p in parameters}
         buffers = {name: b.clone() for name, b in self.shards.buffers.items()}
         try:
             return measuring.measure(self.executor(key), batch, steps, self.steps, self.zero_grad)

@@ -20,7 +20,7 @@ from shardplan.runtime.comm import DistComm
 from shardplan.runtime.groups import Channel, Groups
 from shardplan.runtime.inputs import Inputs
 from shardplan.runtime.receipts import receipts
-from shardplan.runtime.reduction import GradientSums
+from shardplan.runtime.reduction import Attached, GradientSums
 
 Tensors = Mapping[str, torch.Tensor]
 _SHOWN = 12
@@ -51,6 +51,7 @@ class Span(NamedTuple):
 class Executor:
     """One rank of one program. Make it on every rank of the job, in the same order (groups are created).
 
+    attached: shared by the executors whose programs share their tensors.
     spans: None, or a list to which every instruction that runs is appended (a GPU is then synchronised for each).
     """
 
@@ -63,6 +64,7 @@ class Executor:
         groups: Groups,
         seed: int = 0,
         name: str = "",
+        attached: Attached | None = None,
     ) -> None:
         self.program = program
         self.rank = rank
@@ -78,7 +80,7 @@ class Executor:
             for axis, size in zip(placement.mesh.axes, placement.mesh.sizes, strict=True):
                 if axis != MICROBATCH_AXIS and size > 1:
                     groups.of_stage(placement, (axis,))
-        self.sums = GradientSums(program, self.stage, rank, tensors, groups)
+        self.sums = GradientSums(program, self.stage, rank, tensors, groups, attached or Attached())
         channels = self._channels(groups)
         if self.stage < 0:
             return
@@ -167,6 +169,7 @@ class Executor:
         self._receipts = receipts(self.program.schedule, self.stage, self._carries)
         # Where a microbatch's last activation and last gradient leave, after which nothing of it is needed.
         self._last_send = {i.microbatch: n for n, i in enumerate(self.instructions) if i.op is Op.SEND_ACT}
+        self._last_backward = max((n for n, i in enumerate(self.instructions) if i.op is Op.BACKWARD), default=-1)
         self._last_grad = {i.microbatch: n for n, i in enumerate(self.instructions) if i.op is Op.SEND_GRAD}
 
     def _carries(self, sent: Instruction) -> bool:
@@ -191,6 +194,8 @@ class Executor:
         if self.stage < 0:
             return None, []
         self.inputs.start(batch)
+        if self.train:
+            self.sums.start()
         self.comm.step = step
         self._optimizer_step = optimizer_step
         self._flights: dict[int, _Flight] = {}
@@ -340,13 +345,15 @@ class Executor:
         self._release()
         flight.edges = {}
         self.comm.microbatch = microbatch
+        if self._at == self._last_backward:
+            self.sums.arm()
         if edges:
             torch.autograd.backward(edges, gradients)
         if microbatch not in self._last_grad:
             del self._flights[microbatch]
 
     def _reduce(self, instruction: Instruction) -> None:
-        self.sums.run()
+        self.sums.finish()
 
     def _optimize(self, instruction: Instruction) -> None:
         if self._optimizer_step is not None:

@@ -1,29 +1,139 @@
-"""Sums of gradients at the end of a step: over the mesh axes of a stage, then over the stages of a tied parameter."""
+"""Sums of gradients: in buckets over the mesh axes of a stage while backward goes on, then over tied stages.
+
+Every gradient that is a sum over ranks has its place in a flat bucket, into which it is moved when it first arrives;
+further microbatches add to it there. In the last microbatch's backward a bucket is summed as soon as all of its
+gradients are final. Buckets follow the stage's code, last used first, and are started in one order on every rank of
+the stage: all of its ranks run the same code, so the sums of a group match.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from shardplan.errors import NotSupported
+from shardplan.planner.plan import BUCKET_NBYTES
 from shardplan.rewrite.program import Program, TensorSpec
 from shardplan.runtime.groups import Groups
 
-_BUCKET_NBYTES = 25 << 20
+FIRST_NBYTES = 1 << 20  # the first bucket is small, so that the link is busy early
+_Sum = tuple[Any, list[torch.Tensor]]
+
+
+class Attached:
+    """Whose hooks the leaves of an engine carry: its programs share leaves, one of them runs at a time."""
+
+    def __init__(self) -> None:
+        self._owner: GradientSums | None = None
+
+    def claim(self, sums: GradientSums) -> None:
+        """Give the leaves the hooks of `sums`, and take those of others from them."""
+        if self._owner is not sums:
+            if self._owner is not None:
+                self._owner.detach()
+            sums.attach()
+            self._owner = sums
+
+
+class Bucket:
+    """Gradients of some leaves that are summed over one group together.
+
+    flat: [elements of all leaves], made when the first of them arrives; None for a leaf alone in its bucket, whose
+    gradient is summed where it is. absent: leaves that had no gradient in the step before. pending: leaves whose
+    gradient is not final yet. wire_dtype: what is sent, None for the gradients' own.
+    """
+
+    __slots__ = ("absent", "flat", "group", "launched", "leaves", "pending", "views", "wire", "wire_dtype", "work")
+
+    def __init__(self, group: Any, leaves: list[torch.Tensor], wire_dtype: torch.dtype | None = None) -> None:
+        self.group = group
+        self.leaves = leaves
+        self.wire_dtype = wire_dtype
+        self.absent: set[int] = set()
+        self.flat: torch.Tensor | None = None
+        self.views: list[torch.Tensor] = []
+        self.wire: torch.Tensor | None = None
+        self.pending = 0
+        self.launched = False
+        self.work: Any = None
+
+    def start(self) -> None:
+        self.pending = len(self.leaves) - len(self.absent)
+        self.launched = False
+        self.work = self.wire = None
+
+    def take(self, index: int) -> None:
+        """Move a leaf's gradient to its place in the bucket."""
+        leaf = self.leaves[index]
+        if len(self.leaves) == 1:
+            return
+        if self.flat is None:
+            sizes = [leaf.numel() for leaf in self.leaves]
+            self.flat = torch.empty(sum(sizes), dtype=leaf.dtype, device=leaf.device)
+            parts = self.flat.split(sizes)
+            self.views = [part.view(leaf.shape) for part, leaf in zip(parts, self.leaves, strict=True)]
+        view = self.views[index]
+        if leaf.grad is not view:
+            assert leaf.grad is not None
+            view.copy_(leaf.grad)
+            leaf.grad = view
+
+    def launch(self) -> None:
+        """Start the sum; where no leaf has a gradient there is none, on any rank of the group."""
+        self.launched = True
+        present = [leaf.grad is not None for leaf in self.leaves]
+        if not any(present):
+            return
+        for index, here in enumerate(present):
+            if here:
+                self.take(index)
+        for view, here in zip(self.views, present, strict=False):
+            if not here:
+                view.zero_()
+        flat = self.flat
+        if flat is None:
+            gradient = self.leaves[0].grad
+            assert gradient is not None
+            if not gradient.is_contiguous():
+                self.leaves[0].grad = gradient = gradient.contiguous()
+            flat = gradient.view(-1)
+        self.wire = flat if self.wire_dtype is None else flat.to(self.wire_dtype)
+        self.work = self.group.allreduce([self.wire])
+
+    def wait(self) -> None:
+        """Wait for the sum."""
+        self.absent = {i for i, leaf in enumerate(self.leaves) if leaf.grad is None}
+        if self.work is None:
+            return
+        self.work.wait()
+        assert self.wire is not None
+        if self.wire_dtype is not None:
+            target = self.flat if self.flat is not None else self.leaves[0].grad
+            assert target is not None
+            target.view(-1).copy_(self.wire)
+        self.wire = None
 
 
 class GradientSums:
-    """The sums that one rank takes part in. All ranks make it in the same order (groups are created).
+    """The sums that one rank takes part in, for one stage. All ranks make it in the same order (groups are created).
 
-    Every rank runs the same sums of a group in the same order: parameters are taken in the program's order, and all
-    sums inside stages come before those between stages.
+    `start` before the first microbatch, `arm` before the last backward of the stage, `finish` when it is done. Ranks
+    that share groups run the same sums of a group in the same order: those inside stages in the order of the code,
+    then those between stages.
     """
 
     def __init__(
-        self, program: Program, stage: int, rank: int, tensors: Mapping[str, torch.Tensor], groups: Groups
+        self,
+        program: Program,
+        stage: int,
+        rank: int,
+        tensors: Mapping[str, torch.Tensor],
+        groups: Groups,
+        attached: Attached,
     ) -> None:
         for spec in program.parameters:
             if len(spec.reduce_axes) > 1:
@@ -31,33 +141,103 @@ class GradientSums:
                     groups.of_stage(program.placement[index], spec.reduce_axes)
         for ranks in sorted({ranks for spec in program.parameters for ranks in twins(program, spec)}):
             groups.get(ranks)
-        inside: dict[tuple[int, ...], list[torch.Tensor]] = {}
+        self._attached = attached
+        self._handles: list[Any] = []
+        self._agreed = False
+        self._armed = False
+        self._next = 0
+        self._strays: list[_Sum] = []
+        overlapped: list[_Sum] = []
+        late: dict[tuple[int, ...], list[torch.Tensor]] = {}
         between: dict[tuple[int, ...], list[torch.Tensor]] = {}
-        for spec in program.parameters:
-            if not spec.trainable or stage not in spec.stages:
-                continue
+        self._counted_elsewhere: list[torch.Tensor] = []
+        for spec in _last_used_first(program, stage):
+            leaf = tensors[spec.name]
             ranks = program.placement[stage].group(rank, spec.reduce_axes)
-            if len(ranks) > 1:
-                inside.setdefault(ranks, []).append(tensors[spec.name])
-            for ranks in twins(program, spec):
-                if rank in ranks:
-                    between.setdefault(ranks, []).append(tensors[spec.name])
+            tied = [ranks for ranks in twins(program, spec) if rank in ranks]
+            if len(ranks) > 1 and (spec.storage is not None or spec.name in program.late | program.uneven):
+                late.setdefault(ranks, []).append(leaf)
+            elif len(ranks) > 1:
+                overlapped.append((groups.get(ranks), [leaf]))
+            for twin in tied:
+                between.setdefault(twin, []).append(leaf)
+            if any(rank != min(held) for held in (ranks, *tied)):
+                self._counted_elsewhere.append(leaf)
+        self._buckets = [
+            Bucket(group, leaves) for group, leaves in packed(overlapped, program.bucket_nbytes, FIRST_NBYTES)
+        ]
         # One order of all groups of the job, so that ranks that share some of their groups do not wait in a circle.
-        ordered = sorted(inside.items(), key=lambda item: (-len(item[0]), item[0]))
-        self._inside = [(groups.get(ranks), leaves) for ranks, leaves in ordered]
+        ordered = sorted(late.items(), key=lambda item: (-len(item[0]), item[0]))
+        self._late = [(groups.get(ranks), leaves) for ranks, leaves in ordered]
         self._between = [(groups.get(ranks), leaves) for ranks, leaves in sorted(between.items())]
         uneven = {id(tensors[name]) for name in program.uneven if name in tensors}
-        held = [(group, [leaf for leaf in leaves if id(leaf) in uneven]) for group, leaves in self._inside]
+        held = [(group, [leaf for leaf in leaves if id(leaf) in uneven]) for group, leaves in self._late]
         self._uneven = [(group, leaves) for group, leaves in held if leaves]
-        self._agreed = False
 
-    def run(self) -> None:
+    # -- hooks ---------------------------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Called by `Attached`: have every gradient of a bucket come here when it has been accumulated."""
+        for bucket in self._buckets:
+            for index, leaf in enumerate(bucket.leaves):
+                hook = partial(self._arrived, bucket, index)
+                self._handles.append(leaf.register_post_accumulate_grad_hook(hook))
+
+    def detach(self) -> None:
+        """Called by `Attached`: give the leaves and the memory of the buckets free."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for bucket in self._buckets:
+            bucket.flat, bucket.views = None, []
+
+    def _arrived(self, bucket: Bucket, index: int, _leaf: torch.Tensor) -> None:
+        new = index in bucket.absent
+        if bucket.launched:
+            if not new:
+                raise RuntimeError("a gradient changed after it was summed")
+            self._strays.append((bucket.group, [bucket.leaves[index]]))
+            return
+        bucket.take(index)
+        bucket.absent.discard(index)
+        if not self._armed:
+            bucket.pending += new
+            return
+        bucket.pending -= not new
+        while self._next < len(self._buckets) and not self._buckets[self._next].pending:
+            self._buckets[self._next].launch()
+            self._next += 1
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Before the first microbatch. Gradients that are there count once: on the first rank of their sums."""
+        self._attached.claim(self)
+        self._armed = False
+        self._next = 0
+        for bucket in self._buckets:
+            bucket.start()
+        for leaf in self._counted_elsewhere:
+            if leaf.grad is not None:
+                leaf.grad.zero_()
+
+    def arm(self) -> None:
+        """Before the backward that makes the gradients of the stage final."""
+        self._armed = True
+
+    def finish(self) -> None:
         """Replace the gradients by their sums."""
+        self._armed = False
+        for bucket in self._buckets[self._next :]:
+            bucket.launch()
         for group, leaves in self._uneven:
             for leaf in _read_anywhere(group, leaves):
                 if leaf.grad is None:
                     leaf.grad = torch.zeros_like(leaf)
-        _sum_gradients(self._inside)
+        _sum_gradients([*self._strays, *self._late])
+        self._strays.clear()
+        for bucket in self._buckets:
+            bucket.wait()
         if not self._agreed:
             self._between = [(group, _read_anywhere(group, leaves)) for group, leaves in self._between]
             self._agreed = True
@@ -78,42 +258,50 @@ def twins(program: Program, spec: TensorSpec) -> list[tuple[int, ...]]:
     return [tuple(ranks) for ranks in zip(*(p.ranks for p in placements), strict=True)]
 
 
-def buckets(tensors: Iterable[torch.Tensor], nbytes: int = _BUCKET_NBYTES) -> list[list[torch.Tensor]]:
-    """Tensors of one dtype together, in order, at most `nbytes` in a bucket (a larger tensor stands alone)."""
-    found: list[list[torch.Tensor]] = []
-    open_: dict[torch.dtype, tuple[list[torch.Tensor], int]] = {}
-    for tensor in tensors:
-        mine = tensor.numel() * tensor.element_size()
-        bucket, size = open_.get(tensor.dtype, ([], 0))
-        if not bucket or size + mine > nbytes:
-            bucket, size = [], 0
-            found.append(bucket)
-        bucket.append(tensor)
-        open_[tensor.dtype] = bucket, size + mine
-    return found
+def _last_used_first(program: Program, stage: int) -> list[TensorSpec]:
+    """Trainable parameters of a stage in the order in which backward finishes them: the code's order, turned round."""
+    if stage < 0:
+        return []
+    place = {a.name: i for i, a in enumerate(program.stages[stage].arguments) if a.kind in ("param", "shard")}
+    held = [spec for spec in program.parameters if spec.trainable and stage in spec.stages]
+    return sorted(held, key=lambda spec: -place.get(spec.name, -1))
 
 
-def _sum_gradients(sums: list[tuple[Any, list[torch.Tensor]]]) -> None:
-    """All-reduce bucket by bucket; while one is under way the next is packed. Gradients become views of the buckets.
+def packed(sums: Iterable[_Sum], nbytes: int, first_nbytes: int | None = None) -> list[_Sum]:
+    """Sums of one group and dtype together, at most `nbytes` in a bucket (the first: `first_nbytes`).
 
-    A parameter without a gradient has none on any rank of its group, whose ranks run the same code.
+    Leaves keep their order within a group and dtype; buckets stand in the order in which their last leaf does. A leaf
+    of a quarter of a bucket or more stands alone: it need not be copied.
     """
-    running: list[tuple[Any, list[torch.Tensor], torch.Tensor]] = []
+    found: list[tuple[int, Any, list[torch.Tensor]]] = []
+    open_: dict[tuple[int, torch.dtype], tuple[int, int]] = {}
+    position = 0
     for group, leaves in sums:
-        for bucket in buckets(leaf for leaf in leaves if leaf.grad is not None):
-            gradients = [leaf.grad for leaf in bucket if leaf.grad is not None]
-            if len(gradients) == 1:
-                flat = gradients[0].contiguous().view(-1)
+        for leaf in leaves:
+            mine = leaf.numel() * leaf.element_size()
+            key = id(group), leaf.dtype
+            at, size = open_.get(key, (-1, 0))
+            limit = nbytes if at != 0 or first_nbytes is None else min(nbytes, first_nbytes)
+            if 4 * mine >= nbytes:
+                found.append((position, group, [leaf]))
+            elif at < 0 or size + mine > limit:
+                open_[key] = len(found), mine
+                found.append((position, group, [leaf]))
             else:
-                flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-                for leaf in bucket:
-                    leaf.grad = None  # so that no more than a bucket is held twice
-            del gradients
-            running.append((group.allreduce([flat]), bucket, flat))
-    for work, bucket, flat in running:
-        work.wait()
-        for leaf, part in zip(bucket, flat.split([leaf.numel() for leaf in bucket]), strict=True):
-            leaf.grad = part.view(leaf.shape)
+                found[at] = position, group, [*found[at][2], leaf]
+                open_[key] = at, size + mine
+            position += 1
+    return [(group, leaves) for _, group, leaves in sorted(found, key=lambda item: item[0])]
+
+
+def _sum_gradients(sums: Iterable[_Sum]) -> None:
+    """Sum what is not summed during backward, bucket by bucket: while one is under way the next is packed."""
+    there = [(group, [leaf for leaf in leaves if leaf.grad is not None]) for group, leaves in sums]
+    running = [Bucket(group, leaves) for group, leaves in packed(there, BUCKET_NBYTES)]
+    for bucket in running:
+        bucket.launch()
+    for bucket in running:
+        bucket.wait()
 
 
 def _read_anywhere(group: Any, leaves: list[torch.Tensor]) -> list[torch.Tensor]:

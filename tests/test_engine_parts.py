@@ -303,15 +303,6 @@ def test_parameter_without_a_gradient_is_left_alone():
     assert torch.equal(answers[0][2]["w"], state["w"])
 
 
-def test_buckets():
-    from shardplan.runtime.reduction import buckets
-
-    sizes = [10, 3, 4, 4, 30, 1]
-    tensors = [torch.zeros(n, dtype=torch.float64 if n == 3 else F32) for n in sizes]
-    found = [[len(t) for t in bucket] for bucket in buckets(tensors, 64)]
-    assert found == [[10, 4], [3], [4], [30], [1]]
-
-
 def test_optimizers_that_need_whole_tensors():
     from shardplan.runtime import optim
 

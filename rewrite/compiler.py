@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 
 from torch import fx
@@ -12,13 +12,14 @@ from torch import fx
 from shardplan.errors import PlanMismatch
 from shardplan.planner import schedules
 from shardplan.planner.instructions import Schedule
-from shardplan.planner.placement import MICROBATCH_AXIS, D, Layout, P, R, local_shape
+from shardplan.planner.placement import MICROBATCH_AXIS, D, Layout, Mesh, P, R, local_shape
 from shardplan.planner.plan import Plan
 from shardplan.planner.propagate import placed
 from shardplan.planner.stages import Crossing, split_stages
-from shardplan.planner.trace import Trace, info, is_tensor, mutated, needs_grad, resolve
+from shardplan.planner.trace import Trace, info, is_tensor, mutated, needs_grad, resolve, tensor_args
+from shardplan.planner.transfers import boundary
 from shardplan.rewrite.emit import Group, emit
-from shardplan.rewrite.lower import StageLowering, ancestors, stage_mesh
+from shardplan.rewrite.lower import StageLowering, ancestors, made_layout, read_layout, stage_mesh, strategies_on
 from shardplan.rewrite.program import Argument, Program, Result, StageCode, StageRanks, TensorSpec
 from shardplan.rewrite.stored import StoredParameters, storage_of
 
@@ -61,6 +62,7 @@ class _Compiler:
         self.watched = [n for n in trace.nodes() if n.name in watched and n.name in self.split.stage_of]
         self.live = self._live()
         self.crossings = [c for c in map(self._live_crossing, self.split.crossings) if c is not None]
+        self.boundaries = {(c.name, t): self._boundary(c, t) for c in self.crossings for t in c.targets}
 
     def _outputs(self, available: frozenset[str] | None) -> dict[int, fx.Node]:
         """Output position -> node, of what this program returns (position 0 is the loss)."""
@@ -91,6 +93,19 @@ class _Compiler:
         stages = {self.split.stage_of[u.name] for u in node.users if u in self.live and u.name in self.split.stage_of}
         targets = tuple(t for t in crossing.targets if t in stages)
         return Crossing(crossing.name, crossing.source, targets, crossing.info) if targets else None
+
+    def _boundary(self, crossing: Crossing, target: int) -> tuple[Layout, Layout]:
+        """How the value leaves its stage, and how it arrives where its readers are."""
+        node = self.trace.node(crossing.name)
+        here, there = stage_mesh(self.plan, crossing.source), stage_mesh(self.plan, target)
+        readers = [
+            read_layout(strategies_on(self.plan, there, user), there, position)
+            for user in node.users
+            if user in self.live and self.split.stage_of.get(user.name) == target and resolve(user)[0] is user
+            for position, argument in enumerate(tensor_args(user))
+            if argument is node
+        ]
+        return boundary(info(node).shape, made_layout(self.plan, here, node), here, readers, there)
 
     def program(self) -> Program:
         stages = [self.stage(index) for index in range(len(self.plan.stages))]
@@ -142,7 +157,8 @@ class _Compiler:
     # -- one stage -----------------------------------------------------------------------------------------------------
 
     def stage(self, index: int) -> _Stage:
-        lowering = StageLowering(self.trace, self.plan, self.split, index, self.train)
+        arrivals = {name: arrives for (name, target), (_, arrives) in self.boundaries.items() if target == index}
+        lowering = StageLowering(self.trace, self.plan, self.split, index, self.train, arrivals)
         sends = [c for c in self.crossings if c.source == index]
         mine = {p: n for p, n in self.outputs.items() if self.split.outputs[p][1] == index}
         watched = [n for n in self.watched if self.split.stage_of[n.name] == index]
@@ -153,15 +169,19 @@ class _Compiler:
         results, values = [], []
         for crossing in sends:
             node = self.trace.node(crossing.name)
-            values.append(lowering.value(node))
-            results.append(self.send(lowering, crossing, node))
+            leaving: dict[Layout, list[int]] = {}
+            for target in crossing.targets:
+                leaving.setdefault(self.boundaries[crossing.name, target][0], []).append(target)
+            for layout, targets in leaving.items():
+                values.append(lowering.value(node, layout))
+                results.append(self.result("send", node, layout, lowering.mesh, tuple(targets)))
         for position, node in mine.items():
             value, result = self.output(lowering, position, node)
             values.append(value)
             results.append(result)
         for node in watched:
             values.append(lowering.value(node))
-            results.append(replace(self.send(lowering, Crossing(node.name, index, (), info(node)), node), kind="watch"))
+            results.append(self.result("watch", node, lowering.layout(node), lowering.mesh))
         lowering.graph.output(tuple(values))
         lowering.graph.lint()
         code = StageCode(emit(lowering.graph), tuple(lowering.lowered.arguments), tuple(results))
@@ -190,12 +210,12 @@ class _Compiler:
             lowering.parameters.end(number)
             lowering.group = None
 
-    def send(self, lowering: StageLowering, crossing: Crossing, node: fx.Node) -> Result:
+    def result(self, kind: str, node: fx.Node, layout: Layout, mesh: Mesh, targets: tuple[int, ...] = ()) -> Result:
         grad = self.train and needs_grad(node)
+        shape = local_shape(info(node).shape, layout, mesh)
         return Result(
-            "send", node.name, lowering.local_shape(node), info(node).dtype, grad, crossing.targets,
-            layout=lowering.layout(node), global_shape=info(node).shape,
-        )  # fmt: skip
+            kind, node.name, shape, info(node).dtype, grad, targets, layout=layout, global_shape=info(node).shape
+        )
 
     def output(self, lowering: StageLowering, position: int, node: fx.Node) -> tuple[fx.Node, Result]:
         """The loss stays a summand where it is one: the executor adds it up once a step. Outputs are made whole on
@@ -233,7 +253,9 @@ class _Compiler:
             node = self.trace.node(placeholder)
             at = tuple(sorted(stages.get(source.name, [0])))
             mesh = stage_mesh(self.plan, at[0])
-            chosen = {axis: self.plan.strategy(axis, placeholder) for axis in mesh.axes if mesh.size(axis) > 1}
+            meshes = [stage_mesh(self.plan, stage) for stage in at]
+            wide = [a for a in mesh.axes if any(m.size(a) > 1 for m in meshes)]
+            chosen = {axis: self.plan.strategy(axis, placeholder) for axis in wide}
             layout = tuple(placed(chosen.get(axis), 0) for axis in mesh.axes)
             stored = storage_of(self.plan, self.trace, placeholder, layout, mesh) if kind == "param" else None
             done = {MICROBATCH_AXIS, stored.axis if stored is not None else ""}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,24 @@ def stage_mesh(plan: Plan, stage: int) -> Mesh:
     return Mesh((MICROBATCH_AXIS, *mesh.axes), (plan.microbatches, *mesh.sizes))
 
 
+def strategies_on(plan: Plan, mesh: Mesh, node: fx.Node) -> dict[str, Strategy]:
+    """Strategies of an op on the axes of a mesh that have more than one rank."""
+    found = {a: plan.strategy(a, node.name) for a, size in zip(mesh.axes, mesh.sizes, strict=True) if size > 1}
+    return {axis: strategy for axis, strategy in found.items() if strategy is not None}
+
+
+def made_layout(plan: Plan, mesh: Mesh, value: fx.Node) -> Layout:
+    """How a traced value lies when its op has run on the mesh."""
+    maker, index = resolve(value)
+    strategies = strategies_on(plan, mesh, maker)
+    return tuple(placed(strategies.get(axis), index) for axis in mesh.axes)
+
+
+def read_layout(strategies: Mapping[str, Strategy], mesh: Mesh, position: int) -> Layout:
+    """How an op of these strategies wants its tensor argument."""
+    return tuple(strategies[a].inputs[position] if a in strategies else R for a in mesh.axes)
+
+
 @dataclass(slots=True)
 class Lowered:
     """A stage graph and what goes in. arguments: in placeholder order, behind comm and device. leaves: by the name that
@@ -49,16 +67,27 @@ class Lowered:
 
 
 class StageLowering:
-    """Builds the graph of one stage. Use: `require` what is wanted, then `finish`."""
+    """Builds the graph of one stage. Use: `require` what is wanted, then `finish`.
 
-    def __init__(self, trace: Trace, plan: Plan, split: StageSplit, stage: int, train: bool) -> None:
+    arrivals: how values of other stages arrive, by name.
+    """
+
+    def __init__(
+        self,
+        trace: Trace,
+        plan: Plan,
+        split: StageSplit,
+        stage: int,
+        train: bool,
+        arrivals: Mapping[str, Layout] | None = None,
+    ) -> None:
         self.trace = trace
         self.plan = plan
         self.split = split
         self.stage = stage
         self.train = train
+        self.arrivals = arrivals or {}
         self.mesh = stage_mesh(plan, stage)
-        self.axes = [a for a, n in zip(self.mesh.axes, self.mesh.sizes, strict=True) if n > 1]
         self.graph = fx.Graph()
         self.lowered = Lowered(self.graph)
         self.comm = self.graph.placeholder("comm")
@@ -75,16 +104,15 @@ class StageLowering:
 
     def chosen(self, node: fx.Node) -> dict[str, Strategy]:
         """Strategies of an op on the axes of this stage that have more than one rank."""
-        found = {axis: self.plan.strategy(axis, node.name) for axis in self.axes}
-        return {axis: strategy for axis, strategy in found.items() if strategy is not None}
+        return strategies_on(self.plan, self.mesh, node)
 
     def layout(self, value: fx.Node) -> Layout:
         """How the traced value lies when its op has run. Every rank has all of a constant of the trace."""
         if value.name in self.trace.constants:
             return (R,) * len(self.mesh.axes)
-        maker, index = resolve(value)
-        chosen = self.chosen(maker)
-        return tuple(placed(chosen.get(axis), index) for axis in self.mesh.axes)
+        if value.name in self.arrivals:
+            return self.arrivals[value.name]
+        return made_layout(self.plan, self.mesh, value)
 
     def local_shape(self, value: fx.Node) -> tuple[int, ...]:
         return local_shape(info(value).shape, self.layout(value), self.mesh)
@@ -110,7 +138,8 @@ class StageLowering:
         if kind == "shard":
             dim, axis = self.stored[value.name].dim, self.stored[value.name].axis
             shape = part_shape(shape, dim, self.mesh.size(axis))
-        self.lowered.arguments.append(Argument(kind, name, shape, info(value).dtype, grad, stage))
+        layout = self.layout(value) if kind == "recv" else ()
+        self.lowered.arguments.append(Argument(kind, name, shape, info(value).dtype, grad, stage, layout))
         return node
 
     def _last_placeholder(self) -> fx.Node:
@@ -222,8 +251,7 @@ class StageLowering:
             if not is_tensor(argument):
                 arguments.append(self.value(argument))
                 continue
-            wanted = tuple(chosen[a].inputs[position] if a in chosen else R for a in self.mesh.axes)
-            arguments.append(self.value(argument, wanted))
+            arguments.append(self.value(argument, read_layout(chosen, self.mesh, position)))
         call = local_call(node, chosen, self.mesh)
         name = implementation_of(node, chosen)
         if name is not None:
@@ -284,8 +312,7 @@ class StageLowering:
         inner.run(inner.needed(roots)[0])
         values = []
         for position, root in enumerate(roots, start=1):
-            wanted = tuple(op.chosen[a].inputs[position] if a in op.chosen else R for a in self.mesh.axes)
-            values.append(inner.value(root, wanted))
+            values.append(inner.value(root, read_layout(op.chosen, self.mesh, position)))
         count = inner.emit(kernels.cross_entropy_count, (*values, *[None] * (2 - len(values)), ignore_index), {})
         return self.counted(name, inner, count, spatial, (), torch.float32)
 

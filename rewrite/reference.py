@@ -13,13 +13,16 @@ import torch
 
 from shardplan.planner.placement import MICROBATCH_AXIS, R
 from shardplan.planner.storage import span
+from shardplan.planner.transfers import Box
 from shardplan.rewrite import storage
 from shardplan.rewrite.emit import load
 from shardplan.rewrite.parts import assemble, part_of
 from shardplan.rewrite.program import Argument, Program, Result, StageRanks, TensorSpec
+from shardplan.rewrite.routes import deliver, routes
 from shardplan.rewrite.threads import ThreadComm, make_comms, run_ranks
 
 Coordinate = tuple[int, ...]
+Shape = tuple[int, ...]
 Tensors = dict[str, torch.Tensor]
 
 
@@ -58,6 +61,7 @@ class _Run:
         self.program = program
         self.batch = batch
         self.specs = {(kind, s.name): s for kind, specs in self._specs() for s in specs}
+        self.routes = routes(program)
         self.functions = [load(code.source, f"stage{i}", program.leaves) for i, code in enumerate(program.stages)]
         self.comms = [make_comms(placement.mesh) for placement in program.placement]
         for comms in self.comms:
@@ -209,14 +213,27 @@ class _Run:
                     return self.functions[stage](comm, torch.device("cpu"), *arguments)
 
             values.append(run_ranks(self.comms[stage], run))
-            for place, outs in values[stage].items():
+            for outs in values[stage].values():
                 for spec, value in zip(code.results, outs, strict=True):
                     if tuple(value.shape) != spec.shape or value.dtype != spec.dtype:
                         raise AssertionError(f"{spec.name} is {value.dtype}{list(value.shape)}, not {spec}")
-                    for target in spec.stages:
-                        leaf = value.detach().clone().requires_grad_(grad and spec.requires_grad)
-                        leaves[target][place][spec.name] = leaf
+            for route in self.routes:
+                if route.source == stage:
+                    argument = self.program.stages[route.target].arguments[route.argument]
+                    sent = {place: outs[route.result].detach() for place, outs in values[stage].items()}
+                    got = self.move(route.values, stage, sent, route.target, argument.shape)
+                    for place, value in got.items():
+                        leaves[route.target][place][route.name] = value.requires_grad_(grad and argument.requires_grad)
         return leaves, values
+
+    def move(
+        self, boxes: tuple[Box, ...], source: int, held: dict[Coordinate, torch.Tensor], target: int, shape: Shape
+    ) -> dict[Coordinate, torch.Tensor]:
+        """Bring boxes of a tensor from the ranks of one stage to those of another. shape: local, where they go."""
+        ranks = [dict(zip(self.comms[s], self.program.placement[s].ranks, strict=True)) for s in (source, target)]
+        by_rank = {ranks[0][place]: value for place, value in held.items()}
+        got = deliver(boxes, by_rank, ranks[1].values(), dict.fromkeys(ranks[1].values(), shape))
+        return {place: got[rank] for place, rank in ranks[1].items()}
 
     def backward(
         self,
@@ -227,22 +244,29 @@ class _Run:
         """The same microbatch backward; gradients of parameters accumulate."""
         for stage in reversed(range(len(self.program.stages))):
             code = self.program.stages[stage]
+            arrived: dict[tuple[int, Coordinate], torch.Tensor] = {}
+            for route in self.routes:
+                if route.source != stage or not code.results[route.result].requires_grad:
+                    continue
+                shape = code.results[route.result].shape
+                sent = {place: _gradient(held[route.name]) for place, held in leaves[route.target].items()}
+                for place, part in self.move(route.gradients, route.target, sent, stage, shape).items():
+                    key = (route.result, place)
+                    arrived[key] = arrived[key] + part if key in arrived else part
 
-            def run(comm: ThreadComm, stage=stage, code=code) -> None:
+            def run(comm: ThreadComm, stage=stage, code=code, arrived=arrived) -> None:
                 comm.microbatch = microbatch
                 place = tuple(comm.coordinate.values())
                 outs, grads = [], []
-                for spec, value in zip(code.results, values[stage][place], strict=True):
+                for position, (spec, value) in enumerate(zip(code.results, values[stage][place], strict=True)):
                     if not spec.requires_grad or not value.requires_grad or spec.kind == "watch":
                         continue
                     if spec.kind == "loss":
                         outs.append(value)
                         grads.append(torch.ones_like(value))
                         continue
-                    arrived = [leaves[t][place][spec.name].grad for t in spec.stages]
-                    present = [g for g in arrived if g is not None]
                     outs.append(value)
-                    grads.append(sum(present[1:], present[0]) if present else torch.zeros_like(value))
+                    grads.append(arrived[position, place])
                 if outs:
                     torch.autograd.backward(outs, grads)
                     storage.settle(comm)
@@ -275,3 +299,7 @@ class _Run:
             whole = assemble(parts, layout, mesh, spec.shape, gradient=True)
             total = whole if total is None else total + whole
         return total
+
+
+def _gradient(leaf: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad

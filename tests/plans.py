@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from math import lcm
 
 from torch import fx
 
@@ -60,23 +61,36 @@ def random_plan(
     split_bias: float = 0.7,
     bounds: tuple[int, ...] | None = None,
     rematerialize: Iterable[str] = (),
+    meshes: Sequence[tuple[int, int]] = (),
+    schedule: str = "1f1b",
+    chunks: int = 1,
 ) -> Plan:
-    """A plan with random strategies on tp, the batch followed on dp and mb, and even stages."""
+    """A plan with random strategies on tp, the batch followed on dp and mb, and even stages.
+
+    meshes: (dp, tp) of every stage, where they differ. chunks: stages of a position, whose meshes have equal widths.
+    """
     rng = random.Random(seed)
-    mesh = Mesh(("mb", "dp", "tp"), (microbatches, dp, tp))
+    degrees = list(meshes) or [(dp, tp)] * pp
+    pp, positions = len(degrees), len(degrees) // chunks
+    # What several stages hold has to divide on each of them.
+    whole = Mesh(("mb", "dp", "tp"), (microbatches, lcm(*(d for d, _ in degrees)), lcm(*(t for _, t in degrees))))
+    bounds = bounds or even_bounds(trace, pp)
+    split_ = split_stages(trace, bounds)
     splits: dict[str, dict[str, str]] = {}
     chosen: dict[str, dict[str, Strategy]] = {}
-    for axis, result in follow_batch(trace, mesh).items():
+    for axis, result in follow_batch(trace, whole).items():
         if result.reason:
             raise ValueError(f"{axis}: {result.reason}")
         for name, strategy in result.strategies.items():
             chosen.setdefault(name, {})[axis] = strategy
             splits.setdefault(axis, {})[name] = str(strategy)
-    if tp > 1:
+    if whole.size("tp") > 1:
         lying: dict[fx.Node, Placement] = {}  # a buffer that an op writes to lies as the op reads it
         for node in trace.nodes():
             if node.op == "output" or resolve(node)[0] is not node or not infos(node):
                 continue
+            stage = split_.stage_of.get(node.name)
+            mesh = whole if stage is None else Mesh(whole.axes, (microbatches, *degrees[stage]))
             options = tp_options(node, chosen.get(node.name, {}), mesh)
             written = {tensor_args(node).index(buffer): buffer for buffer in mutated(node)}
             options = [s for s in options if all(lying.get(b, s.inputs[i]) == s.inputs[i] for i, b in written.items())]
@@ -87,17 +101,15 @@ def random_plan(
             lying |= {buffer: strategy.inputs[position] for position, buffer in written.items()}
         for buffer, placement in lying.items():
             splits["tp"][buffer.name] = str(Strategy("-", (), (placement,)))
-    bounds = bounds or even_bounds(trace, pp)
-    split_ = split_stages(trace, bounds)
     ends = [*bounds[1:], len(trace.segments)]
-    width = dp * tp
+    starts = [sum(d * t for d, t in degrees[:position]) for position in range(positions)]
     stages = tuple(
         StagePlan(
             first,
             last,
             tuple(s.name for s in trace.segments[first:last]),
-            tuple(range(stage * width, (stage + 1) * width)),
-            Mesh(("dp", "tp"), (dp, tp)),
+            tuple(range(starts[stage % positions], starts[stage % positions] + degrees[stage][0] * degrees[stage][1])),
+            Mesh(("dp", "tp"), degrees[stage]),
             0.0,
             0.0,
             0.0,
@@ -116,11 +128,13 @@ def random_plan(
         fingerprint=trace.fingerprint,
         batch_size=trace.batch_size,
         inputs=inputs,
-        devices=tuple(DeviceSummary("cpu", 0, 1 << 40) for _ in range(width * pp)),
+        devices=tuple(DeviceSummary("cpu", 0, 1 << 40) for _ in {rank for stage in stages for rank in stage.ranks}),
         stages=stages,
         microbatches=microbatches,
-        schedule="1f1b",
-        instructions=schedules.build("1f1b", pp, microbatches, split_.edges(), grad_edges=split_.grad_edges()),
+        schedule=schedule,
+        instructions=schedules.build(
+            schedule, pp, microbatches, split_.edges(), grad_edges=split_.grad_edges(), chunks=chunks
+        ),
         splits=splits,
         step_seconds=0.0,
         status=Status("given", 0.0, 0.0, "none", 0.0),

@@ -11,12 +11,16 @@ import torch
 from shardplan.planner.export import trace_model
 from shardplan.planner.trace import Trace
 from shardplan.rewrite import compile
-from shardplan.rewrite.reference import run_program
+from shardplan.rewrite.reference import ReferenceResult, run_program
 from tests import models
 from tests.plans import random_plan
 
 FAMILIES = ("llama", "gpt2", "bert", "t5", "vit", "resnet", "encoder", "bytegpt", "mlp")
 MESHES = ({"dp": 2}, {"tp": 2}, {"pp": 2}, {"dp": 2, "tp": 2}, {"tp": 2, "pp": 2}, {"dp": 2, "pp": 2})
+UNEQUAL = (
+    ((1, 1), (2, 1)), ((2, 1), (1, 1)), ((1, 2), (1, 1)), ((2, 1), (1, 2)), ((1, 2), (2, 1)), ((2, 2), (1, 2)),
+    ((1, 2), (4, 1)), ((4, 1), (1, 1), (1, 2)), ((1, 2), (2, 1), (1, 1)),
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +53,17 @@ def close(mine: torch.Tensor, theirs: torch.Tensor, tolerance: float, floor: flo
     assert error < tolerance, f"{where}: relative error {error:.2e}"
 
 
+@pytest.mark.parametrize("meshes", UNEQUAL, ids=lambda m: "|".join(f"{dp}x{tp}" for dp, tp in m))
+@pytest.mark.parametrize("name", ("llama", "t5", "encoder", "resnet"))
+def test_stages_of_unequal_meshes_match_one_device(traced, name, meshes):
+    case, trace, eager, state = traced(name)
+    microbatches = 1 if name == "resnet" or max(dp for dp, _ in meshes) > 2 else 2
+    plan = random_plan(trace, meshes=meshes, microbatches=microbatches, seed=len(meshes))
+    result = run_program(compile(trace, plan), state, batch_of(case, trace))
+    where = f"{name} {meshes}"
+    compare(result, eager, 1e-6 if name in ROUNDS_TO_FP32 else 1e-9, where)
+
+
 @pytest.mark.parametrize("degrees", MESHES, ids=lambda d: "x".join(f"{k}{v}" for k, v in d.items()))
 @pytest.mark.parametrize("name", FAMILIES)
 def test_random_plans_match_one_device(traced, name, degrees):
@@ -60,16 +75,21 @@ def test_random_plans_match_one_device(traced, name, degrees):
         program = compile(trace, plan)
         result = run_program(program, state, batch_of(case, trace))
         where = f"{name} {degrees} m{microbatches} seed {seed}"
-        tolerance = 1e-6 if name in ROUNDS_TO_FP32 else 1e-9
-        floor = 1e-3 * max(float(g.norm()) for g in eager.gradients.values())
-        close(result.loss, eager.loss, tolerance, 1e-12, f"{where}: loss")
-        for parameter, gradient in eager.gradients.items():
-            mine = result.gradients[parameter]
-            assert mine is not None, f"{where}: no gradient of {parameter}"
-            close(mine, gradient, tolerance, floor, f"{where}: gradient of {parameter}")
-        for buffer, value in eager.buffers.items():
-            if buffer in result.buffers and value.is_floating_point():
-                close(result.buffers[buffer], value, tolerance, 1e-12, f"{where}: buffer {buffer}")
+        compare(result, eager, 1e-6 if name in ROUNDS_TO_FP32 else 1e-9, where)
+
+
+def compare(result: ReferenceResult, eager: models.Result, tolerance: float, where: str) -> None:
+    """Loss, every gradient and every buffer."""
+    assert result.loss is not None and eager.loss is not None
+    close(result.loss, eager.loss, tolerance, 1e-12, f"{where}: loss")
+    floor = 1e-3 * max(float(g.norm()) for g in eager.gradients.values())
+    for parameter, gradient in eager.gradients.items():
+        mine = result.gradients[parameter]
+        assert mine is not None, f"{where}: no gradient of {parameter}"
+        close(mine, gradient, tolerance, floor, f"{where}: gradient of {parameter}")
+    for buffer, value in eager.buffers.items():
+        if buffer in result.buffers and value.is_floating_point():
+            close(result.buffers[buffer], value, tolerance, 1e-12, f"{where}: buffer {buffer}")
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "resnet"])

@@ -53,7 +53,10 @@ class StagePlan:
     first, last: the trace's segments ``[first, last)``; blocks: their names.
     ranks: device indices in row-major order of mesh (axes "dp", "tp").
     forward_seconds, backward_seconds: per microbatch, communication inside the stage included (backward includes
-        recomputation); once_seconds: gradient reduction and optimizer, once a step.
+        recomputation); once_seconds: gradient reduction, optimizer and what else is done once a step.
+    optimizer_seconds: the optimizer's part of once_seconds.
+    op_seconds: class of ops ("aten.linear.default") -> seconds of a microbatch: forward, backward, forward again in
+        backward where activations are recomputed.
     rematerialized: names of segments whose activations are recomputed in backward.
     """
 
@@ -67,6 +70,8 @@ class StagePlan:
     once_seconds: float
     memory: Memory
     rematerialized: tuple[str, ...] = ()
+    optimizer_seconds: float = 0.0
+    op_seconds: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +163,7 @@ class Plan:
     bucket_nbytes: about how many bytes of gradients are summed over ranks at a time while backward goes on.
     flops: of a step of the model itself, recomputation left out; peak_flops: per second, of all devices together.
     coverage: share of predicted op seconds that was "measured", "interpolated", "modelled".
+    calibration: factors that measured jobs gave and that the predictions contain, by name; calibrated_by: how many jobs.
     """
 
     model: str
@@ -189,6 +195,8 @@ class Plan:
     nodes: dict[str, NodeSummary] = field(default_factory=dict)
     storage: dict[str, Storage] = field(default_factory=dict)
     bucket_nbytes: int = BUCKET_NBYTES
+    calibration: dict[str, float] = field(default_factory=dict)
+    calibrated_by: int = 0
     schema: int = SCHEMA
 
     def strategy(self, axis: str, node: str) -> Strategy | None:

@@ -200,7 +200,15 @@ def find_plan(trace: Trace, cluster: Cluster, request: Request, tables: LinkTabl
         progress=say,
     )
     store = Store.open() if request.cache else None
-    costs = CostModel(cluster, LinkModel(cluster, tables), store, measure=cluster.is_local, progress=say)
+    costs = CostModel(
+        cluster,
+        LinkModel(cluster, tables),
+        store,
+        measure=cluster.is_local,
+        progress=say,
+        model=trace.fingerprint,
+        optimizer=request.optimizer,
+    )
     say(f"planning {trace.model_name} on {cluster}")
     with one_thread(cluster):
         plan = solve(trace, cluster, costs, options)

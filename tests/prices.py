@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from shardplan.planner.cluster import Cluster
-from shardplan.planner.costs.base import OpCost, OpSaves
+from shardplan.planner.costs.base import OpCost, OpSaves, Overheads
 from shardplan.planner.costs.links import LinkModel
 from shardplan.planner.rules import LocalCall
 from shardplan.planner.rules.views import PERMUTES, RESHAPES
@@ -53,3 +53,6 @@ class SimplePrices:
 
     def optimizer(self, nbytes: int, device: int) -> float:
         return 5 * nbytes / self.bytes_per_s
+
+    def overheads(self, device: int) -> Overheads:
+        return Overheads()

@@ -272,7 +272,10 @@ def test_devices_that_are_only_described_are_modelled():
 def test_copies_and_the_optimizer_are_measured_here():
     costs = cost_model()
     assert 0 < costs.copy(1 << 12, 0) < costs.copy(1 << 24, 0)
-    assert costs.optimizer(1 << 20, 0) == pytest.approx(2 * costs.optimizer(1 << 19, 1))
+    each = costs.optimizer(0, 1)
+    assert 0 < each < costs.optimizer(1 << 20, 0)
+    assert costs.optimizer(1 << 20, 0) - each == pytest.approx(2 * (costs.optimizer(1 << 19, 1) - each))
+    assert cost_model(optimizer=None).optimizer(1 << 20, 0) == 0.0
 
 
 def test_coverage_is_a_share_of_seconds_and_warming_asks_everything_once():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import fx
@@ -33,6 +33,25 @@ class OpSaves:
     outputs: tuple[bool, ...]
     extra_nbytes_per_output_byte: float = 0.0
     transient_nbytes_per_output_byte: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Overheads:
+    """What running a stage costs besides its ops, messages and sums.
+
+    forward_seconds, backward_seconds: of every FORWARD and BACKWARD instruction; step_seconds: once a step (inputs,
+    zeroing gradients, the loss of the whole batch). reduce: factor on the seconds of gradient reduction. memory: factor
+    on a stage's peak, what is above 1 is held in reserve. factors: those that measured jobs gave, by name ("op
+    aten.linear.default forward"), for the record; jobs: how many there were.
+    """
+
+    forward_seconds: float = 0.0
+    backward_seconds: float = 0.0
+    step_seconds: float = 0.0
+    reduce: float = 1.0
+    memory: float = 1.0
+    factors: Mapping[str, float] = field(default_factory=dict)
+    jobs: int = 0
 
 
 def coverage_of(costs: Iterable[OpCost]) -> dict[str, float]:
@@ -72,5 +91,9 @@ class Costs(Protocol):
         ...
 
     def optimizer(self, nbytes: int, device: int) -> float:
-        """Seconds of the optimizer step over parameters of that many bytes."""
+        """Seconds of the optimizer step on one parameter of that many bytes."""
+        ...
+
+    def overheads(self, device: int) -> Overheads:
+        """What running a stage on the device costs besides."""
         ...

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import fx
 
-from shardplan.planner.cluster import Cluster
-from shardplan.planner.costs import profile, saves
-from shardplan.planner.costs.base import OpCost, OpSaves, coverage_of
+from shardplan.planner.cluster import Cluster, DeviceKind
+from shardplan.planner.costs import calibration, profile, saves
+from shardplan.planner.costs.base import OpCost, OpSaves, Overheads, coverage_of
+from shardplan.planner.costs.calibration import Corrections
 from shardplan.planner.costs.company import Company
 from shardplan.planner.costs.links import LinkModel
 from shardplan.planner.costs.roofline import copy_seconds, modelled_seconds, optimizer_seconds
@@ -27,7 +28,9 @@ from shardplan.planner.rules.localize import LocalCall
 
 _NEAR = 4.0
 _COPY_SIZES = (1 << 12, 1 << 16, 1 << 20, 1 << 24)
-_OPTIMIZER_NBYTES = 1 << 24
+_OPTIMIZER_SIZES = (1 << 10, 1 << 22)
+_PASSES = (1.0, 3.0, 10.0)
+"""A forward, a backward and the rest of a step, in units of starting autograd."""
 _BUDGET_SECONDS = 40.0
 _RUNS = 6  # of an op that takes long, when it is measured
 _LARGEST_NBYTES = 1 << 30
@@ -38,7 +41,9 @@ class CostModel:
 
     links: what moving bytes costs. store: where measurements are looked up and kept (None: only for this object).
     measure: whether devices that are here may be measured. progress: gets a line now and then. budget_seconds: about
-    how long measuring may take in all. profile_seconds: how long it did.
+    how long measuring may take in all. profile_seconds: how long it did. model: fingerprint of the trace that is
+    planned, so that corrections from its own measured jobs come first. optimizer: makes the one that will run (None:
+    none will).
     """
 
     def __init__(
@@ -49,12 +54,17 @@ class CostModel:
         measure: bool = True,
         progress: Callable[[str], None] | None = None,
         budget_seconds: float = _BUDGET_SECONDS,
+        model: str = "",
+        optimizer: Callable[..., torch.optim.Optimizer] | None = torch.optim.AdamW,
     ) -> None:
         self.cluster = cluster
         self.links = links
         self.store = store if store is not None else Store(":memory:")
         self.profile_seconds = 0.0
         self._progress = progress
+        self._model = model
+        self._optimizer = optimizer
+        self._corrections: dict[str, Corrections] = {}
         self._budget_seconds = budget_seconds
         # One representative per kind: the first device that is here.
         self._local = {d.kind: d.local for d in reversed(cluster.devices) if d.local} if measure else {}
@@ -64,7 +74,7 @@ class CostModel:
         self._ratios: dict[tuple[str, str], list[float]] = {}
         self._saves: dict[str, OpSaves] = {}
         self._copies: dict[str, tuple[tuple[int, float], ...]] = {}
-        self._rates: dict[str, float] = {}
+        self._rates: dict[str, tuple[float, float]] = {}
         self._companies: dict[str, Company] = {}
         self._measured = 0
 
@@ -76,8 +86,29 @@ class CostModel:
         key = (kind.name, profile.call_key(call))
         found = self._ops.get(key)
         if found is None:
-            found = self._ops[key] = self._op(call, device, key[1])
+            plain = self._op(call, device, key[1])
+            ahead, back = self._corrections_on(kind).of(str(call.target))
+            found = self._ops[key] = OpCost(plain.forward_seconds * ahead, plain.backward_seconds * back, plain.source)
         return found
+
+    def _corrections_on(self, kind: DeviceKind) -> Corrections:
+        """What measured jobs say of a kind of device."""
+        if kind.name not in self._corrections:
+            place = self._keys.get(kind)
+            known = calibration.load(self.store, place) if place is not None else []
+            self._corrections[kind.name] = calibration.corrections(known, self._model)
+        return self._corrections[kind.name]
+
+    def overheads(self, device: int) -> Overheads:
+        """See `Costs.overheads`. Until a job was measured: multiples of what starting autograd takes. Devices that are
+        only described have none."""
+        kind = self.cluster.devices[device].kind
+        if kind not in self._local:
+            return Overheads()
+        known, unit = self._corrections_on(kind), self.company(self._local[kind]).pass_seconds
+        measured = (known.forward_seconds, known.backward_seconds, known.step_seconds)
+        seconds = [times * unit if s is None else s for s, times in zip(measured, _PASSES, strict=True)]
+        return Overheads(*seconds, known.reduce, known.memory, known.factors(), known.jobs)
 
     def _op(self, call: LocalCall, device: int, call_key: str) -> OpCost:
         kind = self.cluster.devices[device].kind
@@ -205,21 +236,26 @@ class CostModel:
         return interpolate(self._copies[place], nbytes)
 
     def optimizer(self, nbytes: int, device: int) -> float:
-        """See `Costs.optimizer`. In proportion to the bytes: ranks update many parameters at once."""
+        """See `Costs.optimizer`."""
         kind = self.cluster.devices[device].kind
+        if self._optimizer is None:
+            return 0.0
         place = self._keys.get(kind)
         if place is None:
             return optimizer_seconds(nbytes, kind)
         if place not in self._rates:
-            local = torch.device(self._local[kind])
-            self._rates[place] = (
+            local, make = torch.device(self._local[kind]), self._optimizer
+            name = profile.optimizer_key(make)
+            small, large = (
                 self._number(
-                    f"optimizer/{place}/{_OPTIMIZER_NBYTES}",
-                    lambda: profile.measure_optimizer(_OPTIMIZER_NBYTES, local),
+                    f"optimizer/{place}/{name}/{size}", lambda s=size: profile.measure_optimizer(make, s, local)
                 )
-                / _OPTIMIZER_NBYTES
+                for size in _OPTIMIZER_SIZES
             )
-        return nbytes * self._rates[place]
+            rate = max(large - small, 0.0) / (_OPTIMIZER_SIZES[1] - _OPTIMIZER_SIZES[0])
+            self._rates[place] = max(small - rate * _OPTIMIZER_SIZES[0], 0.0), rate
+        each, rate = self._rates[place]
+        return (each + nbytes * rate) * self._corrections_on(kind).optimizer
 
     def _number(self, key: str, measure: Callable[[], float]) -> float:
         sample = self.store.sample(key)

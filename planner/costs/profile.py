@@ -31,6 +31,7 @@ _ENOUGH_SECONDS = 0.01
 _INNER_SECONDS = 200e-6
 _INNER_MOST = 20
 _LONG_SECONDS = 0.1
+_PARAMETERS = 8
 _CLASSES = {aten.cross_entropy_loss.default, aten.nll_loss.default, aten.nll_loss_nd.default}
 _FLOATS = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 
@@ -267,12 +268,19 @@ def measure_copy(nbytes: int, device: torch.device) -> float:
         return _timed(source.clone, device)
 
 
-def measure_optimizer(nbytes: int, device: torch.device) -> float:
-    """Seconds of an AdamW step on fp32 parameters of so many bytes."""
-    parameters = [torch.zeros(max(nbytes // 16, 1), device=device).requires_grad_() for _ in range(4)]
+def optimizer_key(factory: Callable[..., torch.optim.Optimizer]) -> str:
+    """Everything that the seconds of an optimizer depend on, its parameters aside."""
+    made = factory([torch.zeros(1).requires_grad_()])
+    options = {name: value for name, value in made.defaults.items() if name != "lr"}
+    return f"{type(made).__module__}.{type(made).__name__}{sorted(options.items())}"
+
+
+def measure_optimizer(factory: Callable[..., torch.optim.Optimizer], nbytes: int, device: torch.device) -> float:
+    """Seconds of an optimizer step on one of several fp32 parameters of so many bytes."""
+    parameters = [torch.zeros(max(nbytes // 4, 1), device=device).requires_grad_() for _ in range(_PARAMETERS)]
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    optimizer = factory(parameters)
     optimizer.step()
     with as_a_rank():
-        return _timed(optimizer.step, device)
+        return _timed(optimizer.step, device, company(True) if device.type == "cpu" else None) / _PARAMETERS

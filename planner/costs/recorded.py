@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from shardplan.planner.costs import profile, saves
-from shardplan.planner.costs.base import Costs, OpCost, OpSaves, coverage_of
+from shardplan.planner.costs.base import Costs, OpCost, OpSaves, Overheads, coverage_of
 from shardplan.planner.rules.localize import LocalCall
 
 VERSION = 1
@@ -46,6 +46,13 @@ class RecordingCosts:
     def optimizer(self, nbytes: int, device: int) -> float:
         """See `Costs.optimizer`."""
         return self._keep(f"optimizer|{nbytes}|{device}", lambda: self.costs.optimizer(nbytes, device))
+
+    def overheads(self, device: int) -> Overheads:
+        """See `Costs.overheads`. Records made before there were any say that there are none."""
+        return Overheads(**self._keep(f"overheads|{device}", lambda: asdict(self._overheads(device))))
+
+    def _overheads(self, device: int) -> Overheads:
+        return self.costs.overheads(device)
 
     def coverage(self) -> dict[str, float]:
         """See `CostModel.coverage`."""
@@ -86,6 +93,9 @@ class RecordedCosts(RecordingCosts):
         if self._rest is None:
             raise KeyError("this price is not on record")
         return self._rest
+
+    def _overheads(self, device: int) -> Overheads:
+        return Overheads()
 
     def _keep(self, key: str, ask: Callable[[], Any]) -> Any:
         if key not in self._answers:

@@ -14,7 +14,7 @@ import math
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -79,6 +79,20 @@ class Store:
         """Keep a text; the newest stays."""
         self._write("INSERT OR REPLACE INTO texts VALUES (?, ?)", [(key, value)])
 
+    def change_text(self, key: str, change: Callable[[str | None], str]) -> None:
+        """Replace a text by what `change` makes of it; other processes wait, so that none of their changes is lost."""
+        if not self._may_write:
+            return
+        try:
+            with self._lock, self._connection:
+                self._connection.execute("BEGIN IMMEDIATE")
+                row = self._connection.execute("SELECT value FROM texts WHERE key = ?", (key,)).fetchone()
+                self._connection.execute(
+                    "INSERT OR REPLACE INTO texts VALUES (?, ?)", (key, change(row[0] if row else None))
+                )
+        except sqlite3.DatabaseError as error:
+            self._failed_to_write(error)
+
     def sample(self, key: str) -> Sample | None:
         """The measurement of exactly this call."""
         found = [Sample(*row) for row in self._read(f"SELECT {_COLUMNS} FROM samples WHERE key = ?", key)]
@@ -121,11 +135,15 @@ class Store:
         try:
             with self._lock, self._connection:
                 self._connection.executemany(statement, rows)
-        except sqlite3.OperationalError as error:
+        except sqlite3.DatabaseError as error:
+            self._failed_to_write(error)
+
+    def _failed_to_write(self, error: sqlite3.DatabaseError) -> None:
+        if isinstance(error, sqlite3.OperationalError):
             # Locked for all of the busy timeout, full, read-only: the next write would wait as long again.
             self._may_write = False
             log.warning("%s: %s; measurements of this process are no longer kept", self.path, error)
-        except sqlite3.DatabaseError as error:
+        else:
             self._give_up(error)
 
     def _give_up(self, error: sqlite3.DatabaseError) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -136,7 +136,7 @@ class Cases:
 
     def _floor_of(self, columns: Columns) -> Lower:
         seconds = [columns.floor(index) for index in range(len(self.trace.segments))]
-        return Lower(seconds, sum(seconds), self.shared(columns).forward_seconds)
+        return Lower(seconds, sum(seconds), self.shared(columns).seconds)
 
     def _cheapest_of(self, columns: Columns) -> Lower:
         weights = Weights()
@@ -147,7 +147,7 @@ class Cases:
         """Of given columns, by their weighted price, which has to be least among all for these weights."""
         each = [min((weights.of(c.price) for c in s.columns), default=math.inf) * columns.proven for s in segments]
         path = cheapest_path(segments, weights) * columns.proven
-        return Lower(each, path, self.shared(columns).forward_seconds)
+        return Lower(each, path, self.shared(columns).seconds)
 
     def _alike(self, case: Case, twin: Case) -> bool:
         key = case.microbatches, case.dp
@@ -252,7 +252,7 @@ class Cases:
             for s in range(case.stages)
         )
         shared = self.shared(columns)
-        fixed = Price(shared.forward_seconds, 0.0, 0.0, 0.0, shared.activation_nbytes * max(flights))
+        fixed = replace(shared, activation_nbytes=shared.activation_nbytes * max(flights))
         same = {id(s): tuple(s.columns) for s in segments}  # equal segments share one tuple
         return StageProblem(
             tuple(same[id(s)] for s in segments),
@@ -269,11 +269,18 @@ class Cases:
         )
 
     def shared(self, columns: Columns) -> Price:
-        """Ops that every stage computes for itself (positions, masks); priced as if a stage needed all of them."""
+        """Of every stage: ops that it computes for itself (positions, masks), priced as if it needed all of them, and
+        what running a microbatch takes besides its ops."""
         if columns.shared is None:
             nodes = (self.trace.node(name) for name in sorted(self.trace.shared))
             ops = [n for n in nodes if n.op == "call_function" and resolve(n)[0] is n and infos(n)]
-            columns.shared = sum((columns.op_price(n, None) for n in ops), Price())
+            shared = sum((columns.op_price(n, None) for n in ops), Price())
+            around = self.costs.overheads(0)
+            columns.shared = Price(
+                shared.forward_seconds + around.forward_seconds,
+                around.backward_seconds if self.options.training else 0.0,
+                activation_nbytes=shared.activation_nbytes,
+            )
         return columns.shared
 
     def _crossing_nbytes(self, columns: Columns, index: int, placement: Placement) -> float:

@@ -14,7 +14,7 @@ from itertools import product
 
 from torch import fx
 
-from shardplan.planner.costs.base import Costs
+from shardplan.planner.costs.base import Costs, OpCost
 from shardplan.planner.placement import COLLECTIVES, D, Mesh, Placement, R, S, conversion, fits, local_shape
 from shardplan.planner.propagate import Follow, placed
 from shardplan.planner.rules import Strategy, groups_fit, local_call, strategies
@@ -301,6 +301,15 @@ class Columns:
 
     # -- prices --------------------------------------------------------------------------------------------------------
 
+    def op_cost(self, node: fx.Node, tp: Strategy | None) -> OpCost:
+        """Seconds of the op itself on one rank."""
+        chosen = self._chosen(node, tp)
+        return self.costs.op(local_call(node, chosen, self.mesh), 0)
+
+    def _chosen(self, node: fx.Node, tp: Strategy | None) -> dict[str, Strategy]:
+        chosen = self.others(node) | ({"tp": tp} if tp is not None else {})
+        return {axis: s for axis, s in chosen.items() if self.mesh.size(axis) > 1}
+
     def op_price(self, node: fx.Node, tp: Strategy | None) -> Price:
         """Compute of one op on one rank, the messages of its implementation, and the tensors that it leaves behind."""
         key = (node.name, tp)
@@ -309,10 +318,7 @@ class Columns:
         return self._op_prices[key]
 
     def _op_price(self, node: fx.Node, tp: Strategy | None) -> Price:
-        chosen = self.others(node)
-        if tp is not None:
-            chosen["tp"] = tp
-        chosen = {axis: s for axis, s in chosen.items() if self.mesh.size(axis) > 1}
+        chosen = self._chosen(node, tp)
         call = local_call(node, chosen, self.mesh)
         cost = self.costs.op(call, 0)
         forward, backward = cost.forward_seconds, cost.backward_seconds if self.training else 0.0
@@ -357,8 +363,11 @@ class Columns:
         if len(ranks) > 1:
             # Gradients travel in buckets, so a parameter costs its share of a large message.
             sample = self.costs.collective("all_reduce", _REDUCE_SAMPLE_NBYTES, ranks)
-            once += sample * nbytes / _REDUCE_SAMPLE_NBYTES + self.costs.copy(round(nbytes), 0)
-        return Price(once_seconds=once, parameter_nbytes=nbytes * (2 + self.optimizer_factor))
+            reduce = sample * nbytes / _REDUCE_SAMPLE_NBYTES + self.costs.copy(round(nbytes), 0)
+            once += reduce * self.costs.overheads(0).reduce
+        # All microbatches but the first add to a gradient that is there.
+        added = self.costs.copy(round(nbytes), 0) * (self.microbatches - 1) / self.microbatches
+        return Price(0.0, added, once, nbytes * (2 + self.optimizer_factor))
 
     def reduce_ranks(self, layout: tuple[Placement, ...]) -> tuple[int, ...]:
         """Ranks of the first replica group over which a gradient has to be summed."""

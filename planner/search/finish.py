@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import fx
 
 from shardplan.planner import schedules
+from shardplan.planner.costs.base import OpCost
 from shardplan.planner.describe import describe_nodes, op_name
 from shardplan.planner.instructions import Schedule
+from shardplan.planner.leaf_op import is_leaf
 from shardplan.planner.placement import Mesh, Placement, R
 from shardplan.planner.plan import (
     Alternative,
@@ -27,7 +30,7 @@ from shardplan.planner.rules import Strategy, has_rule, is_discovered, strategie
 from shardplan.planner.search.runs import held_by, ops_of
 from shardplan.planner.simulate import Simulation, StageTimes, simulate
 from shardplan.planner.stages import StageSplit, split_stages
-from shardplan.planner.trace import info, leaf_of, resolve
+from shardplan.planner.trace import info, infos, leaf_of, resolve
 
 if TYPE_CHECKING:
     from shardplan.planner.search.candidate import Candidate
@@ -78,7 +81,8 @@ class Finished:
     def plan(self, search: Search, baselines: tuple[Alternative, ...], runners_up: tuple[Alternative, ...]) -> Plan:
         """The Plan of this candidate."""
         trace, candidate = search.trace, self.candidate
-        bound = min(search.tally.bound, self.seconds)
+        around = search.costs.overheads(0)
+        bound = min(search.tally.bound + around.step_seconds, self.seconds)
         gap = (self.seconds - bound) / self.seconds if self.seconds else 0.0
         outcome = "optimal" if gap <= search.options.gap and not search.tally.timed_out else "feasible"
         coverage = getattr(search.costs, "coverage", None)
@@ -96,7 +100,9 @@ class Finished:
                 DeviceSummary(d.kind.name, d.node, search.cluster.memory_limit(i))
                 for i, d in enumerate(search.cluster.devices)
             ),
-            stages=self.stages,
+            stages=tuple(
+                replace(stage, op_seconds=op_seconds(search, candidate, self.chosen, stage)) for stage in self.stages
+            ),
             microbatches=candidate.case.microbatches,
             schedule=candidate.schedule,
             instructions=self.instructions,
@@ -118,6 +124,8 @@ class Finished:
             baselines=baselines,
             runners_up=runners_up,
             coverage=coverage() if coverage is not None else {},
+            calibration=dict(around.factors),
+            calibrated_by=around.jobs,
             replicated_ops=self._without_rule(search),
             discovered_ops=self._discovered(search),
             leaves=self._leaves(search),
@@ -271,7 +279,7 @@ def _stages(
         received = sum(link.nbytes for link in links if link.target == stage)
         flight = problem.in_flight[stage]
         activations = flight * (sum(p.activation_nbytes for p in prices) + received)
-        parameters, gradients, optimizer = _parameter_memory(search, candidate, chosen, first, last)
+        parameters, gradients, optimizer, optimizing = _parameters(search, candidate, chosen, first, last)
         found.append(
             StagePlan(
                 first=first,
@@ -280,8 +288,8 @@ def _stages(
                 ranks=tuple(range(stage * case.width, (stage + 1) * case.width)),
                 mesh=Mesh(("dp", "tp"), (case.dp, case.tp)),
                 forward_seconds=sum(p.forward_seconds for p in prices) + problem.fixed.forward_seconds,
-                backward_seconds=sum(p.backward_seconds for p in prices),
-                once_seconds=sum(p.once_seconds for p in prices),
+                backward_seconds=sum(p.backward_seconds for p in prices) + problem.fixed.backward_seconds,
+                once_seconds=sum(p.once_seconds for p in prices) + search.costs.overheads(0).step_seconds,
                 memory=Memory(
                     parameters=round(parameters),
                     gradients=round(gradients),
@@ -291,21 +299,54 @@ def _stages(
                     limit=round(problem.limits[stage]),
                 ),
                 rematerialized=recomputed,
+                optimizer_seconds=optimizing,
             )
         )
     return tuple(found)
 
 
-def _parameter_memory(
+def op_seconds(
+    search: Search, candidate: Candidate, chosen: dict[str, Strategy], stage: StagePlan
+) -> dict[str, tuple[float, float, float]]:
+    """See `StagePlan.op_seconds`. Segments of one kind that run alike are looked at once."""
+    columns = candidate.columns
+    known: dict[tuple[int, int, int], list[tuple[str, OpCost]]] = {}
+    total: dict[str, list[float]] = {}
+    again = set(stage.rematerialized)
+
+    def priced(nodes: Iterable[fx.Node]) -> list[tuple[str, OpCost]]:
+        return [(str(n.target) if not is_leaf(n) else "leaf", columns.op_cost(n, chosen.get(n.name))) for n in nodes]
+
+    def add(costs: list[tuple[str, OpCost]], recomputed: bool) -> None:
+        for name, cost in costs:
+            held = total.setdefault(name, [0.0, 0.0, 0.0])
+            back = cost.backward_seconds if search.options.training else 0.0
+            for side, seconds in enumerate((cost.forward_seconds, back, cost.forward_seconds * recomputed)):
+                held[side] += seconds
+
+    for index in range(stage.first, stage.last):
+        segment = search.trace.segments[index]
+        key = segment.kind, id(candidate.segments[index]), candidate.choice.columns[index]
+        if key not in known:
+            known[key] = priced(ops_of(search.trace, segment))
+        add(known[key], segment.name in again)
+    shared = (search.trace.node(name) for name in sorted(search.trace.shared))
+    add(priced(n for n in shared if n.op == "call_function" and resolve(n)[0] is n and infos(n)), False)
+    return {name: (held[0], held[1], held[2]) for name, held in sorted(total.items())}
+
+
+def _parameters(
     search: Search, candidate: Candidate, chosen: dict[str, Strategy], first: int, last: int
-) -> tuple[float, float, float]:
+) -> tuple[float, float, float, float]:
+    """Bytes of parameters, gradients and optimizer state of a stage, and seconds of its optimizer step."""
     held: dict[fx.Node, None] = {}
     for segment in search.trace.segments[first:last]:
         held |= dict.fromkeys(held_by(search.trace, ops_of(search.trace, segment)))
-    parameters = gradients = 0.0
+    parameters = gradients = seconds = 0.0
     for node in held:
         nbytes = candidate.columns.local_nbytes(node, _tp(chosen, node))
         parameters += nbytes
         if search.trace.sources[node.name].trainable and search.options.training:
             gradients += nbytes
-    return parameters, gradients, gradients * search.options.optimizer_factor
+            seconds += search.costs.optimizer(round(nbytes), 0)
+    return parameters, gradients, gradients * search.options.optimizer_factor, seconds

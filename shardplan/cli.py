@@ -29,7 +29,11 @@ cluster_app = typer.Typer(help="What there is to run on.", no_args_is_help=True)
 app.add_typer(cluster_app, name="cluster")
 
 Target = Annotated[
-    str, typer.Argument(metavar="TARGET", help="file.py:factory, package.module:factory or hf:CONFIG.json")
+    str,
+    typer.Argument(
+        metavar="TARGET",
+        help="file.py:factory, package.module:factory, hf:CONFIG.json or hf:NAME, such as hf:llama-3-8b",
+    ),
 ]
 Devices = Annotated[str, typer.Option(help='2, "cpu:2", "8xh100", "dgx-h100:4", a .toml file or auto')]
 ClusterFile = Annotated[Path | None, typer.Option(help="a cluster file, instead of --devices")]
@@ -237,6 +241,20 @@ def check_command(
     elif not quiet or not found.equal:
         print(found)
     if not found.equal:
+        raise typer.Exit(7)
+
+
+@app.command("doctor")
+def doctor_command(json: Json = False) -> None:
+    """Say what on this machine keeps jobs from running, or makes them slow, and what to do. Exit status 7 if any."""
+    from shardplan import doctor
+
+    findings = doctor.examine()
+    if json:
+        print(doctor.to_json(findings))
+    else:
+        doctor.print_findings(findings)
+    if doctor.failed(findings):
         raise typer.Exit(7)
 
 

@@ -18,6 +18,7 @@ import torch
 
 from shardplan.errors import ShardplanError, TargetError, UsageError
 
+_CONFIGS = Path(__file__).parent / "configs"
 _INPUT = re.compile(r"^(?P<name>[\w.]+)=(?P<dtype>\w+)\[(?P<shape>[\d,\s]*)\]$")
 
 
@@ -65,7 +66,7 @@ class Target:
 def load_target(
     text: str, inputs: Sequence[str] = (), batch: int | None = None, seq: int | None = None, on_meta: bool = True
 ) -> Target:
-    """Load ``file.py:factory``, ``package.module:factory`` or ``hf:CONFIG.json``.
+    """Load ``file.py:factory``, ``package.module:factory``, ``hf:CONFIG.json`` or ``hf:NAME`` of a shipped one.
 
     inputs: ``name=dtype[shape]`` texts, which replace the example. batch, seq: sizes for ``hf:`` targets. on_meta:
     build ``hf:`` models without memory. Raises TargetError, or UsageError for inputs that make no sense.
@@ -156,7 +157,7 @@ def _load_module(name: str) -> Any:
 
 
 def _from_config(text: str, batch: int, seq: int | None, on_meta: bool) -> Target:
-    path = Path(text.removeprefix("hf:"))
+    path = _config_file(text.removeprefix("hf:"))
     try:
         data = json.loads(path.read_text())
         kind = data["model_type"]
@@ -177,7 +178,8 @@ def _from_config(text: str, batch: int, seq: int | None, on_meta: bool) -> Targe
         architecture = getattr(transformers, (data.get("architectures") or [""])[0], None)
 
         def build() -> torch.nn.Module:
-            return architecture(config) if architecture else transformers.AutoModelForCausalLM.from_config(config)
+            made = architecture(config) if architecture else transformers.AutoModelForCausalLM.from_config(config)
+            return made.to(config.dtype) if isinstance(config.dtype, torch.dtype) else made
 
         model = meta_model(build) if on_meta else build()
     except Exception as error:
@@ -186,13 +188,40 @@ def _from_config(text: str, batch: int, seq: int | None, on_meta: bool) -> Targe
     return Target(path.stem if path.stem != "config" else kind, model, shapes=_shapes(model, config, batch, seq))
 
 
+def config_names() -> list[str]:
+    """Names of the shipped configurations, as ``hf:NAME`` takes them."""
+    return sorted(path.stem for path in _CONFIGS.glob("*.json"))
+
+
+def _config_file(text: str) -> Path:
+    """A path, or the file of a shipped configuration. Raises TargetError on an unknown name, naming the nearest."""
+    path = Path(text)
+    if path.suffix == ".json" or path.exists():
+        return path
+    shipped = _CONFIGS / f"{text.lower()}.json"
+    if shipped.is_file():
+        return shipped
+    near = difflib.get_close_matches(text.lower(), config_names(), 3, 0.5)
+    raise TargetError(
+        f"there is no configuration {text!r}",
+        hints=[f"did you mean {' or '.join(f'hf:{name}' for name in near)}?"] if near else [],
+        details=["hf: takes the path of a config.json, or one of " + ", ".join(config_names())],
+    )
+
+
 def _shapes(model: Any, config: Any, batch: int, seq: int | None) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """A global training batch by the model's main input: token ids or images, with labels."""
-    if getattr(model, "main_input_name", "input_ids") == "pixel_values":
+    """A global training batch by the model's main input: token ids, images or audio features, with labels."""
+    main = getattr(model, "main_input_name", "input_ids")
+    floating = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    if main == "input_features":
+        frames = (batch, config.num_mel_bins, 2 * config.max_source_positions)
+        length = min(seq or config.max_target_positions, config.max_target_positions)
+        return {"input_features": (floating, frames), "labels": (torch.int64, (batch, length))}
+    if main == "pixel_values":
         size = getattr(config, "image_size", 224)
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
         image = (batch, getattr(config, "num_channels", 3), height, width)
-        return {"pixel_values": (torch.float32, image), "labels": (torch.int64, (batch,))}
+        return {"pixel_values": (floating, image), "labels": (torch.int64, (batch,))}
     longest = getattr(config, "max_position_embeddings", None) or 2048
     length = seq or min(longest, 2048)
     return {"input_ids": (torch.int64, (batch, length)), "labels": (torch.int64, (batch, length))}

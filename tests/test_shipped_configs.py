@@ -1,0 +1,60 @@
+"""Shipped configurations: each builds, with as many parameters as its publication says, and gets a batch that fits."""
+
+import json
+
+import pytest
+import torch
+
+from shardplan import targets
+from shardplan.errors import TargetError
+
+# Billions of parameters as published (model cards and papers; GPT-3's table 2.1, ViT-22B's table 1).
+PUBLISHED = {
+    "bert-base": 0.110, "bert-large": 0.335, "deepseek-v3": 671.0, "gpt2": 0.124, "gpt2-medium": 0.355,
+    "gpt2-large": 0.774, "gpt2-xl": 1.558, "gpt3-1.3b": 1.3, "gpt3-2.7b": 2.7, "gpt3-6.7b": 6.7, "gpt3-13b": 13.0,
+    "gpt3-175b": 175.0, "llama-2-7b": 6.74, "llama-2-13b": 13.0, "llama-2-70b": 69.0, "llama-3-8b": 8.03,
+    "llama-3-70b": 70.6, "llama-3.1-405b": 405.9, "llama-3.2-1b": 1.24, "mistral-7b": 7.25, "mixtral-8x7b": 46.7,
+    "mixtral-8x22b": 141.0, "qwen2.5-7b": 7.62, "qwen2.5-32b": 32.8, "qwen2.5-72b": 72.7, "qwen3-8b": 8.19,
+    "qwen3-32b": 32.8, "qwen3-30b-a3b": 30.5, "qwen3-235b-a22b": 235.0, "t5-small": 0.0605, "t5-base": 0.223,
+    "t5-large": 0.738, "t5-3b": 2.85, "t5-11b": 11.3, "vit-base": 0.0866, "vit-large": 0.304, "vit-huge": 0.632,
+    "vit-22b": 21.7, "whisper-small": 0.242, "whisper-large-v3": 1.54,
+}  # fmt: skip
+
+
+def test_every_configuration_is_checked_here():
+    assert targets.config_names() == sorted(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5-small", "vit-base", "whisper-small", "llama-3.2-1b", "bert-base"])
+def test_a_shipped_model_is_as_large_as_published_and_gets_a_batch(name):
+    target = targets.load_target(f"hf:{name}", batch=4)
+    assert target.name == name
+    count = sum(p.numel() for p in target.model.parameters()) / 1e9
+    assert count == pytest.approx(PUBLISHED[name], rel=0.012)
+    wanted = json.loads((targets._CONFIGS / f"{name}.json").read_text())["dtype"]
+    assert {p.dtype for p in target.model.parameters()} == {getattr(torch, wanted)}
+    batch = target.example()
+    assert all(tensor.shape[0] == 4 for tensor in batch.values()) and "labels" in batch
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_sizes_by_the_configuration_alone(name):
+    """The large ones without building a module: a stage of the model cards' own arithmetic."""
+    data = json.loads((targets._CONFIGS / f"{name}.json").read_text())
+    assert {"model_type", "architectures", "dtype"} <= set(data)
+    import transformers
+
+    assert hasattr(transformers, data["architectures"][0])
+
+
+def test_an_unknown_name_says_which_are_near():
+    with pytest.raises(TargetError) as caught:
+        targets.load_target("hf:lama-3-8b")
+    assert "hf:llama-3-8b" in str(caught.value)
+
+
+def test_names_are_not_case_sensitive_and_files_come_first(tmp_path, monkeypatch):
+    assert targets._config_file("GPT2") == targets._config_file("gpt2")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt2").write_text("{}")
+    assert targets._config_file("gpt2").read_text() == "{}"

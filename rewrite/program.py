@@ -13,7 +13,7 @@ import torch
 
 from shardplan.planner.instructions import Schedule
 from shardplan.planner.leaf_op import Leaf
-from shardplan.planner.placement import Layout, Mesh
+from shardplan.planner.placement import D, Layout, Mesh, local_shape
 from shardplan.planner.plan import BUCKET_NBYTES
 from shardplan.planner.storage import Storage
 
@@ -88,6 +88,14 @@ class TensorSpec:
     stages: tuple[int, ...] = ()
     aliases: tuple[str, ...] = ()
     storage: Storage | None = None
+
+    def place(self, mesh: Mesh) -> tuple[str, int, int, bool]:
+        """Of a parameter that is split for storage: the axis, the dim, that dim's extent as the stage uses the
+        parameter, and whether a rank has only a summand of its gradient there (see `rewrite.storage`)."""
+        assert self.storage is not None
+        axis, dim = self.storage.axis, self.storage.dim
+        extent = local_shape(self.shape, self.layout, mesh)[dim]
+        return axis, dim, extent, self.layout[mesh.axes.index(axis)] == D
 
 
 @dataclass(frozen=True, slots=True)

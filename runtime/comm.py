@@ -116,12 +116,12 @@ class DistComm:
         held = self._axes.get(axis)
         if held is None:
             return lambda: x
-        stacked = x.new_empty((held.size, *x.shape))
+        stacked = x.new_empty(held.size * x.numel())
         work = held.group._allgather_base(stacked, x)
 
         def arrive() -> torch.Tensor:
             work.wait()
-            return (stacked if held.order is None else stacked[held.order]).view(-1)
+            return stacked if held.order is None else stacked.view(held.size, -1)[held.order].view(-1)
 
         return arrive
 

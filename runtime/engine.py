@@ -13,6 +13,7 @@ from torch import nn
 
 from shardplan.errors import NotSupported, UsageError
 from shardplan.planner.placement import D, Layout, R
+from shardplan.planner.storage import Storage
 from shardplan.rewrite.program import Program, TensorSpec
 from shardplan.runtime import checkpoint, measuring, optim, state, weight_files
 from shardplan.runtime.dtensors import Distributed, whole_of
@@ -82,7 +83,7 @@ class Engine:
                     program,
                     self.rank,
                     self.device,
-                    self.shards.tensors(),
+                    self.shards.used(),
                     self.groups,
                     self.seed,
                     f"{kind} ",
@@ -90,7 +91,11 @@ class Engine:
                 )
         if self.optimizer is None and self.optimizer_factory is not None:
             trainable = [p for p in self.shards.parameters.values() if p.requires_grad]
-            sharded = any(p.is_shard for spec in self.shards.mine() for p in spec.layout)
+                    self.shards.parameters,
+            held = [spec for spec in self.shards.mine() if spec.name in self.shards.parameters]
+            sharded = any(spec.storage is not None or any(p.is_shard for p in spec.layout) for spec in held)
+            self.shards.comm = next((e.comm for e in self._executors.values() if e.stage >= 0), None)
+        self._show_places()
             self.optimizer = optim.make(self.optimizer_factory, trainable, sharded)
             if self.optimizer is not None and self.scheduler_factory is not None:
                 self.scheduler = self.scheduler_factory(self.optimizer)
@@ -102,7 +107,15 @@ class Engine:
         self.programs = programs
         if self._executors:
             self._executors[key] = Executor(
-                program, self.rank, self.device, self.shards.tensors(), self.groups, self.seed, f"{key} ", self.attached
+                program,
+                self.rank,
+                self.device,
+                self.shards.used(),
+                self.groups,
+                self.seed,
+                f"{key} ",
+                self.attached,
+                self.shards.parameters,
             )
 
     def drop(self, key: str) -> None:
@@ -169,6 +182,13 @@ class Engine:
         executor = self.executor(key)
         with torch.no_grad():
             _, held = executor.run(batch, None, self.steps)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """The parts of parameters that are split for storage have changed."""
+        executor = next((e for e in self._executors.values() if e.stage >= 0), None)
+        if executor is not None:
+            executor.split.refresh()
             return collect_outputs(executor.program, self.rank, self.device, held, everywhere)
 
     # -- whole tensors -------------------------------------------------------------------------------------------------
@@ -244,6 +264,7 @@ class Engine:
 
     def save_weights(
         self,
+        self._refresh()
         path: str | os.PathLike[str],
         tensors: Sequence[weight_files.Announced],
         rest: Supply,
@@ -302,7 +323,9 @@ def _with_all_buffers(programs: Mapping[str, Program]) -> Program:
     main = programs.get("train") or next(iter(programs.values()))
     for program in programs.values():
         mine = {s.name: (_stored(s), s.stages) for s in (*main.parameters, *main.buffers)}
-        read = {a.name for code in program.stages for a in code.arguments if a.kind in ("param", "buffer")}
+        self.shards.wholes.clear()
+        held = ("param", "shard", "buffer")
+        read = {a.name for code in program.stages for a in code.arguments if a.kind in held}
         for spec in (*program.parameters, *program.buffers):
             if spec.name not in read:
                 continue
@@ -312,6 +335,6 @@ def _with_all_buffers(programs: Mapping[str, Program]) -> Program:
     return main
 
 
-def _stored(spec: TensorSpec) -> Layout:
+def _stored(spec: TensorSpec) -> tuple[Layout, Storage | None]:
     """Where the elements lie: a replicated parameter is the same whether or not its gradient is a sum over ranks."""
     return tuple(R if placement == D else placement for placement in spec.layout)

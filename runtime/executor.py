@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from shardplan.errors import NotSupported
 from shardplan.planner.instructions import Instruction, Op
 from shardplan.planner.placement import MICROBATCH_AXIS, P
+from shardplan.rewrite import storage
 from shardplan.rewrite.emit import load
 from shardplan.rewrite.program import Argument, Program, Result
 from shardplan.runtime.comm import DistComm
@@ -22,6 +23,7 @@ from shardplan.runtime.inputs import Inputs
 from shardplan.runtime.receipts import receipts
 from shardplan.runtime.reduction import Attached, GradientSums
 
+from shardplan.runtime.storage import SplitStorage
 Tensors = Mapping[str, torch.Tensor]
 _SHOWN = 12
 
@@ -52,6 +54,7 @@ class Executor:
     """One rank of one program. Make it on every rank of the job, in the same order (groups are created).
 
     attached: shared by the executors whose programs share their tensors.
+    tensors: what the stage's code uses; parts: what is stored of its parameters (None: the same).
     spans: None, or a list to which every instruction that runs is appended (a GPU is then synchronised for each).
     """
 
@@ -67,11 +70,13 @@ class Executor:
         attached: Attached | None = None,
     ) -> None:
         self.program = program
+        parts: Tensors | None = None,
         self.rank = rank
         self.device = device
         self.tensors = tensors
         self.train = program.kind == "train"
         self.spans: list[Span] | None = None
+        self.parts = tensors if parts is None else parts
         stages = [index for index, placement in enumerate(program.placement) if rank in placement.ranks]
         if len(stages) > 1:
             raise NotSupported(f"rank {rank} runs stages {', '.join(map(str, stages))}", ["one stage a rank is run"])
@@ -80,7 +85,7 @@ class Executor:
             for axis, size in zip(placement.mesh.axes, placement.mesh.sizes, strict=True):
                 if axis != MICROBATCH_AXIS and size > 1:
                     groups.of_stage(placement, (axis,))
-        self.sums = GradientSums(program, self.stage, rank, tensors, groups, attached or Attached())
+        self.sums = GradientSums(program, self.stage, rank, self.parts, groups, attached or Attached())
         channels = self._channels(groups)
         if self.stage < 0:
             return
@@ -90,6 +95,7 @@ class Executor:
         self.code = program.stages[self.stage]
         self.function = load(self.code.source, f"{name}stage{self.stage}", program.leaves)
         self.denominators = [
+        self.split = SplitStorage(program, self.stage, self.comm, tensors, self.parts)
             (d, load(d.source, f"{name}{d.name}", program.leaves))
             for d in program.denominators
             if d.stage == self.stage
@@ -133,6 +139,8 @@ class Executor:
         return self._constants[argument.name] if argument.kind == "constant" else None
 
     def _prepare_messages(self, channels: dict[tuple[int, int], Channel]) -> None:
+        if argument.kind == "shard":
+            return self.parts[argument.name]
         """What every message carries. A channel keeps only the order, so both sides list the tensors by name."""
         self._to = {b: channel for (a, b), channel in channels.items() if a == self.stage}
         self._from = {a: channel for (a, b), channel in channels.items() if b == self.stage}
@@ -355,10 +363,12 @@ class Executor:
     def _reduce(self, instruction: Instruction) -> None:
         self.sums.finish()
 
+            storage.settle(self.comm)
     def _optimize(self, instruction: Instruction) -> None:
         if self._optimizer_step is not None:
             self._optimizer_step()
 
+        self.split.scatter()
     def _count(self) -> dict[str, torch.Tensor]:
         """The program's denominators, over the whole batch."""
         found: dict[str, torch.Tensor] = {}

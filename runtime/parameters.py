@@ -8,21 +8,31 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from shardplan.planner.placement import MICROBATCH_AXIS, Layout, R, local_slices
+from shardplan.planner.placement import MICROBATCH_AXIS, Layout, R, S, local_slices
+from shardplan.planner.storage import Storage, part_pieces, span
+from shardplan.rewrite import storage
 from shardplan.rewrite.parts import assemble
 from shardplan.rewrite.program import Program, StageRanks, TensorSpec
+from shardplan.runtime.comm import DistComm
 from shardplan.runtime.supply import Supply
 
 
 class Shards:
-    """This rank's parameters and buffers of a program, by original name."""
+    """This rank's parameters and buffers of a program, by original name.
+
+    parameters: what it stores and what the optimizer steps on: of a parameter that is split for storage this rank's
+    part, at every level (see `planner.storage`). wholes: of such parameters at levels 1 and 2 what the stage's code
+    uses, of which the stored part is a view where the split allows it. comm: of this rank's stage, once there is one.
+    """
 
     def __init__(self, program: Program, rank: int, device: torch.device) -> None:
         self.program = program
         self.rank = rank
         self.device = device
         self.stage = next((i for i, p in enumerate(program.placement) if rank in p.ranks), -1)
+        self.comm: DistComm | None = None
         self.parameters: dict[str, nn.Parameter] = {}
+        self.wholes: dict[str, torch.Tensor] = {}
         self.buffers: dict[str, torch.Tensor] = {}
         self.specs: dict[str, TensorSpec] = {s.name: s for s in (*program.parameters, *program.buffers)}
 
@@ -31,12 +41,28 @@ class Shards:
         return (spec for spec in self.specs.values() if self.stage in spec.stages)
 
     def tensors(self) -> dict[str, torch.Tensor]:
+        """What is stored."""
         return {**self.parameters, **self.buffers}
 
+    def used(self) -> dict[str, torch.Tensor]:
+        """What the stage's code uses; of a parameter of level 3 it asks for the part."""
+        return {**self.parameters, **self.wholes, **self.buffers}
+
     def pieces(self, spec: TensorSpec) -> list[list[tuple[int, int]]]:
-        """Which part of a tensor this rank holds: per dim the (start, stop) runs."""
+        """Which part of a tensor this rank stores: per dim the (start, stop) runs."""
+        pieces = self._used_pieces(spec)
+        if spec.storage is None:
+            return pieces
+        return part_pieces(pieces, spec.storage.dim, *self._along(spec.storage))
+
+    def _used_pieces(self, spec: TensorSpec) -> list[list[tuple[int, int]]]:
         placement = self.program.placement[self.stage]
         return local_slices(spec.shape, spec.layout, placement.mesh, placement.coordinate(self.rank))
+
+    def _along(self, stored: Storage) -> tuple[int, int]:
+        """Size of the axis that a parameter is split over for storage, and this rank's index on it."""
+        placement = self.program.placement[self.stage]
+        return placement.mesh.size(stored.axis), placement.coordinate(self.rank)[stored.axis]
 
     def load(self, supply: Supply) -> None:
         """Take this rank's part of every tensor; the first call makes the leaves, later ones copy into them.
@@ -46,21 +72,52 @@ class Shards:
         names = {spec.name for spec in self.program.parameters}
         with torch.no_grad(), supply.open(self.device) as values:
             for spec in self.mine():
-                part = values.part(spec.name, spec.shape, self.pieces(spec), spec.dtype)
-                held = self.parameters.get(spec.name, self.buffers.get(spec.name))
+                resident = spec.storage is not None and spec.storage.level < 3
+                pieces = self._used_pieces(spec) if resident else self.pieces(spec)
+                value = values.part(spec.name, spec.shape, pieces, spec.dtype)
+                held = self.wholes.get(spec.name, self.tensors().get(spec.name))
                 if held is not None:
-                    held.copy_(part)
-                elif spec.name in names:
+                    held.copy_(value)
+                    if resident:
+                        self.parameters[spec.name].copy_(self._part(spec, held))
+                elif spec.name not in names:
+                    self.buffers[spec.name] = value
+                elif resident:
+                    self.wholes[spec.name] = value.requires_grad_(spec.storage.level == 1)
+                    part = self._part(spec, value.detach()).contiguous()
                     self.parameters[spec.name] = nn.Parameter(part, requires_grad=spec.trainable)
                 else:
-                    self.buffers[spec.name] = part
+                    self.parameters[spec.name] = nn.Parameter(value, requires_grad=spec.trainable)
+
+    def _part(self, spec: TensorSpec, whole: torch.Tensor) -> torch.Tensor:
+        """The part that this rank stores of a parameter as its stage uses it; a view."""
+        assert spec.storage is not None
+        size, index = self._along(spec.storage)
+        start, stop = span(whole.shape[spec.storage.dim], size, index)
+        return whole.narrow(spec.storage.dim, start, stop - start)
+
+    def joined(self, spec: TensorSpec, part: torch.Tensor) -> torch.Tensor:
+        """A stored part and those of the other ranks, as the stage uses the parameter. Collective in the stage."""
+        if spec.storage is None:
+            return part
+        assert self.comm is not None
+        place = spec.place(self.program.placement[self.stage].mesh)
+        return storage.gather(self.comm, [place], [part.detach()])()[0]
+
+    def owns(self, spec: TensorSpec) -> bool:
+        """Whether this rank's part counts where every element of a tensor is wanted once."""
+        placement = self.program.placement[self.stage]
+        axis = spec.storage.axis if spec.storage is not None else ""
+        layout = tuple(S(0) if a == axis else p for a, p in zip(placement.mesh.axes, spec.layout, strict=True))
+        return self.stage == spec.stages[0] and self.rank in owners(placement, layout)
 
     def replicas(self, spec: TensorSpec) -> int:
-        """On how many ranks of the job every element of the tensor lies."""
+        """On how many ranks of the job every element of the tensor is stored."""
         count = len(spec.stages)
         mesh = self.program.placement[spec.stages[0]].mesh
+        split = {MICROBATCH_AXIS, spec.storage.axis if spec.storage is not None else ""}
         for axis, size, placement in zip(mesh.axes, mesh.sizes, spec.layout, strict=True):
-            if axis != MICROBATCH_AXIS and not placement.is_shard:
+            if axis not in split and not placement.is_shard:
                 count *= size
         return count
 
@@ -93,6 +150,8 @@ def collect(
 
 def collect_one(shards: Shards, held: torch.Tensor | None, spec: TensorSpec) -> torch.Tensor | None:
     """As `collect`, of one tensor: the whole on rank 0, on the CPU; None elsewhere, or where there is none anywhere."""
+    if held is not None and shards.stage == spec.stages[0]:
+        held = shards.joined(spec, held)
     placement = shards.program.placement[spec.stages[0]]
     sources = owners(placement, spec.layout)
     part = held if shards.rank in sources else None

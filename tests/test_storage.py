@@ -1,0 +1,133 @@
+"""Parameters that are split for storage (ZeRO 1, 2 and 3): whatever the level, loss, gradients, parameters after
+optimizer steps, outputs and checkpoints are those of one device, and a rank holds as little as the level says."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from shardplan.planner.export import trace_model
+from shardplan.planner.placement import local_shape
+from shardplan.planner.plan import Plan
+from shardplan.planner.storage import Storage, best_dim
+from shardplan.planner.trace import Trace
+from shardplan.rewrite import compile
+from shardplan.rewrite.reference import run_program
+from tests import models
+from tests.plans import random_plan
+from tests.ranks import pool
+from tests.test_engine import assert_near, inputs, one_device, train
+from tests.test_engine import traced as traced_model
+
+
+def stored(trace: Trace, plan: Plan, level: int | None, axis: str = "dp", seed: int = 0) -> Plan:
+    """The plan with every parameter that can be split for storage on the axis so split. level None: one at random for
+    each."""
+    rng = random.Random(seed)
+    found: dict[str, Storage] = {}
+    program = compile(trace, plan)
+    for spec in program.parameters:
+        mesh = program.placement[spec.stages[0]].mesh
+        dim = best_dim(local_shape(spec.shape, spec.layout, mesh), mesh.size(axis))
+        if dim is not None and not spec.layout[mesh.axes.index(axis)].is_shard:
+            found[spec.name] = Storage(level or rng.choice((1, 2, 3)), axis, dim)
+    return replace(plan, storage=found)
+
+
+class Odd(nn.Module):
+    """Extents that nothing divides, a parameter that two distant places read, a frozen one, a scalar, and one whose
+    value is read but which gets no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(13, 7)
+        self.first = nn.Linear(7, 5)
+        self.second = nn.Linear(5, 7, bias=False)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.frozen = nn.Parameter(torch.randn(7, 7), requires_grad=False)
+        self.apart = nn.Parameter(torch.randn(3, 7))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids: [batch, seq] -> logits [batch, seq, 13]."""
+        x = self.embed(ids) @ self.frozen
+        x = x + self.second(F.gelu(self.first(x))) * self.scale + self.apart.detach().sum(0)
+        return x @ self.embed.weight.t()
+
+
+@cache
+def traced(name: str):
+    if name != "odd":
+        return traced_model(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        ids = models.tokens(13, models.BATCH, 6)
+        case = models.Case(Odd(), {"ids": ids, "target": models.ragged_labels(ids)}, models.token_loss)
+    trace = trace_model(case.model, (), case.kwargs, loss_fn=case.loss_fn, target=case.target)
+    return case, trace, {k: v.detach().clone() for k, v in case.model.state_dict(keep_vars=True).items()}
+
+
+@pytest.mark.parametrize("level", [1, 2, 3, None])
+@pytest.mark.parametrize(
+    ("name", "degrees", "microbatches", "recompute"),
+    [
+        ("odd", {"dp": 4}, 2, False),
+        ("odd", {"dp": 2, "tp": 2}, 1, True),
+        ("gpt2", {"dp": 2, "pp": 2}, 2, False),
+        ("t5", {"dp": 2, "tp": 2}, 2, True),
+        ("resnet", {"dp": 2}, 1, False),
+    ],
+)
+def test_gradients_on_simulated_ranks(name, degrees, microbatches, recompute, level):
+    case, trace, state = traced(name)
+    names = [segment.name for segment in trace.segments] if recompute else ()
+    plan = random_plan(trace, **degrees, microbatches=microbatches, seed=3, rematerialize=names)
+    program = compile(trace, stored(trace, plan, level, seed=5))
+    assert any(spec.storage is not None for spec in program.parameters)
+    result = run_program(program, state, inputs(case, trace))
+    eager = models.run_eager(case)
+    assert_near(result.loss, eager.loss, 1e-5, 0, "loss")
+    floor = 1e-3 * max(float(g.norm()) for g in eager.gradients.values())
+    assert {n for n, g in result.gradients.items() if g is not None} == set(eager.gradients)
+    for parameter, gradient in eager.gradients.items():
+        assert_near(result.gradients[parameter], gradient, 1e-5, floor, parameter)
+
+
+@pytest.mark.parametrize(
+    ("name", "degrees", "microbatches", "level", "recompute", "clip"),
+    [
+        ("odd", {"dp": 4}, 2, 1, False, 0.5),
+        ("odd", {"dp": 4}, 1, 2, False, None),
+        ("odd", {"dp": 4}, 2, 3, False, 0.5),
+        ("odd", {"dp": 2}, 1, 3, True, None),
+        ("gpt2", {"dp": 2, "pp": 2}, 2, 3, False, 0.5),
+        ("bytegpt", {"dp": 2, "tp": 2}, 2, None, False, 0.5),
+        ("t5", {"dp": 2, "pp": 2}, 2, None, True, None),
+    ],
+)
+def test_ranks_match_one_device(name, degrees, microbatches, level, recompute, clip):
+    """As `test_engine.test_ranks_match_one_device`: gradients, twice accumulated ones, three AdamW steps, outputs."""
+    case, trace, state = traced(name)
+    names = [segment.name for segment in trace.segments] if recompute else ()
+    plan = random_plan(trace, **degrees, microbatches=microbatches, seed=1, rematerialize=names)
+    plan = stored(trace, plan, level)
+    programs = {"train": compile(trace, plan), "forward": compile(trace, plan, "forward")}
+    answers = pool(programs["train"].world_size).run(train, programs, state, inputs(case, trace), 3, clip)
+    eager = models.run_eager(case)
+    losses, after = one_device(case, 3, clip)
+    floor = 1e-3 * max(float(g.norm()) for g in eager.gradients.values())
+    for answer in answers:
+        assert_near(answer["loss"], eager.loss, 1e-5, 0, "loss")
+        assert answer["losses"] == pytest.approx(losses, rel=1e-4)
+    answer = answers[0]
+    assert set(answer["gradients"]) == set(eager.gradients)
+    for parameter, gradient in eager.gradients.items():
+        assert_near(answer["gradients"][parameter], gradient, 1e-5, floor, parameter)
+        assert_near(answer["twice"][parameter], 2 * gradient, 1e-5, floor, f"accumulated {parameter}")
+    for key, value in after.items():
+        assert_near(answer["state"][key].to(value.dtype), value, 1e-4, 1e-6, f"{key} after three steps")

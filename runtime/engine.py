@@ -88,14 +88,13 @@ class Engine:
                     self.seed,
                     f"{kind} ",
                     self.attached,
+                    self.shards.parameters,
                 )
+            self.shards.comm = next((e.comm for e in self._executors.values() if e.stage >= 0), None)
         if self.optimizer is None and self.optimizer_factory is not None:
             trainable = [p for p in self.shards.parameters.values() if p.requires_grad]
-                    self.shards.parameters,
             held = [spec for spec in self.shards.mine() if spec.name in self.shards.parameters]
             sharded = any(spec.storage is not None or any(p.is_shard for p in spec.layout) for spec in held)
-            self.shards.comm = next((e.comm for e in self._executors.values() if e.stage >= 0), None)
-        self._show_places()
             self.optimizer = optim.make(self.optimizer_factory, trainable, sharded)
             if self.optimizer is not None and self.scheduler_factory is not None:
                 self.scheduler = self.scheduler_factory(self.optimizer)
@@ -173,6 +172,13 @@ class Engine:
             optim.clip_gradients(held, self.clip, self.device)
         if self.optimizer is not None:
             self.optimizer.step()
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """The parts of parameters that are split for storage have changed."""
+        executor = next((e for e in self._executors.values() if e.stage >= 0), None)
+        if executor is not None:
+            executor.split.refresh()
 
     def forward(self, batch: Batch, everywhere: bool = True, key: str = "forward") -> dict[int, torch.Tensor]:
         """Outputs of the model on the global batch: position in the traced outputs -> whole tensor.
@@ -182,13 +188,6 @@ class Engine:
         executor = self.executor(key)
         with torch.no_grad():
             _, held = executor.run(batch, None, self.steps)
-        self._refresh()
-
-    def _refresh(self) -> None:
-        """The parts of parameters that are split for storage have changed."""
-        executor = next((e for e in self._executors.values() if e.stage >= 0), None)
-        if executor is not None:
-            executor.split.refresh()
             return collect_outputs(executor.program, self.rank, self.device, held, everywhere)
 
     # -- whole tensors -------------------------------------------------------------------------------------------------
@@ -255,6 +254,7 @@ class Engine:
         """
         self.saver.wait()
         facts = checkpoint.load(path, lambda r: state.read(r, self.shards, self.optimizer, self.scheduler))
+        self._refresh()
         self.steps = int(facts["steps"])
         self.seed = int(facts["seed"])
         for executor in self._executors.values():
@@ -264,7 +264,6 @@ class Engine:
 
     def save_weights(
         self,
-        self._refresh()
         path: str | os.PathLike[str],
         tensors: Sequence[weight_files.Announced],
         rest: Supply,
@@ -314,6 +313,7 @@ class Engine:
         self._executors.clear()
         self.optimizer = None
         self.shards.parameters.clear()
+        self.shards.wholes.clear()
         self.shards.buffers.clear()
         self.groups.close()
 
@@ -323,7 +323,6 @@ def _with_all_buffers(programs: Mapping[str, Program]) -> Program:
     main = programs.get("train") or next(iter(programs.values()))
     for program in programs.values():
         mine = {s.name: (_stored(s), s.stages) for s in (*main.parameters, *main.buffers)}
-        self.shards.wholes.clear()
         held = ("param", "shard", "buffer")
         read = {a.name for code in program.stages for a in code.arguments if a.kind in held}
         for spec in (*program.parameters, *program.buffers):
@@ -337,4 +336,4 @@ def _with_all_buffers(programs: Mapping[str, Program]) -> Program:
 
 def _stored(spec: TensorSpec) -> tuple[Layout, Storage | None]:
     """Where the elements lie: a replicated parameter is the same whether or not its gradient is a sum over ranks."""
-    return tuple(R if placement == D else placement for placement in spec.layout)
+    return tuple(R if placement == D else placement for placement in spec.layout), spec.storage

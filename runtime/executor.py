@@ -22,8 +22,8 @@ from shardplan.runtime.groups import Channel, Groups
 from shardplan.runtime.inputs import Inputs
 from shardplan.runtime.receipts import receipts
 from shardplan.runtime.reduction import Attached, GradientSums
-
 from shardplan.runtime.storage import SplitStorage
+
 Tensors = Mapping[str, torch.Tensor]
 _SHOWN = 12
 
@@ -53,8 +53,8 @@ class Span(NamedTuple):
 class Executor:
     """One rank of one program. Make it on every rank of the job, in the same order (groups are created).
 
-    attached: shared by the executors whose programs share their tensors.
     tensors: what the stage's code uses; parts: what is stored of its parameters (None: the same).
+    attached: shared by the executors whose programs share their tensors.
     spans: None, or a list to which every instruction that runs is appended (a GPU is then synchronised for each).
     """
 
@@ -68,15 +68,15 @@ class Executor:
         seed: int = 0,
         name: str = "",
         attached: Attached | None = None,
+        parts: Tensors | None = None,
     ) -> None:
         self.program = program
-        parts: Tensors | None = None,
         self.rank = rank
         self.device = device
         self.tensors = tensors
+        self.parts = tensors if parts is None else parts
         self.train = program.kind == "train"
         self.spans: list[Span] | None = None
-        self.parts = tensors if parts is None else parts
         stages = [index for index, placement in enumerate(program.placement) if rank in placement.ranks]
         if len(stages) > 1:
             raise NotSupported(f"rank {rank} runs stages {', '.join(map(str, stages))}", ["one stage a rank is run"])
@@ -92,10 +92,10 @@ class Executor:
         self.placement = program.placement[self.stage]
         self.coordinate = self.placement.coordinate(rank)
         self.comm = DistComm(self.placement, rank, groups, seed)
+        self.split = SplitStorage(program, self.stage, self.comm, tensors, self.parts)
         self.code = program.stages[self.stage]
         self.function = load(self.code.source, f"{name}stage{self.stage}", program.leaves)
         self.denominators = [
-        self.split = SplitStorage(program, self.stage, self.comm, tensors, self.parts)
             (d, load(d.source, f"{name}{d.name}", program.leaves))
             for d in program.denominators
             if d.stage == self.stage
@@ -136,11 +136,11 @@ class Executor:
     def _static(self, argument: Argument) -> torch.Tensor | None:
         if argument.kind in ("param", "buffer"):
             return self.tensors[argument.name]
+        if argument.kind == "shard":
+            return self.parts[argument.name]
         return self._constants[argument.name] if argument.kind == "constant" else None
 
     def _prepare_messages(self, channels: dict[tuple[int, int], Channel]) -> None:
-        if argument.kind == "shard":
-            return self.parts[argument.name]
         """What every message carries. A channel keeps only the order, so both sides list the tensors by name."""
         self._to = {b: channel for (a, b), channel in channels.items() if a == self.stage}
         self._from = {a: channel for (a, b), channel in channels.items() if b == self.stage}
@@ -357,18 +357,18 @@ class Executor:
             self.sums.arm()
         if edges:
             torch.autograd.backward(edges, gradients)
+            storage.settle(self.comm)
         if microbatch not in self._last_grad:
             del self._flights[microbatch]
 
     def _reduce(self, instruction: Instruction) -> None:
+        self.split.scatter()
         self.sums.finish()
 
-            storage.settle(self.comm)
     def _optimize(self, instruction: Instruction) -> None:
         if self._optimizer_step is not None:
             self._optimizer_step()
 
-        self.split.scatter()
     def _count(self) -> dict[str, torch.Tensor]:
         """The program's denominators, over the whole batch."""
         found: dict[str, torch.Tensor] = {}

@@ -58,6 +58,8 @@ class StagePlan:
     op_seconds: class of ops ("aten.linear.default") -> seconds of a microbatch: forward, backward, forward again in
         backward where activations are recomputed.
     rematerialized: names of segments whose activations are recomputed in backward.
+    reductions: part of once_seconds: sums of gradients that go on during the last backward, as (share of it after which
+        a bucket's gradients are final, seconds), in order.
     """
 
     first: int
@@ -70,6 +72,7 @@ class StagePlan:
     once_seconds: float
     memory: Memory
     rematerialized: tuple[str, ...] = ()
+    reductions: tuple[tuple[float, float], ...] = ()
     optimizer_seconds: float = 0.0
     op_seconds: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 

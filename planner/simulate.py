@@ -19,7 +19,12 @@ from shardplan.planner.deadlock import check, grid
 from shardplan.planner.instructions import Instruction, Op, Schedule
 from shardplan.planner.timeline import Counter, Event, Timeline, Track
 
-__all__ = ["Simulation", "Span", "StageTimes", "Transfer", "check", "simulate"]
+__all__ = ["Reductions", "Simulation", "Span", "StageTimes", "Transfer", "check", "simulate"]
+
+
+Reductions = tuple[tuple[float, float], ...]
+"""(share of the last backward after which the gradients are final, seconds of their sum over ranks) per bucket, in the
+order in which they are summed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +33,8 @@ class StageTimes:
 
     forward_seconds, backward_seconds: per microbatch. weight_seconds: the part of the backward that a separate
         ``BACKWARD_WEIGHT`` takes (``BACKWARD_INPUT`` takes the rest).
-    reduce_seconds, optimizer_seconds: once a step.
+    reduce_seconds, optimizer_seconds: once a step. reductions: sums that go on during the last backward, one after
+        another; ``REDUCE_GRADS`` waits for the last of them and takes reduce_seconds after that.
     activation_nbytes: kept from a microbatch's forward to the end of its backward; fixed_nbytes: all the time.
     """
 
@@ -39,12 +45,20 @@ class StageTimes:
     optimizer_seconds: float = 0.0
     activation_nbytes: int = 0
     fixed_nbytes: int = 0
+    reductions: Reductions = ()
 
     def __post_init__(self) -> None:
         if min(self.forward_seconds, self.backward_seconds, self.reduce_seconds, self.optimizer_seconds) < 0:
             raise ValueError(f"negative seconds in {self}")
         if not 0 <= self.weight_seconds <= self.backward_seconds:
             raise ValueError(f"weight_seconds must be a part of backward_seconds in {self}")
+
+    def summed(self, start: float, end: float) -> float:
+        """When the last of the reductions is done, given the span of the backward that makes the gradients final."""
+        now = start
+        for share, seconds in self.reductions:
+            now = max(now, start + share * (end - start)) + seconds
+        return now
 
     def seconds(self, op: Op) -> float:
         """Duration of an instruction of that kind (0 for messages)."""
@@ -170,6 +184,7 @@ def simulate(
     arrivals: dict[tuple[int, bool, int], float] = {}
     expected: dict[tuple[int, bool, int], int] = defaultdict(int)
     parked: dict[tuple[int, bool, int], int] = {}
+    final: dict[int, tuple[float, float]] = {}  # span of a stage's latest backward
     # Positions advance in the order of their clocks, so that messages become ready in order of time and a link that
     # several pairs of stages share serves them first come, first served.
     heap = [(0.0, position) for position in range(len(schedule))]
@@ -220,6 +235,10 @@ def simulate(
                     heapq.heappush(heap, (arrived, position))
                     break
             end = now + durations[stage][op]
+            if op in (Op.BACKWARD, Op.BACKWARD_WEIGHT):
+                final[stage] = now, end
+            elif op is Op.REDUCE_GRADS and stage in final:
+                end = max(now, times[stage].summed(*final[stage])) + durations[stage][op]
             spans[position].append(Span(instruction, now, end))
             cursors[position] += 1
             if end > now:

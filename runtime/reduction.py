@@ -73,8 +73,8 @@ class Bucket:
             return
         if self.flat is None:
             sizes = [leaf.numel() for leaf in self.leaves]
-            self.flat = torch.empty(sum(sizes), dtype=leaf.dtype, device=leaf.device)
-            parts = self.flat.split(sizes)
+            self.flat = flat = torch.empty(sum(sizes), dtype=leaf.dtype, device=leaf.device)
+            parts = flat.split(sizes)
             self.views = [part.view(leaf.shape) for part, leaf in zip(parts, self.leaves, strict=True)]
         view = self.views[index]
         if leaf.grad is not view:

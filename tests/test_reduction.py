@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shardplan.planner import schedules
 from shardplan.planner.placement import D, Mesh, R, S
@@ -167,3 +169,36 @@ def test_packing():
     # Buckets of two groups are started in the order in which they are complete.
     mixed = [("g", tensors[:1]), ("h", tensors[2:3]), ("g", tensors[3:4])]
     assert sizes(packed(mixed, 1 << 20)) == [("h", [4]), ("g", [10, 4])]
+
+
+# -- in the cost model -------------------------------------------------------------------------------------------------
+
+
+def test_buckets_are_spread_over_backward():
+    from shardplan.planner.reductions import spread
+
+    # The last segment has half of the bytes and a quarter of the backward.
+    segments = [(3.0, 1.0, 100.0), (1.0, 1.0, 100.0)]
+    assert spread(segments, 100) == ((0.25, 1.0), (1.0, 1.0))
+    assert spread(segments, 50) == ((0.125, 0.5), (0.25, 0.5), (0.625, 0.5), (1.0, 0.5))
+    assert spread(segments, 1000) == ((1.0, 2.0),)
+    assert spread([(1.0, 0.0, 0.0)], 10) == ()
+    fine = spread([(1.0, 3.0, 1e6)] * 7, 1)
+    assert len(fine) == 64 and sum(seconds for _, seconds in fine) == pytest.approx(21.0)
+
+
+@given(st.floats(1e-6, 1e-3), st.floats(1e8, 1e11), st.floats(1e5, 1e10), st.floats(1e-4, 1.0))
+def test_the_bucket_size_is_worth_it(latency, bandwidth, nbytes, backward):
+    from shardplan.planner.plan import BUCKET_NBYTES
+    from shardplan.planner.reductions import bucket_nbytes, spread
+    from shardplan.planner.simulate import StageTimes
+
+    def end(size):
+        count = min(max(round(nbytes / size), 1), 64)
+        whole = count * (latency + nbytes / count / bandwidth)
+        return StageTimes(1.0, backward, reductions=spread([(backward, whole, nbytes)], size)).summed(0.0, backward)
+
+    found = bucket_nbytes([(nbytes, backward)], lambda size: latency + size / bandwidth)
+    if nbytes / found < 64 and nbytes / BUCKET_NBYTES < 64:  # more are taken together
+        assert end(found) <= end(BUCKET_NBYTES) * (1 + 1e-9)
+    assert found == BUCKET_NBYTES or end(found) < end(BUCKET_NBYTES) or nbytes / min(found, BUCKET_NBYTES) >= 64

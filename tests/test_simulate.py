@@ -119,6 +119,20 @@ def test_separate_weight_gradients() -> None:
     assert found.peak_microbatches == {0: 2}
 
 
+def test_reductions_go_on_during_the_last_backward() -> None:
+    """The first sum starts when its gradients are final, the next behind it; the rest is waited for."""
+    schedule = parse_schedule("0F0 0B0 0F1 0B1 0REDUCE_GRADS 0OPTIMIZER_STEP")
+
+    def step(*reductions: tuple[float, float], after: float = 0.0) -> float:
+        times = StageTimes(1.0, 4.0, reduce_seconds=after, optimizer_seconds=0.25, reductions=reductions)
+        return simulate(schedule, [times]).step_seconds
+
+    assert step() == 10.25
+    assert step((0.25, 1.0), (0.5, 1.0)) == 10.25  # done at 9 of 10 s
+    assert step((0.25, 2.5), (0.5, 1.0), (1.0, 1.0)) == 11.75
+    assert step((0.25, 4.0), (0.5, 4.0), after=0.5) == 15.75
+
+
 def test_forward_only_keeps_nothing() -> None:
     found = simulate(build("1f1b", 2, 4, {(0, 1)}, training=False), [StageTimes(1.0, activation_nbytes=7)] * 2)
     assert found.peak_microbatches == {0: 1, 1: 1}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from shardplan.planner.placement import MICROBATCH_AXIS, Placement
 from shardplan.planner.plan import Alternative, Memory, Plan, StagePlan, Status
+from shardplan.planner.reductions import times_of
 from shardplan.planner.report.measured import Measured
 from shardplan.planner.report.words import (
     nbytes_text,
@@ -21,7 +22,7 @@ from shardplan.planner.report.words import (
     share_text,
 )
 from shardplan.planner.rules.strategy import Strategy
-from shardplan.planner.simulate import Simulation, StageTimes, simulate
+from shardplan.planner.simulate import Simulation, simulate
 from shardplan.planner.timeline import Timeline
 
 SUMMED = "copies+sum"
@@ -146,7 +147,7 @@ def facts(plan: Plan, measured: Measured | None = None) -> Facts:
 
 
 def simulate_plan(plan: Plan) -> Simulation:
-    """The plan's instruction list in virtual time. What a stage does once a step counts as its gradient reduction."""
+    """The plan's instruction list in virtual time."""
     counts = [max((i.microbatch + 1 for i in line), default=1) for line in plan.instructions]
     held = max(counts, default=1)
     times = []
@@ -154,15 +155,7 @@ def simulate_plan(plan: Plan) -> Simulation:
         memory = stage.memory
         # What the stage holds at its peak is min(m, S - s) microbatches under 1F1B and all of them under GPipe.
         alive = held if plan.schedule == "gpipe" else min(held, len(plan.stages) - index)
-        times.append(
-            StageTimes(
-                stage.forward_seconds,
-                stage.backward_seconds,
-                reduce_seconds=stage.once_seconds,
-                activation_nbytes=memory.activations // max(alive, 1),
-                fixed_nbytes=memory.peak_nbytes - memory.activations,
-            )
-        )
+        times.append(times_of(stage, memory.activations // max(alive, 1), memory.peak_nbytes - memory.activations))
     links: dict[tuple[int, int], float] = {}
     for link in plan.links:
         links[link.source, link.target] = link.seconds

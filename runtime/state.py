@@ -80,6 +80,8 @@ def _read_optimizer(reader: Reader, shards: Shards, optimizer: torch.optim.Optim
         raise CheckpointError("it holds no optimizer state")
     optim.restore_options(optimizer, names(shards), groups)
     for name, parameter in shards.parameters.items():
+        if not parameter.requires_grad:
+            continue
         spec = shards.specs[name]
         state: dict[str, torch.Tensor] = {}
         for key in stored.get(name, ()):

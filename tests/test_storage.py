@@ -131,3 +131,54 @@ def test_ranks_match_one_device(name, degrees, microbatches, level, recompute, c
         assert_near(answer["twice"][parameter], 2 * gradient, 1e-5, floor, f"accumulated {parameter}")
     for key, value in after.items():
         assert_near(answer["state"][key].to(value.dtype), value, 1e-4, 1e-6, f"{key} after three steps")
+
+
+def restart(rank, programs, state, batch, clip, load, save):
+    """Loads the whole training state if asked, takes a step, saves it both ways. -> (loss, whole state)."""
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+
+    from shardplan.runtime.engine import Engine
+    from tests.test_engine import adamw
+
+    engine = Engine(programs, rank, dist.get_world_size(), "cpu", adamw, clip)
+    engine.load_full(state)
+    if load:
+        engine.load(f"{load}/own")
+        mine = engine.full_state_dict()
+        held = engine.state_dict()
+        with torch.no_grad():
+            for value in held.values():
+                (value.to_local() if hasattr(value, "to_local") else value).fill_(7)
+        dcp.load(held, checkpoint_id=f"{load}/dcp")
+        engine.load_state_dict(held)
+        assert all(torch.equal(value, mine[name]) for name, value in engine.full_state_dict().items())
+    loss = engine.train_step(batch)
+    engine.save(f"{save}/own")
+    held = engine.state_dict()
+    shapes = {name: (tuple(value.shape), str(getattr(value, "placements", ""))) for name, value in held.items()}
+    dcp.save(held, checkpoint_id=f"{save}/dcp")
+    answer = float(loss), engine.full_state_dict(), shapes
+    engine.close()
+    return answer
+
+
+def test_state_moves_between_levels_and_plans(tmp_path):
+    """Training goes on under another plan and level after every step: own checkpoints with the optimizer's state, and
+    torch.distributed.checkpoint of the parameters; all as uninterrupted on one device."""
+    case, trace, state = traced("odd")
+    arrangements = [({"dp": 4}, 3), ({"dp": 2, "tp": 2}, 3), ({"dp": 4}, None)]
+    losses, after = one_device(case, len(arrangements), 0.5)
+    earlier, whole = None, {}
+    for step, (degrees, level) in enumerate(arrangements):
+        plan = stored(trace, random_plan(trace, **degrees, seed=2), level, seed=step)
+        directory = str(tmp_path / str(step))
+        programs = {"train": compile(trace, plan)}
+        answers = pool(4).run(restart, programs, state, inputs(case, trace), 0.5, earlier, directory)
+        loss, whole, shapes = answers[0]
+        assert loss == pytest.approx(losses[step], rel=1e-5)
+        assert shapes["embed.weight"][0] == (13, 7)
+        earlier = directory
+    assert shapes["first.weight"][1] == "(Shard(dim=1),)"  # 7 rows of 2 waste less than 5
+    for key, value in after.items():
+        assert_near(whole[key], value, 1e-4, 1e-6, key)

@@ -27,7 +27,7 @@ from shardplan.planner.search import stage_ilp as stages
 from shardplan.planner.search.problem import Option, Price, SegmentProblem, Weights, total_price
 from shardplan.planner.search.segment_ilp import solve_segment
 from shardplan.planner.search.solver import Budget
-from shardplan.planner.search.stage_dp import certified, solve_quickly
+from shardplan.planner.search.stage_dp import Known, certified, solve_quickly
 from shardplan.planner.search.stage_ilp import solve_program
 from shardplan.planner.search.stages import solve_stages
 from tests import models
@@ -168,8 +168,11 @@ def test_dynamic_program_against_brute_force():
             problem = replace(problem, pinned=((1, rng.randrange(problem.stages)),), together=((0, 1),))
         best = brute_force(problem)
         quick, both = solve_quickly(problem, 0.01), solve_stages(problem, Budget(gap=1e-9))
-        assert certified(problem, ((1e-10, problem.stages),), True, 0.01) <= best * (1 + 1e-9)
-        assert certified(problem, (), False, 0.01) <= best * (1 + 1e-9)
+        some = Known((1e-10, 1e-9, 1e-8), (1, problem.stages), True)
+        for known in (some, Known((1e-10,), (problem.stages,)), Known()):
+            assert certified(problem, known, 0.01).bound <= best * (1 + 1e-9)
+        certificate = certified(problem, some, 0.01, best)
+        assert certificate.bound <= best * (1 + 1e-9)
         if best == math.inf:
             assert quick is None and both is None
             continue
@@ -303,7 +306,9 @@ def test_bound_holds_when_memory_binds():
     free = planned(cluster, degrees(tp=2, pp=2), microbatches=2)
     peak = max(m.peak_nbytes for m in free.memory())
     tight = planned(cluster, degrees(tp=2, pp=2), memory(int(peak * 0.72)), microbatches=2)
-    assert tight.status.lower_bound <= free.step_seconds <= tight.step_seconds
+    assert free.step_seconds <= tight.step_seconds
+    closest = planned(cluster, degrees(tp=2, pp=2), memory(int(peak * 0.72)), microbatches=2, gap=0.0)
+    assert tight.status.lower_bound <= closest.step_seconds * (1 + 1e-9)
 
 
 def test_settings_that_make_no_sense():

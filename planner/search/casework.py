@@ -1,9 +1,8 @@
 """One case of the outer search: its columns, its stage program, and columns made where memory binds.
 
-A case is solved with the fastest columns first. Where they do not fit, or a gap is left, columns are made that weigh
-memory: the leanest, a few in between, and those for the prices of a byte that the stage program asks for (column
-generation); for each weighting they are the best there is, so `certified` gives a bound over all columns, not only over
-those that were made.
+Columns are made that weigh memory: the fastest, the leanest, a few in between, and those for the prices of a byte that
+the stage program asks for (column generation); for each weighting they are the best there is, so `certified` gives a
+bound over all columns, not only over those that were made. A case whose bound can still win is solved with them.
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from shardplan.errors import SolverTimeout
 from shardplan.planner.placement import Layout, Mesh, Placement, R, fits
@@ -25,7 +26,7 @@ from shardplan.planner.search.columns import Case, Columns, SegmentColumns
 from shardplan.planner.search.memory import Keeps
 from shardplan.planner.search.problem import Price, Weights
 from shardplan.planner.search.runs import held_by, ops_of
-from shardplan.planner.search.stage_dp import certified
+from shardplan.planner.search.stage_dp import Known, certified, hull_steps
 from shardplan.planner.search.stage_ilp import StageChoice, StageProblem
 from shardplan.planner.search.stages import solve_stages
 from shardplan.planner.trace import info, infos, needs_grad, resolve
@@ -36,18 +37,22 @@ if TYPE_CHECKING:
 _TIED_OPTIONS = 8
 """Up to so many combinations of placements of tied parameters are all tried."""
 _ROUNDS = 4
-_SHARES = (1e-3, 1e-2, 1e-1)
-"""Seconds that all of a device's memory is worth, in columns between the fastest and the leanest."""
+_PRICES = 6
+"""Prices of a byte between what the fastest columns pay and what the leanest do."""
 _LEANEST = 1e6
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """candidate: None where nothing fits. bound: on every plan of the case with these tied placements (inf: proven that
-    none fits)."""
+@dataclass(slots=True)
+class Sketch:
+    """A prepared case and what is proven of it. known: weightings for which its columns are the best there are. bound:
+    on every plan of the case with these tied placements (inf: none fits). wanted: prices of a byte that may raise it.
+    """
 
-    candidate: Candidate | None
+    prepared: Prepared
+    problem: StageProblem
+    known: Known
     bound: float
+    wanted: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +271,7 @@ class Cases:
             tuple(sorted(self.decided.pinned.items())),
             tuple(self.decided.together),
             tuple(columns.least_transient(index) for index in range(len(segments))),
+            tuple(columns.least_recomputing(index) for index in range(len(segments))),
         )
 
     def shared(self, columns: Columns) -> Price:
@@ -296,11 +302,17 @@ class Cases:
         return Weights(once=1.0 / (case.stages + case.microbatches - 1))
 
     def memory_weights(self, case: Case) -> list[Weights]:
-        """Objectives that give up speed for memory, mildly and altogether."""
-        limit = max(min(self.cluster.memory_limit(r) for r in range(case.devices)), 1)
-        flights = sorted(set(self._flights(case, self.search.schedule)), reverse=True)
-        found = [self._weighing(case, share / limit, flights[0]) for share in _SHARES]
-        return found + [self._weighing(case, _LEANEST / limit, flight) for flight in flights]
+        """Objectives that give up speed for memory altogether."""
+        return [self._weighing(case, _LEANEST / self._limit(case), flight) for flight in self._few_flights(case)]
+
+    def _limit(self, case: Case) -> float:
+        return max(min(self.cluster.memory_limit(r) for r in range(case.devices)), 1)
+
+    def _few_flights(self, case: Case) -> tuple[int, ...]:
+        """Microbatches in flight for which columns are made: powers of two between the fewest and the most."""
+        flights = sorted(set(self._flights(case, self.search.schedule)))
+        between = [q for q in flights if q & (q - 1) == 0]
+        return tuple(sorted({flights[0], *between, flights[-1]}))
 
     def _weighing(self, case: Case, price: float, flight: int) -> Weights:
         return Weights(once=self.once(case).once, nbytes=price, in_flight=flight)
@@ -310,49 +322,75 @@ class Cases:
             return (1,) * case.stages
         return tuple(in_flight(schedule, s, case.stages, case.microbatches) for s in range(case.stages))
 
-    def solve(self, prepared: Prepared) -> Outcome:
-        """The best choice found for a case, and a bound on all of them. Raises SolverTimeout where nothing is known."""
-        case, gap = prepared.case, self.budget.gap
-        weights = [self.once(case)]
-        problem = self.problem(prepared, self.search.schedule)
-        bound = certified(problem, (), False, gap) * prepared.columns.proven
-        choice = self._try(problem)
-        best = self._candidate(prepared, problem, choice) if choice is not None else None
+    def sketch(self, prepared: Prepared, bound: float, best: float) -> Sketch:
+        """The case with columns that weigh memory, and what they prove. bound: proven already."""
+        flights = self._few_flights(prepared.case)
+        found = Sketch(prepared, self.problem(prepared, self.search.schedule), Known((), flights, True), bound)
+        self._priced(found, (), best)
+        if found.bound < math.inf:
+            self._priced(found, self._first_prices(found), best)
+        return found
+
+    def _priced(self, sketch: Sketch, prices: tuple[float, ...], best: float) -> None:
+        """Add the columns of these prices of a byte, and raise the bound by them."""
+        case, known = sketch.prepared.case, sketch.known
+        known = sketch.known = replace(known, prices=(*known.prices, *prices))
+        weights = [self.once(case), *self.memory_weights(case)]
+        weights += [self._weighing(case, price, flight) for price in known.prices for flight in known.flights]
+        prepared = self._prepared(case, sketch.prepared.columns, sketch.prepared.forced, weights)
+        assert prepared is not None
+        sketch.prepared, sketch.problem = prepared, self.problem(prepared, self.search.schedule)
+        proven = prepared.columns.proven
+        certificate = certified(sketch.problem, known, self.budget.gap, best / proven)
+        sketch.bound = max(sketch.bound, certificate.bound * proven)
+        sketch.wanted = certificate.prices
+
+    def _first_prices(self, sketch: Sketch) -> tuple[float, ...]:
+        """Between the least and the most that the columns at hand pay for a byte, evenly."""
+        steps: list[float] = []
+        kappa = self.once(sketch.prepared.case)
+        for columns in {id(c): c for c in sketch.problem.columns}.values():
+            for flight in sketch.known.flights:
+                cost = np.array([kappa.of(c.price) for c in columns])
+                held = np.array([c.price.parameter_nbytes + flight * c.price.activation_nbytes for c in columns])
+                steps += hull_steps(cost, held)
+        if not steps:
+            return ()
+        return tuple(float(price) for price in np.geomspace(min(steps) / 2, max(steps) * 2, _PRICES))
+
+    def solve(self, sketch: Sketch, best: float) -> Candidate | None:
+        """The best choice found for a case; the sketch's bound is raised on the way."""
+        gap = self.budget.gap
+        found: Candidate | None = None
         for number in range(_ROUNDS):
-            if best is not None and best.choice.objective - bound <= gap * best.choice.objective:
+            choice = self._try(sketch.problem, best)
+            if choice is not None and (found is None or choice.objective < found.choice.objective):
+                found = self._candidate(sketch, choice)
+                best = min(best, choice.objective)
+            within = found is not None and found.choice.objective - sketch.bound <= gap * found.choice.objective
+            if within or sketch.bound >= best * (1 - gap) or not sketch.wanted or number == _ROUNDS - 1:
                 break
             if self.budget.left() <= 0:
                 break
-            prices = choice.prices if choice is not None else ()
-            asked = [self._weighing(case, price, flight) for price, flight in prices]
-            fresh = [w for w in [*(self.memory_weights(case) if number == 0 else ()), *asked] if w not in weights]
-            if not fresh or (number == 0 and choice is not None and not prices):
-                break
-            weights += fresh
-            lean = self._prepared(case, prepared.columns, prepared.forced, weights)
-            if lean is None:
-                break
-            problem = self.problem(lean, self.search.schedule)
-            known = tuple((w.nbytes, int(w.in_flight)) for w in weights if w.nbytes)
-            bound = max(bound, certified(problem, known, True, gap) * prepared.columns.proven)
-            choice = self._try(problem)
-            if choice is not None and (best is None or choice.objective < best.choice.objective):
-                best = self._candidate(lean, problem, choice)
-        return Outcome(best, bound if best is None else min(bound, best.choice.objective))
+            self._priced(sketch, sketch.wanted, best)
+        if found is not None:
+            sketch.bound = min(sketch.bound, found.choice.objective)
+        return found
 
-    def _try(self, problem: StageProblem) -> StageChoice | None:
+    def _try(self, problem: StageProblem, best: float) -> StageChoice | None:
         try:
-            return solve_stages(problem, self.budget)
+            return solve_stages(problem, self.budget, best)
         except SolverTimeout:
             self.search.tally.timed_out = True
             return None
 
-    def _candidate(self, prepared: Prepared, problem: StageProblem, choice: StageChoice) -> Candidate:
+    def _candidate(self, sketch: Sketch, choice: StageChoice) -> Candidate:
+        prepared = sketch.prepared
         return Candidate(
             prepared.case,
             prepared.columns,
             prepared.segments,
-            problem,
+            sketch.problem,
             choice,
             self.search.schedule,
             prepared.forced,

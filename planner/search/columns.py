@@ -17,7 +17,7 @@ from torch import fx
 from shardplan.planner.costs.base import Costs, OpCost
 from shardplan.planner.placement import COLLECTIVES, D, Mesh, Placement, R, S, conversion, fits, local_shape
 from shardplan.planner.propagate import Follow, placed
-from shardplan.planner.rules import Strategy, groups_fit, local_call, strategies
+from shardplan.planner.rules import LocalCall, Strategy, groups_fit, local_call, strategies
 from shardplan.planner.search.boundaries import Boundaries
 from shardplan.planner.search.builder import Builder
 from shardplan.planner.search.elimination import eliminate
@@ -114,6 +114,7 @@ class Columns:
         self._nbytes: dict[tuple[str, Placement], float] = {}
         self._floors: dict[int, float] = {}
         self._transients: dict[int, float] = {}
+        self._recomputing: dict[int, float] = {}
         self._op_prices: dict[tuple[str, Strategy | None], Price] = {}
 
     # -- layouts -------------------------------------------------------------------------------------------------------
@@ -192,7 +193,7 @@ class Columns:
                 if (ends, mine) in seen:
                     continue
                 seen.add((ends, mine))
-                found.columns.append(Column(mine, *ends, index=len(found.runs)))
+                found.columns.append(Column(mine, *ends, len(found.runs), recompute))
                 found.runs.append(replace(run, rematerialized=recompute))
         return found
 
@@ -219,6 +220,16 @@ class Columns:
                 default=0.0,
             )
         return self._transients[kind]
+
+    def least_recomputing(self, index: int) -> float:
+        """The same where the segment's activations are recomputed: then it holds them while it runs backwards."""
+        segment = self.trace.segments[index]
+        if segment.kind not in self._recomputing:
+            self._recomputing[segment.kind] = sum(
+                min((self.op_price(node, s).activation_nbytes for s in self.legal(node)), default=0.0)
+                for node in ops_of(self.trace, segment)
+            )
+        return self._recomputing[segment.kind] + self.least_transient(index)
 
     def legal(self, node: fx.Node) -> list[Strategy]:
         """Strategies on tp that fit together with the batch's."""
@@ -303,8 +314,16 @@ class Columns:
 
     def op_cost(self, node: fx.Node, tp: Strategy | None) -> OpCost:
         """Seconds of the op itself on one rank."""
-        chosen = self._chosen(node, tp)
-        return self.costs.op(local_call(node, chosen, self.mesh), 0)
+        return self._cost(node, local_call(node, self._chosen(node, tp), self.mesh))
+
+    def _cost(self, node: fx.Node, call: LocalCall) -> OpCost:
+        cost = self.costs.op(call, 0)
+        if not copies(node):
+            return cost
+        # A local call does not know strides, so this was priced as a view.
+        again = self.costs.copy(sum(result.nbytes for result in call.outputs), 0)
+        back = again if needs_grad(node) else 0.0
+        return OpCost(cost.forward_seconds + again, cost.backward_seconds + back, cost.source)
 
     def _chosen(self, node: fx.Node, tp: Strategy | None) -> dict[str, Strategy]:
         chosen = self.others(node) | ({"tp": tp} if tp is not None else {})
@@ -320,17 +339,13 @@ class Columns:
     def _op_price(self, node: fx.Node, tp: Strategy | None) -> Price:
         chosen = self._chosen(node, tp)
         call = local_call(node, chosen, self.mesh)
-        cost = self.costs.op(call, 0)
+        cost = self._cost(node, call)
         forward, backward = cost.forward_seconds, cost.backward_seconds if self.training else 0.0
         for axis, strategy in chosen.items():
             if strategy.impl in ("cross_entropy", "batch_norm") and axis != "mb":
                 extra = self._implementation_seconds(strategy, call.inputs[0].nbytes, call.inputs[0].shape, axis)
                 forward, backward = forward + extra[0], backward + extra[1]
         out = sum(result.nbytes for result in call.outputs)
-        if copies(node):  # a local call does not know strides, so this was priced as a view
-            again = self.costs.copy(out, 0)
-            forward += again
-            backward += again if self.training and needs_grad(node) else 0.0
         kept = self.keeps.extra_nbytes(node, out) if self.training else 0.0
         for position, result in enumerate(call.outputs):
             if self.training and self.keeps.is_kept(node, position):
@@ -346,10 +361,10 @@ class Columns:
             if strategy.name != "class":
                 return 0.0, 0.0
             per_token = nbytes // max(shape[1 if len(shape) > 1 else 0], 1)
-            once = self.costs.collective("all_reduce", per_token, ranks)
-            return once + self.costs.collective("all_reduce", 2 * per_token, ranks), 0.0
+            once = self._collective("all_reduce", per_token, ranks)
+            return once + self._collective("all_reduce", 2 * per_token, ranks), 0.0
         channels = shape[1] * 4 if len(shape) > 1 else 4
-        each = self.costs.collective("all_reduce", channels, ranks)
+        each = self._collective("all_reduce", channels, ranks)
         return 2 * each, 2 * each
 
     def parameter_price(self, node: fx.Node, tp: Placement) -> Price:
@@ -365,9 +380,11 @@ class Columns:
             sample = self.costs.collective("all_reduce", _REDUCE_SAMPLE_NBYTES, ranks)
             reduce = sample * nbytes / _REDUCE_SAMPLE_NBYTES + self.costs.copy(round(nbytes), 0)
             once += reduce * self.costs.overheads(0).reduce
-        # All microbatches but the first add to a gradient that is there.
-        added = self.costs.copy(round(nbytes), 0) * (self.microbatches - 1) / self.microbatches
-        return Price(0.0, added, once, nbytes * (2 + self.optimizer_factor))
+        return Price(0.0, self.adding_seconds(nbytes), once, nbytes * (2 + self.optimizer_factor))
+
+    def adding_seconds(self, nbytes: float) -> float:
+        """Seconds of a microbatch: all but the first add to a gradient that is there."""
+        return self.costs.copy(round(nbytes), 0) * (self.microbatches - 1) / self.microbatches
 
     def reduce_ranks(self, layout: tuple[Placement, ...]) -> tuple[int, ...]:
         """Ranks of the first replica group over which a gradient has to be summed."""
@@ -389,13 +406,17 @@ class Columns:
         keep = self.training and copied and self.keeps.is_read_again(value)
         return Price(seconds[0], seconds[1], 0.0, 0.0, held if keep else 0.0, held if copied else 0.0)
 
+    def _collective(self, kind: str, nbytes: int, ranks: tuple[int, ...]) -> float:
+        """Seconds of a collective inside a stage."""
+        return self.costs.collective(kind, nbytes, ranks) * self.costs.overheads(0).collective
+
     def _seconds(self, part: str, whole_nbytes: float, axis: str) -> float:
         ranks = self.tp_ranks if axis == "tp" else self.dp_ranks
         if part == "identity":
             return 0.0
         if part in COLLECTIVES:
             nbytes = whole_nbytes / len(ranks) if part == "all_to_all" else whole_nbytes
-            return self.costs.collective(part, round(nbytes), ranks)
+            return self._collective(part, round(nbytes), ranks)
         return self.costs.copy(round(whole_nbytes), 0)
 
     def batch_conversions(self, node: fx.Node) -> Price:

@@ -100,9 +100,7 @@ class Finished:
                 DeviceSummary(d.kind.name, d.node, search.cluster.memory_limit(i))
                 for i, d in enumerate(search.cluster.devices)
             ),
-            stages=tuple(
-                replace(stage, op_seconds=op_seconds(search, candidate, self.chosen, stage)) for stage in self.stages
-            ),
+            stages=tuple(_detailed(search, candidate, self.chosen, stage) for stage in self.stages),
             microbatches=candidate.case.microbatches,
             schedule=candidate.schedule,
             instructions=self.instructions,
@@ -126,6 +124,11 @@ class Finished:
             coverage=coverage() if coverage is not None else {},
             calibration=dict(around.factors),
             calibrated_by=around.jobs,
+            overheads={
+                "forward": around.forward_seconds,
+                "backward": around.backward_seconds,
+                "step": around.step_seconds,
+            },
             replicated_ops=self._without_rule(search),
             discovered_ops=self._discovered(search),
             leaves=self._leaves(search),
@@ -279,7 +282,7 @@ def _stages(
         received = sum(link.nbytes for link in links if link.target == stage)
         flight = problem.in_flight[stage]
         activations = flight * (sum(p.activation_nbytes for p in prices) + received)
-        parameters, gradients, optimizer, optimizing = _parameters(search, candidate, chosen, first, last)
+        parameters, gradients, optimizer, optimizing, adding = _parameters(search, candidate, chosen, first, last)
         found.append(
             StagePlan(
                 first=first,
@@ -300,9 +303,22 @@ def _stages(
                 ),
                 rematerialized=recomputed,
                 optimizer_seconds=optimizing,
+                adding_seconds=adding,
             )
         )
     return tuple(found)
+
+
+def _detailed(search: Search, candidate: Candidate, chosen: dict[str, Strategy], stage: StagePlan) -> StagePlan:
+    """The stage with the seconds of its classes of ops, and of what is neither op nor overhead."""
+    ops = op_seconds(search, candidate, chosen, stage)
+    around = search.costs.overheads(0)
+    ahead = stage.forward_seconds - around.forward_seconds - sum(s[0] for s in ops.values())
+    back = stage.backward_seconds - around.backward_seconds - sum(s[1] + s[2] for s in ops.values())
+    communication = max(ahead, 0.0), max(back - stage.adding_seconds, 0.0) if search.options.training else 0.0
+    least = 1e-9 * (stage.forward_seconds + stage.backward_seconds)  # what rounding leaves
+    communication = communication[0] * (communication[0] > least), communication[1] * (communication[1] > least)
+    return replace(stage, op_seconds=ops, communication_seconds=communication)
 
 
 def op_seconds(
@@ -337,16 +353,18 @@ def op_seconds(
 
 def _parameters(
     search: Search, candidate: Candidate, chosen: dict[str, Strategy], first: int, last: int
-) -> tuple[float, float, float, float]:
-    """Bytes of parameters, gradients and optimizer state of a stage, and seconds of its optimizer step."""
+) -> tuple[float, float, float, float, float]:
+    """Bytes of parameters, gradients and optimizer state of a stage; seconds of its optimizer step, and of adding to
+    gradients in a microbatch."""
     held: dict[fx.Node, None] = {}
     for segment in search.trace.segments[first:last]:
         held |= dict.fromkeys(held_by(search.trace, ops_of(search.trace, segment)))
-    parameters = gradients = seconds = 0.0
+    parameters = gradients = seconds = adding = 0.0
     for node in held:
         nbytes = candidate.columns.local_nbytes(node, _tp(chosen, node))
         parameters += nbytes
         if search.trace.sources[node.name].trainable and search.options.training:
             gradients += nbytes
             seconds += search.costs.optimizer(round(nbytes), 0)
-    return parameters, gradients, gradients * search.options.optimizer_factor, seconds
+            adding += candidate.columns.adding_seconds(nbytes)
+    return parameters, gradients, gradients * search.options.optimizer_factor, seconds, adding

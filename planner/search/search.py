@@ -30,7 +30,7 @@ from shardplan.planner.costs.base import Costs
 from shardplan.planner.plan import Alternative, Plan
 from shardplan.planner.search.baselines import NAMES, hand_made, why_missing
 from shardplan.planner.search.candidate import Candidate
-from shardplan.planner.search.casework import Cases, Lower
+from shardplan.planner.search.casework import Cases, Lower, Sketch
 from shardplan.planner.search.columns import Case
 from shardplan.planner.search.decided import decide
 from shardplan.planner.search.finish import Finished, finish
@@ -178,13 +178,13 @@ class Search:
     # -- the search ----------------------------------------------------------------------------------------------------
 
     def solve(self) -> Plan:
-        """Cases by their lowest bound; each is bounded better before it is solved."""
+        """Cases by their lowest bound; each is bounded better, twice, before it is solved."""
         found: list[Candidate] = []
         unfit: list[Case] = []
         best = math.inf
         queue = self._queue()
         while queue:
-            bound, devices, text, bounded, case = heapq.heappop(queue)
+            bound, devices, text, work, case = heapq.heappop(queue)
             if bound >= best * (1 - self.options.gap / 2):
                 self.tally.pruned += 1 + len(queue)  # no other bound is lower
                 self.tally.bound = min(self.tally.bound, bound)
@@ -193,50 +193,51 @@ class Search:
                 self.tally.timed_out = True
                 self.tally.bound = min(self.tally.bound, bound)
                 break
-            if self.memory_floor(case) > max(self.cluster.memory_limit(r) for r in range(case.devices)):
+            if isinstance(work, Sketch):
+                candidate = self.work.solve(work, best)
+                self.tally.bound = min(self.tally.bound, max(bound, work.bound))
+                if candidate is not None:
+                    found.append(candidate)
+                    self.tally.solved += 1
+                    best = min(best, candidate.choice.objective)
+                    self._say(f"{case}: {candidate.choice.objective * 1e3:.2f} ms, best {best * 1e3:.2f} ms")
+                elif work.bound < best * (1 - self.options.gap / 2):
+                    self.tally.infeasible += 1
+                    unfit.append(case)
+            elif self.memory_floor(case) > max(self.cluster.memory_limit(r) for r in range(case.devices)):
                 self.tally.infeasible += 1
                 unfit.append(case)
-                continue
-            if not bounded:
+            elif not work:
                 better = max(bound, self.bound(case, self.work.cheapest(case)))
                 heapq.heappush(queue, (better, devices, text, True, case))
-                continue
-            candidates, proven = self._solve_case(case, bound, best)
-            for candidate in candidates:
-                best = min(best, candidate.choice.objective)
-                self._say(f"{case}: {candidate.choice.objective * 1e3:.2f} ms, best {best * 1e3:.2f} ms")
-            found += candidates
-            self.tally.bound = min(self.tally.bound, proven)
-            if proven == math.inf or (not candidates and proven < best * (1 - self.options.gap / 2)):
-                self.tally.infeasible += 1
-                unfit.append(case)
+            else:
+                sketches = self._sketches(case, bound, best)
+                for number, sketch in enumerate(sketches):
+                    heapq.heappush(queue, (sketch.bound, devices, f"{text} {number}", sketch, case))
+                if not sketches:
+                    self.tally.infeasible += 1
+                    unfit.append(case)
         if not found:
             if self.tally.timed_out:
                 raise SolverTimeout(f"no plan within {self.options.time_limit:g} s", [], ["raise time_limit"])
             raise explain_infeasible(self, unfit)
         return self._finish(found)
 
-    def _solve_case(self, case: Case, bound: float, best: float) -> tuple[list[Candidate], float]:
-        """(what was found, what is proven of all plans of the case: inf, if none fits)."""
-        found: list[Candidate] = []
-        proven = math.inf
+    def _sketches(self, case: Case, bound: float, best: float) -> list[Sketch]:
+        """The case with columns that weigh memory, once per placement of the tied parameters; what cannot fit is left
+        out."""
+        found = []
         for prepared in self.work.prepare(case):
             lower = self.work.lower(prepared.columns, prepared.segments, self.work.once(case))
-            mine = max(bound, self.bound(case, lower))
-            if mine >= best * (1 - self.options.gap / 2):
-                self.tally.pruned += 1
-                proven = min(proven, mine)
-                continue
-            outcome = self.work.solve(prepared)
-            proven = min(proven, max(outcome.bound, mine))
-            if outcome.candidate is not None:
-                self.tally.solved += 1
-                found.append(outcome.candidate)
-        return found, proven
+            sketch = self.work.sketch(prepared, max(bound, self.bound(case, lower)), best)
+            if sketch.bound < math.inf:
+                found.append(sketch)
+        return found
 
-    def _queue(self) -> list[tuple[float, int, str, bool, Case]]:
-        """Exact cases as a heap of (bound, devices, name, whether the bound knows of conversions, case)."""
-        found: list[tuple[float, int, str, bool, Case]] = []
+    def _queue(self) -> list[tuple[float, int, str, bool | Sketch, Case]]:
+        """Exact cases as a heap of (bound, devices, name, work, case). work: what is known of the case, from nothing
+        (False: ops alone) over its fastest columns (True) to those that weigh memory."""
+        found: list[tuple[float, int, str, bool | Sketch, Case]] = []
         excluded: dict[str, None] = {}
         for case in self.cases():
             reason = self.exact(case)

@@ -35,12 +35,14 @@ _GIGA = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One way to run a segment. enters, leaves: layout numbers of the boundary tensors. index: for the caller."""
+    """One way to run a segment. enters, leaves: layout numbers of the boundary tensors. index: for the caller.
+    recomputed: whether backward computes its activations again."""
 
     price: Price
     enters: int = 0
     leaves: int = 0
     index: int = 0
+    recomputed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class StageProblem:
     """columns: per segment. cut_seconds, cut_nbytes: per boundary (i, i+1) and layout: of one message, and of what the
     receiver keeps. fixed: of every stage. limits: bytes per stage. in_flight: microbatches held per stage. pinned:
     segment -> stage; together: groups of segments on one stage. least_transients: per segment, transient bytes that no
-    column can do without, made or not (default: nothing is known)."""
+    column can do without, made or not (default: nothing is known); least_recomputing: that no recomputed column can."""
 
     columns: tuple[tuple[Column, ...], ...]
     stages: int
@@ -61,19 +63,18 @@ class StageProblem:
     pinned: tuple[tuple[int, int], ...] = ()
     together: tuple[tuple[int, ...], ...] = ()
     least_transients: tuple[float, ...] = ()
+    least_recomputing: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class StageChoice:
-    """bounds: first segment of every stage. columns: per segment, position in its list. bound: proven. prices: (of a
-    byte in seconds, microbatches in flight), where memory binds: columns that weigh memory so may be better."""
+    """bounds: first segment of every stage. columns: per segment, position in its list. bound: proven."""
 
     bounds: tuple[int, ...]
     columns: tuple[int, ...]
     objective: float
     bound: float
     optimal: bool
-    prices: tuple[tuple[float, int], ...] = ()
 
 
 def objective(problem: StageProblem, bounds: Sequence[int], columns: Sequence[int]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from shardplan.errors import SolverTimeout
@@ -14,12 +15,13 @@ _SMALL = 200
 _LIMIT_SECONDS = 10.0
 
 
-def solve_stages(problem: StageProblem, budget: Budget) -> StageChoice | None:
-    """The cheapest choice found that fits, with a bound on all choices of these columns; None where none was found.
+def solve_stages(problem: StageProblem, budget: Budget, best: float = math.inf) -> StageChoice | None:
+    """The cheapest choice found that fits, with a bound on all choices of these columns; None where none was found, or
+    none that costs less than `best`.
 
     (`stage_dp.certified` says whether that is proven.)
     """
-    quick = solve_quickly(problem, budget.gap)
+    quick = solve_quickly(problem, budget.gap, best)
     size = sum(map(len, problem.columns)) * problem.stages
     if size > _SMALL or (quick is not None and quick.optimal):
         return quick
@@ -29,7 +31,7 @@ def solve_stages(problem: StageProblem, budget: Budget) -> StageChoice | None:
         return quick
     if quick is None or exact is None:
         return exact
-    best = min(quick, exact, key=lambda choice: choice.objective)
-    bound = min(max(quick.bound, exact.bound), best.objective)
-    optimal = best.objective - bound <= budget.gap * best.objective
-    return replace(best, bound=bound, optimal=optimal or exact.optimal, prices=quick.prices)
+    cheaper = min(quick, exact, key=lambda choice: choice.objective)
+    bound = min(max(quick.bound, exact.bound), cheaper.objective)
+    optimal = cheaper.objective - bound <= budget.gap * cheaper.objective
+    return replace(cheaper, bound=bound, optimal=optimal or exact.optimal)

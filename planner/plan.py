@@ -54,7 +54,9 @@ class StagePlan:
     ranks: device indices in row-major order of mesh (axes "dp", "tp").
     forward_seconds, backward_seconds: per microbatch, communication inside the stage included (backward includes
         recomputation); once_seconds: gradient reduction, optimizer and what else is done once a step.
-    optimizer_seconds: the optimizer's part of once_seconds.
+    optimizer_seconds: the optimizer's part of once_seconds. adding_seconds: the part of backward_seconds that adds to
+        gradients of earlier microbatches. communication_seconds: of collectives and conversions in a forward and a
+        backward.
     op_seconds: class of ops ("aten.linear.default") -> seconds of a microbatch: forward, backward, forward again in
         backward where activations are recomputed.
     rematerialized: names of segments whose activations are recomputed in backward.
@@ -74,6 +76,8 @@ class StagePlan:
     rematerialized: tuple[str, ...] = ()
     reductions: tuple[tuple[float, float], ...] = ()
     optimizer_seconds: float = 0.0
+    adding_seconds: float = 0.0
+    communication_seconds: tuple[float, float] = (0.0, 0.0)
     op_seconds: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 
 
@@ -167,6 +171,7 @@ class Plan:
     flops: of a step of the model itself, recomputation left out; peak_flops: per second, of all devices together.
     coverage: share of predicted op seconds that was "measured", "interpolated", "modelled".
     calibration: factors that measured jobs gave and that the predictions contain, by name; calibrated_by: how many jobs.
+    overheads: seconds besides ops and messages of a "forward", a "backward" and a "step".
     """
 
     model: str
@@ -200,6 +205,7 @@ class Plan:
     bucket_nbytes: int = BUCKET_NBYTES
     calibration: dict[str, float] = field(default_factory=dict)
     calibrated_by: int = 0
+    overheads: dict[str, float] = field(default_factory=dict)
     schema: int = SCHEMA
 
     def strategy(self, axis: str, node: str) -> Strategy | None:
@@ -256,6 +262,19 @@ class Plan:
         from shardplan.planner.report import explain
 
         return explain(self, pattern)
+
+    def visualize(self, pattern: str) -> str:
+        """In words, which device holds which slice of every parameter, buffer or input that matches the glob (of the
+        results of ops, where it matches nothing else). Raises NoMatch, naming the nearest names."""
+        from shardplan.planner.report import visualize
+
+        return visualize(self, pattern)
+
+    def _repr_html_(self) -> str:
+        """The report in a notebook: the whole document in a frame of its own, so that no style leaks."""
+        from shardplan.planner.report import notebook
+
+        return notebook(self)
 
     def diff(self, other: Plan) -> str:
         """What changes from this plan to `other`, in words; "no difference" for equal plans."""

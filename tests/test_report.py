@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import io
 import json
 import re
@@ -10,6 +11,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from shardplan.errors import NoMatch, UsageError
@@ -17,7 +20,9 @@ from shardplan.planner.placement import Mesh
 from shardplan.planner.plan import Memory, Plan, StagePlan, Status
 from shardplan.planner.report import (
     Measured,
+    drawings,
     facts,
+    pictures,
     render_html,
     render_json,
     render_terminal,
@@ -90,7 +95,7 @@ def test_markup_in_names_is_text() -> None:
     plan = dataclasses.replace(pipeline_plan(), model="[red]<b>&", notes=("[/] <script>alert(1)</script>",))
     text, page = render_text(plan), render_html(plan)
     assert "[red]<b>&" in text and "[/] <script>" in text
-    assert "<script" not in page and "[red]&lt;b&gt;&amp;" in page
+    assert page.count("<script") == 1 and "[red]&lt;b&gt;&amp;" in page
 
 
 class _Page(HTMLParser):
@@ -116,7 +121,7 @@ class _Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
+        if self.open and self.open[-1] not in ("style", "script"):
             self.words.append(data)
 
 
@@ -132,10 +137,11 @@ def test_html_is_whole_offline_and_says_what_the_text_says() -> None:
     plan = pipeline_plan()
     page = render_html(plan, measured(plan))
     reader = read_page(page)
-    assert "script" not in reader.tags and "link" not in reader.tags
-    assert "http" not in page and "url(" not in page and "@import" not in page
+    assert reader.tags["script"] == 1 and "link" not in reader.tags and "src=" not in page
+    assert "http" not in page and "url(" not in page.replace("'url(#'", "") and "@import" not in page
     assert "prefers-color-scheme: dark" in page
-    assert reader.tags["svg"] == 2 + 2  # two memory bars, two timelines
+    bars = 2 + 2 + 3  # seconds of two stages, memory of two devices, three plans that run
+    assert reader.tags["svg"] == bars + 2 + 2 + 1  # two timelines, two curves, the topology
     words = " ".join(reader.words)
     for said in (
         facts(plan).verdict,
@@ -331,3 +337,58 @@ def test_words() -> None:
     assert ranges([5, 0, 1, 2]) == "0-2, 5"
     assert pattern("layers.10.w1.3") == "layers.*.w1.*"
     assert names_text(["embed", "layers.0.mlp", "layers.1.mlp", "x.3.y"]) == "embed, layers.[0-1].mlp, x.3.y"
+
+
+def test_a_notebook_shows_the_document_in_a_frame() -> None:
+    plan = pipeline_plan()
+    frame = plan._repr_html_()
+    assert frame.startswith("<iframe") and html.unescape(frame.split('srcdoc="')[1].split('" style')[0]) == render_html(
+        plan
+    )
+
+
+def test_visualize_says_who_holds_which_slice() -> None:
+    plan = pipeline_plan()
+    text = plan.visualize("*layers.3.mlp.down_proj.weight")
+    assert text.splitlines() == [
+        "model.layers.3.mlp.down_proj.weight  float32[64,256]",
+        "  stage 1, device 2: [:, 0:128]",
+        "  stage 1, device 3: [:, 128:256]",
+    ]
+    assert plan.visualize("embed.weight").splitlines()[1] == "  stage 0, devices 0-1: [:, :]"
+    assert "a partial sum over tp" in plan.visualize("linear_1")
+    with pytest.raises(NoMatch, match="down_proj"):
+        plan.visualize("*layers.3.mlp.dwn_proj.weight")
+
+
+@given(st.lists(st.integers(1, 5), max_size=3), st.integers(1, 4))
+def test_slices_of_sections_lie_as_placements_say(sections: list[int], size: int) -> None:
+    """Each section is cut evenly; together the parts are the whole, in the order that a rank keeps them."""
+    lengths = [length * size for length in sections] or [size * 3]
+    whole = list(range(sum(lengths)))
+    expected: list[list[int]] = [[] for _ in range(size)]
+    start = 0
+    for length in lengths:
+        for rank in range(size):
+            step = length // size
+            expected[rank] += whole[start + rank * step : start + (rank + 1) * step]
+        start += length
+    for rank in range(size):
+        parts = pictures._cut([(0, len(whole))], tuple(lengths) if sections else (), size, rank)
+        assert [i for low, high in parts for i in range(low, high)] == expected[rank]
+
+
+def test_curves_keep_their_peak_when_they_are_thinned() -> None:
+    points = tuple((float(i), i % 977) for i in range(50_000))
+    thin = drawings._thinned(points, 100)
+    assert len(thin) <= 100 and max(n for _, n in thin) == 976
+
+
+def test_seconds_of_a_stage_add_up_to_the_step() -> None:
+    plan = pipeline_plan()
+    ops = {"aten.linear.default": (0.004, 0.008, 0.0), "aten.gelu.default": (0.001, 0.002, 0.001)}
+    plan = dataclasses.replace(plan, stages=tuple(dataclasses.replace(s, op_seconds=ops) for s in plan.stages))
+    (shares,) = pictures.seconds_of_stages(facts(plan))
+    for row in shares.rows:
+        assert row.seconds == pytest.approx(plan.step_seconds)
+        assert ("aten.linear", "forward", pytest.approx(4 * 0.012)) in row.parts

@@ -11,9 +11,10 @@ from shardplan.planner.plan import Plan, write_atomically
 from shardplan.planner.report.diff import diff
 from shardplan.planner.report.explain import explain
 from shardplan.planner.report.facts import Facts, facts
-from shardplan.planner.report.html_form import render_html
+from shardplan.planner.report.html_form import notebook, render_html
 from shardplan.planner.report.json_form import render_json
 from shardplan.planner.report.measured import Measured
+from shardplan.planner.report.visualize import visualize
 from shardplan.planner.timeline import chrome_trace
 
 if TYPE_CHECKING:
@@ -25,12 +26,14 @@ __all__ = [
     "diff",
     "explain",
     "facts",
+    "notebook",
     "print_report",
     "render_html",
     "render_json",
     "render_terminal",
     "render_text",
     "render_trace",
+    "visualize",
     "write_report",
 ]
 

@@ -1,12 +1,13 @@
-"""The report as a document of paragraphs, tables, bars and timelines, which the renderers turn into text and HTML."""
+"""The report as a document: what it says in which order. The renderers turn it into text and HTML."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from shardplan.planner.plan import Alternative, Memory, Plan
+from shardplan.planner.report import pictures
+from shardplan.planner.report.blocks import Bar, Bars, Block, Chart, Lines, Section, Table
 from shardplan.planner.report.facts import SUMMED, Facts, SplitFacts
 from shardplan.planner.report.words import (
     change_text,
@@ -19,96 +20,17 @@ from shardplan.planner.report.words import (
     seconds_text,
     share_text,
 )
-from shardplan.planner.timeline import Timeline
-
-PARTS: tuple[str, ...] = ("parameters", "gradients", "optimizer", "activations", "buffers", "reserve")
-
-
-@dataclass(frozen=True, slots=True)
-class Lines:
-    """Sentences, each on its own line."""
-
-    items: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """columns: (heading, whether its cells are numbers)."""
-
-    columns: tuple[tuple[str, bool], ...]
-    rows: tuple[tuple[str, ...], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Bar:
-    """Memory of one device (group). parts: (name, bytes); limit_nbytes 0: none known."""
-
-    name: str
-    parts: tuple[tuple[str, int], ...]
-    limit_nbytes: int
-    measured_nbytes: int | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(nbytes for _, nbytes in self.parts)
-
-    @property
-    def text(self) -> str:
-        limit = f" of {nbytes_text(self.limit_nbytes)}" if self.limit_nbytes else ""
-        over = f", {nbytes_text(self.nbytes - self.limit_nbytes)} OVER" if 0 < self.limit_nbytes < self.nbytes else ""
-        seen = f", measured {nbytes_text(self.measured_nbytes)}" if self.measured_nbytes is not None else ""
-        return f"{nbytes_text(self.nbytes)}{limit}{over}{seen}"
-
-    @property
-    def parts_text(self) -> str:
-        return ", ".join(f"{name} {nbytes_text(nbytes)}" for name, nbytes in self.parts if nbytes)
-
-
-@dataclass(frozen=True, slots=True)
-class Bars:
-    """Bars on one scale: to the largest limit, or to the largest peak where that is tiny beside the limits."""
-
-    bars: tuple[Bar, ...]
-
-    @property
-    def scale_nbytes(self) -> int:
-        peak = max((max(bar.nbytes, bar.measured_nbytes or 0) for bar in self.bars), default=0)
-        limit = max((bar.limit_nbytes for bar in self.bars), default=0)
-        return (peak if 0 < 20 * peak < limit else max(peak, limit)) or 1
-
-    @property
-    def note(self) -> str:
-        """What to say where the limits are off the scale, else empty."""
-        if self.scale_nbytes >= max((bar.limit_nbytes for bar in self.bars), default=0):
-            return ""
-        return f"The bars end at {nbytes_text(self.scale_nbytes)}, far below the limit."
-
-
-@dataclass(frozen=True, slots=True)
-class Chart:
-    """A timeline to be drawn on a scale of `end_seconds`, the same for all timelines of a report."""
-
-    timeline: Timeline
-    end_seconds: float
-
-
-Block = Lines | Table | Bars | Chart
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """A heading with blocks; sections without blocks are left out."""
-
-    title: str
-    blocks: tuple[Block, ...]
 
 
 def document(facts: Facts) -> tuple[Section, ...]:
     """All sections, in the order in which they are shown."""
     sections = (
         Section("Stages", _stages(facts)),
+        Section("Where the time goes", pictures.seconds_of_stages(facts)),
         Section("Memory", (Bars(tuple(_bars(facts))),) if facts.devices else ()),
         Section("Pipeline", _pipeline(facts)),
+        Section("Memory over the step", pictures.memory_curves(facts)),
+        Section("Where the model lies", pictures.held(facts)),
         Section("Splits", _splits(facts)),
         Section("What binds", _lines(facts.binds)),
         Section("Alternatives", _alternatives(facts)),
@@ -239,7 +161,7 @@ def _alternatives(facts: Facts) -> tuple[Block, ...]:
     rows += (_alternative(facts, "baseline", found) for found in facts.baselines)
     rows += (_alternative(facts, "runner-up", found) for found in facts.runners_up)
     columns = (("plan", False), ("step", True), ("slower by", True), ("peak", True), ("why not", False))
-    return (Table(columns, tuple(rows)),)
+    return (*pictures.costs(facts), Table(columns, tuple(rows)))
 
 
 def _alternative(facts: Facts, kind: str, found: Alternative) -> tuple[str, ...]:
@@ -295,7 +217,7 @@ def _comparison(facts: Facts) -> tuple[Block, ...]:
 
 def _links(plan: Plan) -> tuple[Block, ...]:
     if not plan.links:
-        return ()
+        return pictures.topology(plan)
     rows: list[tuple[str, ...]] = []
     for link in plan.links:
         step = plan.microbatches * link.nbytes
@@ -319,7 +241,7 @@ def _links(plan: Plan) -> tuple[Block, ...]:
                 )
             )
     columns = (("stages", False), ("what", False), ("a message", True), ("takes", True), ("a step", True))
-    return (Table(columns, tuple(rows)),)
+    return (*pictures.topology(plan), Table(columns, tuple(rows)))
 
 
 def _leaves(plan: Plan) -> tuple[Block, ...]:

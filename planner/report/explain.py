@@ -23,8 +23,13 @@ _WORDS = {
 
 
 def explain(plan: Plan, pattern: str) -> str:
-    """See `Plan.explain`. The glob is matched against node names, parameter names and module paths; a module stands for
-    everything inside it. Raises NoMatch; UsageError for a plan without node summaries."""
+    """See `Plan.explain`. Raises NoMatch; UsageError for a plan without node summaries."""
+    return "\n".join(line for item in matching(plan, pattern) for line in _node(plan, *item)) + "\n"
+
+
+def matching(plan: Plan, pattern: str) -> list[tuple[str, NodeSummary]]:
+    """Nodes of the graph, in its order. The glob is matched against node names, parameter names and module paths; a
+    module stands for everything inside it. Raises NoMatch; UsageError for a plan without node summaries."""
     if not plan.nodes:
         raise UsageError("this plan holds no node summaries to explain", hints=["plan again with this version"])
     found = [item for item in plan.nodes.items() if _matches(pattern, *item)]
@@ -32,7 +37,7 @@ def explain(plan: Plan, pattern: str) -> str:
         names = sorted({n.name for n in plan.nodes.values() if n.name} | set(plan.nodes))
         close = difflib.get_close_matches(pattern, names, 3, 0.4)
         raise NoMatch(f"nothing in the plan matches {pattern!r}", hints=[f"did you mean {name!r}?" for name in close])
-    return "\n".join(line for item in sorted(found, key=lambda i: i[1].order) for line in _node(plan, *item)) + "\n"
+    return sorted(found, key=lambda item: item[1].order)
 
 
 def _matches(pattern: str, node: str, summary: NodeSummary) -> bool:

@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs neither network nor scripts."""
+"""The report as one HTML file: no network; a small script makes drawings answer, but nothing needs it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,30 @@ from collections.abc import Iterable
 from html import escape
 
 from shardplan.planner.plan import Plan
-from shardplan.planner.report.document import PARTS, Bars, Block, Chart, Lines, Section, Table, document
+from shardplan.planner.report.blocks import (
+    PARTS,
+    Bars,
+    Block,
+    Chart,
+    Curves,
+    Lines,
+    Map,
+    Section,
+    Shares,
+    Table,
+    Topology,
+)
+from shardplan.planner.report.document import document
+from shardplan.planner.report.drawings import curve_svg, flow_lines, map_table, share_svg, topology_svg
 from shardplan.planner.report.facts import Facts, facts
 from shardplan.planner.report.measured import Measured
+from shardplan.planner.report.script import SCRIPT
 from shardplan.planner.report.style import STYLE
 from shardplan.planner.report.svg import bar_svg, timeline_svg
 from shardplan.planner.report.words import nbytes_text, plural, ratio_text, seconds_text, share_text
 
 _MOST_BARS = 64
+_MOST_CURVES = 16
 _MOST_ROWS = 400
 _NAMES = ("parameter", "op")
 _WORDS = ("why not",)
@@ -33,8 +49,14 @@ def render_html(plan: Plan, measured: Measured | None = None) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(plan.model or 'model')} - shardplan</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         + "\n".join(body)
-        + "\n</body>\n</html>\n"
+        + f"\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
     )
+
+
+def notebook(plan: Plan, measured: Measured | None = None) -> str:
+    """The document in a frame, for a notebook's cell."""
+    text = escape(render_html(plan, measured), quote=True)
+    return f'<iframe srcdoc="{text}" style="width:100%;height:640px;border:1px solid #8884" title="plan"></iframe>'
 
 
 def _figures(found: Facts) -> str:
@@ -72,6 +94,15 @@ def _block(block: Block) -> Iterable[str]:
         yield _table(block)
     elif isinstance(block, Bars):
         yield _bars(block)
+    elif isinstance(block, Shares):
+        yield _shares(block)
+    elif isinstance(block, Curves):
+        yield _curves(block)
+    elif isinstance(block, Topology):
+        yield f'<div class="scroll" tabindex="0">{topology_svg(block)}</div>'
+        yield from (f'<p class="dim">{escape(line)}</p>' for line in flow_lines(block))
+    elif isinstance(block, Map):
+        yield map_table(block)
     elif drawing := timeline_svg(block.timeline, block.end_seconds):
         yield f'<p class="dim">{escape(block.timeline.name)}</p><div class="scroll" tabindex="0">{drawing}</div>'
 
@@ -98,6 +129,31 @@ def _class(name: str, number: bool) -> str:
     if number:
         return ' class="n"'
     return ' class="name"' if name in _NAMES else ' class="wide"' if name in _WORDS else ""
+
+
+def _shares(shares: Shares) -> str:
+    rows = []
+    for row in shares.rows[:_MOST_BARS]:
+        head = f'<div class="head"><span>{escape(row.name)}</span><span>{escape(row.text)}</span></div>'
+        rows.append(f"<div>{head}{share_svg(row, shares)}</div>")
+    left = len(shares.rows) - _MOST_BARS
+    more = f'<p class="dim">and {left} more, in the JSON report</p>' if left > 0 else ""
+    key = _key((colour for colour, _ in shares.names), dict(shares.names))
+    return f'{key}<div class="memory">{"".join(rows)}</div>{more}'
+
+
+def _curves(curves: Curves) -> str:
+    rows = []
+    for curve in curves.curves[:_MOST_CURVES]:
+        at, peak = curve.peak
+        limit = f" of {nbytes_text(curve.limit_nbytes)}" if curve.limit_nbytes else ""
+        text = f"{nbytes_text(peak)}{limit}, first at {seconds_text(at)}"
+        head = f'<div class="head"><span>{escape(curve.name)}</span><span>{escape(text)}</span></div>'
+        rows.append(f"<div>{head}{curve_svg(curve, curves)}</div>")
+    left = len(curves.curves) - _MOST_CURVES
+    more = f'<p class="dim">and {left} more</p>' if left > 0 else ""
+    ends = f'<div class="head dim"><span>0</span><span>{seconds_text(curves.end_seconds)}</span></div>'
+    return f'<div class="memory">{"".join(rows)}{ends}</div>{more}'
 
 
 def _bars(bars: Bars) -> str:

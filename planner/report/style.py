@@ -1,4 +1,4 @@
-"""The style sheet of the HTML report: light and dark, wide and narrow, no scripts, nothing from the network."""
+"""The style sheet of the HTML report: light and dark, wide and narrow, printable, nothing from the network."""
 
 STYLE = """
 :root { color-scheme: light dark; --bg: #fff; --ink: #1b1f24; --dim: #59636e; --line: #d5dae0; --soft: #f1f3f6;
@@ -52,5 +52,23 @@ svg .limit { fill: var(--red); } svg .seen { fill: var(--ink); }
 .key { display: flex; flex-wrap: wrap; gap: 4px 16px; margin: 8px 0; padding: 0; list-style: none; font-size: 13px; }
 .key i { display: inline-block; width: 11px; height: 11px; margin-right: 6px; border-radius: 2px; }
 .key .mark { width: 3px; }
+.idle { fill: var(--soft); background: var(--soft); }
+svg.curve { width: 100%; height: 64px; background: var(--soft); }
+svg.topology { max-width: none; font-size: 12px; margin: 8px 0; }
+svg .node { fill: none; stroke: var(--line); }
+.map td i { display: block; height: 12px; border-radius: 2px; }
+.map th, .map td { padding: 2px 10px 2px 0; } .map td:nth-child(n+3) { min-width: 28px; }
+.map td.name { min-width: 10em; }
+.s0 { fill: var(--blue); background: var(--blue); } .s1 { fill: var(--green); background: var(--green); }
+.s2 { fill: var(--amber); background: var(--amber); } .s3 { fill: var(--purple); background: var(--purple); }
+.s4 { fill: var(--cyan); background: var(--cyan); } .s5 { fill: var(--red); background: var(--red); }
+.s6 { fill: var(--gray); background: var(--gray); } .s7 { fill: var(--dim); background: var(--dim); }
+.tip { display: none; position: fixed; z-index: 2; max-width: 90vw; padding: 3px 8px; border-radius: 4px;
+  background: var(--ink); color: var(--bg); font-size: 13px; pointer-events: none; }
+.zoom { display: flex; gap: 6px; justify-content: flex-end; }
+.zoom button { min-width: 32px; padding: 2px 8px; border: 1px solid var(--line); border-radius: 4px; color: inherit;
+  background: var(--soft); font: inherit; font-size: 13px; cursor: pointer; }
+@media print { body { max-width: none; padding: 0; font-size: 11px; } .zoom, .tip { display: none !important; }
+  section { break-inside: avoid-page; } .scroll { overflow: visible; } svg.timeline { min-width: 0; } }
 .key .limit { background: var(--red); } .key .seen { background: var(--ink); }
 """

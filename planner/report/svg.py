@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from html import escape
 
-from shardplan.planner.report.document import Bar, Bars
+from shardplan.planner.report.blocks import Bar, Bars
 from shardplan.planner.report.words import nbytes_text, seconds_text
 from shardplan.planner.timeline import Event, Timeline, Track
 
@@ -63,9 +63,8 @@ def timeline_svg(timeline: Timeline, end: float) -> str:
     parts += _axis(scale, top)
     label = f"{timeline.name} timeline of one step, {seconds_text(timeline.end_seconds)}"
     return (
-        f'<svg class="timeline" role="img" aria-label="{escape(label)}" viewBox="0 0 {_WIDTH:.0f} {top + 22:.0f}">'
-        + "".join(parts)
-        + "</svg>"
+        f'<svg class="timeline" role="img" aria-label="{escape(label)}" viewBox="0 0 {_WIDTH:.0f} {top + 22:.0f}" '
+        f'data-left="{_LABEL:.0f}">' + "".join(parts) + "</svg>"
     )
 
 

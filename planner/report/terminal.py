@@ -11,10 +11,24 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from shardplan.planner.plan import Plan
-from shardplan.planner.report.document import PARTS, Bars, Block, Chart, Lines, Section, Table, document
+from shardplan.planner.report.blocks import (
+    PARTS,
+    Bars,
+    Block,
+    Chart,
+    Curves,
+    Lines,
+    Map,
+    Section,
+    Shares,
+    Table,
+    Topology,
+)
+from shardplan.planner.report.document import document
+from shardplan.planner.report.drawings import node_lines
 from shardplan.planner.report.facts import facts
 from shardplan.planner.report.measured import Measured
-from shardplan.planner.report.words import seconds_text
+from shardplan.planner.report.words import names_text, nbytes_text, seconds_text, share_text
 from shardplan.planner.timeline import Track
 
 _PART_STYLES: dict[str, str] = dict(
@@ -22,6 +36,7 @@ _PART_STYLES: dict[str, str] = dict(
 )
 _LETTERS = {"forward": "F", "backward": "B", "weight": "W", "reduce": "R", "optimizer": "O"}
 _STYLES = {"F": "blue", "B": "green", "W": "cyan", "R": "yellow", "O": "magenta", ".": "bright_black"}
+_LETTER_STYLES = {"a": "blue", "b": "green", "c": "cyan", "d": "magenta", "e": "white", "f": "yellow", "#": "blue"}
 _MOST_ROWS = 16
 
 
@@ -54,6 +69,14 @@ def _block(block: Block, width: int) -> Iterable[object]:
         yield _table(block, width)
     elif isinstance(block, Bars):
         yield from _bars(block, width)
+    elif isinstance(block, Shares):
+        yield from _shares(block, width)
+    elif isinstance(block, Curves):
+        yield from _peaks(block)
+    elif isinstance(block, Topology):
+        yield from map(Text, node_lines(block))
+    elif isinstance(block, Map):
+        yield _table(_held(block), width)
     else:
         yield from _chart(block, width)
 
@@ -110,6 +133,55 @@ def _bars(bars: Bars, width: int) -> Iterable[Text | Padding]:
         yield Text(bars.note)
     if len(bars.bars) > _MOST_ROWS:
         yield Text(f"... and {len(bars.bars) - _MOST_ROWS} more")
+
+
+def _shares(shares: Shares, width: int) -> Iterable[Text]:
+    """Bars of seconds; a letter stands for a part, named above the bars."""
+    letters = {name: "abcdefghijklmnop"[at] for at, (colour, name) in enumerate(shares.names) if colour != "idle"}
+    if len(letters) > 1:
+        yield Text(", ".join(f"{letter} {name}" for name, letter in letters.items()), style="bright_black")
+    names = max(len(row.name) for row in shares.rows)
+    texts = max(len(row.text) for row in shares.rows)
+    room = max(width - names - texts - 4, 10)
+    for row in shares.rows[:_MOST_ROWS]:
+        line = Text(f"{row.name:<{names}} [")
+        at, done = 0, 0.0
+        for name, _, seconds in row.parts:
+            done += seconds
+            stop = round(done / shares.scale_seconds * room)
+            letter = letters.get(name, ".") if len(letters) > 1 else "#"
+            line.append(letter * (stop - at), style=_LETTER_STYLES.get(letter, "bright_black"))
+            at = stop
+        line.append(" " * (room - at) + f"] {row.text}")
+        line.no_wrap = True
+        yield line
+    if len(shares.rows) > _MOST_ROWS:
+        yield Text(f"... and {len(shares.rows) - _MOST_ROWS} more")
+
+
+def _peaks(curves: Curves) -> Iterable[Text]:
+    """When memory is fullest; the curves themselves are in the HTML report and the trace."""
+    for curve in curves.curves[:_MOST_ROWS]:
+        at, peak = curve.peak
+        yield Text(f"{curve.name}: {nbytes_text(peak)} from {seconds_text(at)} on")
+    if len(curves.curves) > _MOST_ROWS:
+        yield Text(f"... and {len(curves.curves) - _MOST_ROWS} more")
+
+
+def _held(found: Map) -> Table:
+    """Parts of the model that lie alike share a row."""
+    groups: dict[tuple[int, tuple[float, ...]], list[str]] = {}
+    for part, nbytes, shares in found.rows:
+        groups.setdefault((nbytes, shares), []).append(part)
+    rows = []
+    for (nbytes, shares), parts in groups.items():
+        where = [
+            f"{share_text(share)} on {devices}" if share < 1 else f"whole on {devices}"
+            for share, (devices, _) in zip(shares, found.columns, strict=True)
+            if share > 0
+        ]
+        rows.append((names_text(parts), nbytes_text(nbytes), ", ".join(where)))
+    return Table((("part of the model", False), ("bytes each", True), ("on each device", False)), tuple(rows))
 
 
 def _chart(chart: Chart, width: int) -> Iterable[Text]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from shardplan.errors import ShardplanError, UsageError, WorldSizeMismatch
 from shardplan.parallel_model import ParallelModel, Planned, Settings
 from shardplan.planner.cluster import Cluster
 from shardplan.planner.plan import Plan
+from shardplan.planner.trace import Trace
 from shardplan.planning import (
     LinkCache,
     Request,
@@ -30,10 +32,18 @@ from shardplan.planning import (
 )
 from shardplan.ranks import InPlace, Spawned
 from shardplan.runtime import rank_calls
-from shardplan.runtime.launch import TIMEOUT_SECONDS, Workers
+from shardplan.runtime.launch import HEARTBEAT_SECONDS, TIMEOUT_SECONDS, Workers
 from shardplan.values import Init, Weights
 
 Optimizer = Callable[..., torch.optim.Optimizer]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long a call may take, and how long a rank may be silent."""
+
+    timeout_seconds: float
+    heartbeat_seconds: float
 
 
 def auto_parallel(
@@ -63,6 +73,7 @@ def auto_parallel(
     scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
     seed: int = 0,
     timeout_seconds: float = TIMEOUT_SECONDS,
+    heartbeat_seconds: float = HEARTBEAT_SECONDS,
 ) -> ParallelModel:
     """Plan a model for devices and load it there.
 
@@ -87,7 +98,8 @@ def auto_parallel(
         each rank reads its slices. Rounded to the model's dtypes. Raises CheckpointError unless they are its weights.
     init: ``init(module)`` initialises the parameters of one module of a model on the meta device; called for every
         module from the inside out, after ``reset_parameters()`` and ``_init_weights(module)`` where there are such.
-    timeout_seconds: the longest that any one call may take.
+    timeout_seconds: the longest that any one call may take. heartbeat_seconds: the longest that a rank may give no sign
+        of life; then every rank and the caller get an error that names it and the place where it was.
 
     Under torchrun every process calls this with the same arguments and is one rank; parameters are those of rank 0.
     From a plain script it starts a worker per device. Where the devices are only described, it plans, and running
@@ -113,10 +125,11 @@ def auto_parallel(
     module = resolve_model(model)
     given = load_plan(plan) if plan is not None else None
     say = say_on_stderr if verbose else say_nothing
+    limits = Limits(timeout_seconds, heartbeat_seconds)
 
     def prepare(batch: Batch) -> Planned:
         if under_torchrun():
-            return _plan_in_place(module, devices, batch, request, given, timeout_seconds, say)
+            return _plan_in_place(module, devices, batch, request, given, limits, say)
         cluster = resolve_cluster(devices, request)
         if not cluster.is_local:
             trace, inputs = make_trace(module, batch, request)
@@ -124,7 +137,7 @@ def auto_parallel(
                 check_plan(given, trace, inputs, cluster) if given else find_plan(trace, cluster, request, None, say)
             )
             return Planned(found, trace, inputs, None)
-        return _plan_and_spawn(module, cluster, batch, request, given, timeout_seconds, say)
+        return _plan_and_spawn(module, cluster, batch, request, given, limits, say)
 
     made = ParallelModel(module, Settings(loss_fn, optimizer, clip_norm, seed, weights, init, scheduler), prepare)
     if example_inputs is not None:
@@ -185,6 +198,11 @@ def plan_with_trace(model: torch.nn.Module, devices: Any, batch: Batch, request:
     """As `plan`, of a resolved request."""
     cluster = resolve_cluster(devices, request)
     trace, _ = make_trace(model, batch, request)
+    return plan_traced(trace, cluster, request, say)
+
+
+def plan_traced(trace: Trace, cluster: Cluster, request: Request, say: Say) -> Plan:
+    """As `plan`, of a trace; links of this machine are measured where they were not before."""
     tables = None
     if measures_links(cluster):
         links = LinkCache(cluster, _backend(cluster), request.cache)
@@ -208,11 +226,13 @@ def _plan_and_spawn(
     batch: Batch,
     request: Request,
     given: Plan | None,
-    timeout_seconds: float,
+    limits: Limits,
     say: Say,
 ) -> Planned:
     """Workers import while this process traces."""
-    workers = Workers(_names(cluster), timeout_seconds=timeout_seconds)
+    workers = Workers(
+        _names(cluster), timeout_seconds=limits.timeout_seconds, heartbeat_seconds=limits.heartbeat_seconds
+    )
     try:
         trace, inputs = make_trace(model, batch, request)
         if given is not None:
@@ -240,7 +260,7 @@ def _plan_in_place(
     batch: Batch,
     request: Request,
     given: Plan | None,
-    timeout_seconds: float,
+    limits: Limits,
     say: Say,
 ) -> Planned:
     """Rank 0 plans; the others trace, take its plan and check that it is for the same graph."""
@@ -248,7 +268,8 @@ def _plan_in_place(
     shape = given.degrees() if given is not None else str(cluster)
     _check_world(len(given.devices) if given is not None else len(cluster), shape)
     rank = int(os.environ["RANK"])
-    session = rank_calls.join(cluster.devices[rank].local if rank < len(cluster) else "", timeout_seconds)
+    device = cluster.devices[rank].local if rank < len(cluster) else ""
+    session = rank_calls.join(device, limits.timeout_seconds, limits.heartbeat_seconds)
     trace, inputs = make_trace(model, batch, request)
     tables = None
     if given is None and measures_links(cluster):

@@ -49,6 +49,10 @@ Solver = Annotated[str, typer.Option(help="highs or cbc")]
 TimeLimit = Annotated[float, typer.Option(help="seconds for the solver")]
 Gap = Annotated[float, typer.Option(help="relative gap at which the solver may stop")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="write the plan to this file")]
+WhatIfs = Annotated[
+    list[str] | None,
+    typer.Option(help="also plan with one setting changed: devices=8,16 batch=64 memory=40GiB links=0.5,2; repeatable"),
+]
 Html = Annotated[Path | None, typer.Option(help="write the report as one HTML file")]
 TraceFile = Annotated[Path | None, typer.Option(help="write the timeline as a Chrome trace")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
@@ -110,6 +114,7 @@ def plan_command(
     time_limit: TimeLimit = 60.0,
     gap: Gap = 0.01,
     cache: Cache = True,
+    what_if: WhatIfs = None,
     output: Output = None,
     html: Html = None,
     trace: TraceFile = None,
@@ -119,10 +124,13 @@ def plan_command(
 ) -> None:
     """Find the fastest plan that fits, and say why it is."""
     from shardplan import cli_work
+    from shardplan import what_if as variants
 
+    wanted = variants.parse(what_if or ())
     job = _job(locals(), progress=sys.stderr.isatty() and not quiet)
     found = cli_work.make_plan(job)
-    _show(found, output, html, trace, json, quiet)
+    others = variants.explore(job, wanted) if wanted else ()
+    _show(found, output, html, trace, json, quiet, others)
 
 
 @app.command("report")
@@ -324,19 +332,27 @@ def _degrees(dp: int | None, tp: int | None, pp: int | None) -> dict[str, int]:
     return {name: value for name, value in (("dp", dp), ("tp", tp), ("pp", pp)) if value is not None}
 
 
-def _show(plan: Any, output: Path | None, html: Path | None, trace: Path | None, json: bool, quiet: bool) -> None:
+def _show(
+    plan: Any,
+    output: Path | None,
+    html: Path | None,
+    trace: Path | None,
+    json: bool,
+    quiet: bool,
+    what_if: tuple[Any, ...] = (),
+) -> None:
     from shardplan.planner import report
 
     if output:
         _save(plan, output)
     if html:
-        _write(report.render_html, plan, html)
+        _write(lambda plan, measured: report.render_html(plan, measured, what_if), plan, html)
     if trace:
         _write(report.render_trace, plan, trace)
     if json:
-        print(report.render_json(plan).rstrip())
+        print(report.render_json(plan, None, what_if).rstrip())
     elif not quiet:
-        report.print_report(plan)
+        report.print_report(plan, None, what_if)
 
 
 def _save(plan: Any, path: Path) -> None:

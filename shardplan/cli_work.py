@@ -13,14 +13,15 @@ from typing import Any
 import torch
 
 from shardplan import checking
-from shardplan.api import auto_parallel, plan_with_trace, under_torchrun
+from shardplan.api import auto_parallel, plan_traced, under_torchrun
 from shardplan.batch import example_batch
 from shardplan.checking import Check
 from shardplan.errors import UsageError
 from shardplan.planner import constraints
 from shardplan.planner.plan import Plan
 from shardplan.planner.report.measured import Measured
-from shardplan.planning import Request, say_nothing, say_on_stderr
+from shardplan.planner.trace import Trace
+from shardplan.planning import Request, make_trace, resolve_cluster, say_nothing, say_on_stderr
 from shardplan.targets import load_target
 
 
@@ -95,17 +96,31 @@ class Trained:
         return json.dumps(data, indent=1)
 
 
+class Planner:
+    """A job's model, batch and trace, made once, from which variants of the job are planned."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        target = load_target(job.target, job.inputs, job.batch, job.seq)
+        self._model, self._loss_fn = target.model, target.loss_fn
+        self._batch = example_batch(target.model, target.example(), target.loss_fn is not None)
+        self._trace: Trace | None = None
+
+    def plan(self, job: Job | None = None, faster_links: float = 1.0) -> Plan:
+        """job: like the planner's own, with other devices, memory or constraints. Raises what `shardplan.plan` does."""
+        job = job or self.job
+        request = Request(loss_fn=self._loss_fn, optimizer=torch.optim.AdamW, **job.planning())
+        cluster = resolve_cluster(job.devices, request)  # before the trace: its errors are the user's
+        if faster_links != 1.0:
+            cluster = cluster.slower_links(1.0 / faster_links)
+        if self._trace is None:
+            self._trace, _ = make_trace(self._model, self._batch, request)
+        return plan_traced(self._trace, cluster, request, say_on_stderr if job.verbose else say_nothing)
+
+
 def make_plan(job: Job) -> Plan:
     """`shardplan plan`. Raises what `shardplan.plan` raises."""
-    target = load_target(job.target, job.inputs, job.batch, job.seq)
-    request = Request(
-        loss_fn=target.loss_fn,
-        optimizer=torch.optim.AdamW,
-        **job.planning(),
-    )
-    batch = example_batch(target.model, target.example(), target.loss_fn is not None)
-    say = say_on_stderr if job.verbose else say_nothing
-    return plan_with_trace(target.model, job.devices, batch, request, say)
+    return Planner(job).plan()
 
 
 def train(job: Job, plan: Path | None, steps: int, lr: float, seed: int, quiet: bool) -> Trained | None:

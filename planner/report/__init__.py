@@ -15,6 +15,7 @@ from shardplan.planner.report.html_form import notebook, render_html
 from shardplan.planner.report.json_form import render_json
 from shardplan.planner.report.measured import Measured
 from shardplan.planner.report.visualize import visualize
+from shardplan.planner.report.what_if import WhatIf
 from shardplan.planner.timeline import chrome_trace
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Facts",
     "Measured",
+    "WhatIf",
     "diff",
     "explain",
     "facts",
@@ -38,11 +40,13 @@ __all__ = [
 ]
 
 
-def render_terminal(plan: Plan, console: Console, measured: Measured | None = None) -> None:
+def render_terminal(
+    plan: Plan, console: Console, measured: Measured | None = None, what_if: tuple[WhatIf, ...] = ()
+) -> None:
     """Print the report to a rich console; its width and colours are the console's."""
     from shardplan.planner.report import terminal
 
-    terminal.render_terminal(plan, console, measured)
+    terminal.render_terminal(plan, console, measured, what_if)
 
 
 def render_text(plan: Plan, measured: Measured | None = None, width: int = 100) -> str:
@@ -52,11 +56,11 @@ def render_text(plan: Plan, measured: Measured | None = None, width: int = 100) 
     return terminal.render_text(plan, measured, width)
 
 
-def print_report(plan: Plan, measured: Measured | None = None) -> None:
+def print_report(plan: Plan, measured: Measured | None = None, what_if: tuple[WhatIf, ...] = ()) -> None:
     """Print the report to standard output; without colours where that is not a terminal."""
     from shardplan.planner.report import terminal
 
-    terminal.print_report(plan, measured)
+    terminal.print_report(plan, measured, what_if)
 
 
 def render_trace(plan: Plan, measured: Measured | None = None) -> str:

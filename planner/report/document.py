@@ -34,6 +34,7 @@ def document(facts: Facts) -> tuple[Section, ...]:
         Section("Splits", _splits(facts)),
         Section("What binds", _lines(facts.binds)),
         Section("Alternatives", _alternatives(facts)),
+        Section("What if", _what_if(facts)),
         Section("Certificate", _lines(_certificate(facts))),
         Section("Predicted and measured", _comparison(facts)),
         Section("Links", _links(facts.plan)),
@@ -169,6 +170,27 @@ def _alternative(facts: Facts, kind: str, found: Alternative) -> tuple[str, ...]
     name = found.name if kind == "baseline" else f"{kind}: {found.name}"
     peak = nbytes_text(found.peak_nbytes) if found.peak_nbytes else "-"
     return name, seconds_text(found.seconds), change, peak, found.reason
+
+
+def _what_if(facts: Facts) -> tuple[Block, ...]:
+    if not facts.what_if:
+        return ()
+    rows = [
+        (
+            f"{found.setting} {found.value}",
+            found.degrees or "-",
+            seconds_text(found.seconds),
+            f"{found.samples_per_second:,.1f}" if found.seconds else "-",
+            ratio_text(found.samples_per_second / facts.samples_per_second)
+            if found.seconds and facts.samples_per_second
+            else "-",
+            nbytes_text(found.peak_nbytes) if found.peak_nbytes else "-",
+            found.reason,
+        )
+        for found in facts.what_if
+    ]
+    columns = (("if", False), ("then", False), ("step", True), ("samples/s", True), ("rate", True), ("peak", True))
+    return (*pictures.rates(facts), Table((*columns, ("or", False)), tuple(rows)))
 
 
 def _peak(plan: Plan) -> int:

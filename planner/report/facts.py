@@ -11,6 +11,7 @@ from shardplan.planner.placement import MICROBATCH_AXIS, Placement
 from shardplan.planner.plan import Alternative, Memory, Plan, StagePlan, Status
 from shardplan.planner.reductions import times_of
 from shardplan.planner.report.measured import Measured
+from shardplan.planner.report.what_if import WhatIf
 from shardplan.planner.report.words import (
     nbytes_text,
     numbers,
@@ -110,9 +111,10 @@ class Facts:
     measured: Measured | None
     comparisons: tuple[Comparison, ...]
     assumptions: tuple[str, ...]
+    what_if: tuple[WhatIf, ...] = ()
 
 
-def facts(plan: Plan, measured: Measured | None = None) -> Facts:
+def facts(plan: Plan, measured: Measured | None = None, what_if: tuple[WhatIf, ...] = ()) -> Facts:
     """Raises ValueError where the measurement is of another number of stages or devices than the plan."""
     if measured and measured.stage_seconds and len(measured.stage_seconds) != len(plan.stages):
         raise ValueError(f"{len(measured.stage_seconds)} measured stages, {len(plan.stages)} planned")
@@ -143,6 +145,7 @@ def facts(plan: Plan, measured: Measured | None = None) -> Facts:
         measured=measured,
         comparisons=tuple(_comparisons(stages, devices, seconds, measured)),
         assumptions=tuple(_assumptions(plan, simulation)),
+        what_if=what_if,
     )
 
 

@@ -26,6 +26,7 @@ from shardplan.planner.report.measured import Measured
 from shardplan.planner.report.script import SCRIPT
 from shardplan.planner.report.style import STYLE
 from shardplan.planner.report.svg import bar_svg, timeline_svg
+from shardplan.planner.report.what_if import WhatIf
 from shardplan.planner.report.words import nbytes_text, plural, ratio_text, seconds_text, share_text
 
 _MOST_BARS = 64
@@ -35,9 +36,9 @@ _NAMES = ("parameter", "op")
 _WORDS = ("why not",)
 
 
-def render_html(plan: Plan, measured: Measured | None = None) -> str:
+def render_html(plan: Plan, measured: Measured | None = None, what_if: tuple[WhatIf, ...] = ()) -> str:
     """A whole HTML document."""
-    found = facts(plan, measured)
+    found = facts(plan, measured, what_if)
     body = [
         f"<h1>{escape(plan.model or 'model')}: plan for {plural(len(plan.devices), 'device')}</h1>",
         f'<p class="verdict">{escape(found.verdict)}</p>',

@@ -9,13 +9,14 @@ from shardplan.planner.plan import Plan
 from shardplan.planner.report.document import parts_of
 from shardplan.planner.report.facts import Facts, facts
 from shardplan.planner.report.measured import Measured
+from shardplan.planner.report.what_if import WhatIf
 
 SCHEMA = 1
 
 
-def render_json(plan: Plan, measured: Measured | None = None) -> str:
+def render_json(plan: Plan, measured: Measured | None = None, what_if: tuple[WhatIf, ...] = ()) -> str:
     """JSON text with the facts of the report. Bytes and seconds are plain numbers."""
-    return json.dumps(report_object(facts(plan, measured)), indent=1) + "\n"
+    return json.dumps(report_object(facts(plan, measured, what_if)), indent=1) + "\n"
 
 
 def report_object(found: Facts) -> dict[str, Any]:
@@ -106,6 +107,18 @@ def report_object(found: Facts) -> dict[str, Any]:
         "replicated_ops": [{"op": o, "nodes": n, "share": s, "reason": r} for o, n, s, r in plan.replicated_ops],
         "discovered_ops": [{"op": o, "nodes": n, "splits": ways} for o, n, ways in plan.discovered_ops],
         "leaves": [{"module": m, "share": s, "reason": r, "batch": how} for m, s, r, how in plan.leaves],
+        "what_if": [
+            {
+                "setting": w.setting,
+                "value": w.value,
+                "degrees": w.degrees,
+                "step_seconds": w.seconds,
+                "samples_per_second": w.samples_per_second if w.seconds else None,
+                "peak_memory_bytes": w.peak_nbytes,
+                "reason": w.reason,
+            }
+            for w in found.what_if
+        ],
         "measured": _measured(found),
         "assumptions": list(found.assumptions),
         "constraints": list(plan.constraints),

@@ -24,6 +24,8 @@ _MOST_CLASSES = 4
 _COLOURS = ("forward", "backward", "weight", "optimizer")
 """Colours of the classes of ops, the costliest first."""
 
+_SETTINGS = {"devices": "backward", "batch": "weight", "memory": "optimizer", "links": "reduce"}
+
 
 def seconds_of_stages(facts: Facts) -> tuple[Block, ...]:
     """Every stage's step: its costliest ops, the others, what is done once, what is spent waiting."""
@@ -69,6 +71,26 @@ def costs(facts: Facts) -> tuple[Block, ...]:
             if other.seconds is not None:
                 text = f"{seconds_text(other.seconds)}, {change_text(other.seconds, mine)}"
                 rows.append(Share(other.name, ((kind, colour, other.seconds),), text))
+    return (Shares(tuple(rows)),) if len(rows) > 1 else ()
+
+
+def rates(facts: Facts) -> tuple[Block, ...]:
+    """Seconds a sample of this plan and of every variant that has one."""
+    if not facts.samples_per_second:
+        return ()
+    mine = 1 / facts.samples_per_second
+    rows = [Share("this plan", (("this plan", "forward", mine),), f"{seconds_text(mine)} a sample")]
+    for found in facts.what_if:
+        if found.seconds and found.samples_per_second:
+            name = f"{found.setting} {found.value}"
+            each = 1 / found.samples_per_second
+            rows.append(
+                Share(
+                    name,
+                    ((found.setting, _SETTINGS.get(found.setting, "transfer"), each),),
+                    f"{seconds_text(each)} a sample",
+                )
+            )
     return (Shares(tuple(rows)),) if len(rows) > 1 else ()
 
 

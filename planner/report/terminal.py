@@ -28,6 +28,7 @@ from shardplan.planner.report.document import document
 from shardplan.planner.report.drawings import node_lines
 from shardplan.planner.report.facts import facts
 from shardplan.planner.report.measured import Measured
+from shardplan.planner.report.what_if import WhatIf
 from shardplan.planner.report.words import names_text, nbytes_text, seconds_text, share_text
 from shardplan.planner.timeline import Track
 
@@ -40,9 +41,11 @@ _LETTER_STYLES = {"a": "blue", "b": "green", "c": "cyan", "d": "magenta", "e": "
 _MOST_ROWS = 16
 
 
-def render_terminal(plan: Plan, console: Console, measured: Measured | None = None) -> None:
+def render_terminal(
+    plan: Plan, console: Console, measured: Measured | None = None, what_if: tuple[WhatIf, ...] = ()
+) -> None:
     """Print the report to a rich console; its width and colours are the console's."""
-    found = facts(plan, measured)
+    found = facts(plan, measured, what_if)
     console.print(Text(found.verdict, style="bold"))
     for section in document(found):
         console.print(_section(section, console.width))
@@ -223,9 +226,9 @@ def _buckets(track: Track, end: float, count: int) -> str:
     return "".join(letters)
 
 
-def print_report(plan: Plan, measured: Measured | None = None) -> None:
+def print_report(plan: Plan, measured: Measured | None = None, what_if: tuple[WhatIf, ...] = ()) -> None:
     """Print to standard output."""
-    render_terminal(plan, Console(), measured)
+    render_terminal(plan, Console(), measured, what_if)
 
 
 __all__ = ["print_report", "render_terminal", "render_text"]

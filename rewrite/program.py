@@ -166,6 +166,10 @@ class Program:
     late: frozenset[str] = frozenset()
     bucket_nbytes: int = BUCKET_NBYTES
 
+    def stages_of(self, rank: int) -> tuple[int, ...]:
+        """The stages that a rank runs."""
+        return tuple(stage for stage, placement in enumerate(self.placement) if rank in placement.ranks)
+
     @property
     def world_size(self) -> int:
         return len({rank for stage in self.placement for rank in stage.ranks})

@@ -178,7 +178,7 @@ class Engine:
         """The parts of parameters that are split for storage have changed."""
         executor = next((e for e in self._executors.values() if e.stage >= 0), None)
         if executor is not None:
-            executor.split.refresh()
+            executor.refresh()
 
     def forward(self, batch: Batch, everywhere: bool = True, key: str = "forward") -> dict[int, torch.Tensor]:
         """Outputs of the model on the global batch: position in the traced outputs -> whole tensor.

@@ -27,7 +27,7 @@ class Groups:
         self._separate = separate_channels
         self._timeout = default_timeout()
         self._groups: dict[tuple[int, ...], Any] = {}
-        self._channels: dict[tuple[int, int], Any] = {}
+        self._channels: dict[tuple[int, int, int], Any] = {}
 
     def get(self, ranks: Iterable[int]) -> Any:
         """The group of these ranks, in rising order, created at the first call (ranks outside it get a token)."""
@@ -43,14 +43,15 @@ class Groups:
             if len(group) > 1:
                 self.get(group)
 
-    def channel(self, source: int, target: int) -> Channel:
-        """The way from one rank to another; messages on it arrive in the order in which they were sent."""
+    def channel(self, source: int, target: int, lane: int = 0) -> Channel:
+        """A way from one rank to another; messages of a lane arrive in the order in which they were sent."""
         if not self._separate:
-            return Channel(dist.group.WORLD, source, target)
-        if (source, target) not in self._channels:
-            self._channels[source, target] = dist.new_group(sorted((source, target)), timeout=self._timeout)
+            return Channel(dist.group.WORLD, source, target, lane)
+        key = source, target, lane
+        if key not in self._channels:
+            self._channels[key] = dist.new_group(sorted((source, target)), timeout=self._timeout)
         first = min(source, target)
-        return Channel(self._channels[source, target], int(source > first), int(target > first))
+        return Channel(self._channels[key], int(source > first), int(target > first))
 
     def close(self) -> None:
         """Destroy the groups that were created here."""
@@ -62,22 +63,23 @@ class Groups:
 
 
 class Channel:
-    """One direction between two ranks. source, target: their ranks in the group."""
+    """One direction between two ranks. source, target: their ranks in the group; tag: of its messages."""
 
-    __slots__ = ("_group", "_source", "_target")
+    __slots__ = ("_group", "_source", "_tag", "_target")
 
-    def __init__(self, group: Any, source: int, target: int) -> None:
+    def __init__(self, group: Any, source: int, target: int, tag: int = 0) -> None:
         self._group = group
         self._source = source
         self._target = target
+        self._tag = tag
 
     def send(self, value: torch.Tensor) -> Any:
         """Start sending a contiguous tensor, which has to live until the work that is returned is done."""
-        return self._group.send([value], self._target, 0)
+        return self._group.send([value], self._target, self._tag)
 
     def receive(self, into: torch.Tensor) -> Any:
         """Start receiving into a contiguous tensor."""
-        return self._group.recv([into], self._source, 0)
+        return self._group.recv([into], self._source, self._tag)
 
 
 def default_timeout() -> timedelta | None:

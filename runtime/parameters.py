@@ -14,7 +14,9 @@ from shardplan.rewrite import storage
 from shardplan.rewrite.parts import assemble
 from shardplan.rewrite.program import Program, StageRanks, TensorSpec
 from shardplan.runtime.comm import DistComm
+from shardplan.runtime.stage_run import Outputs
 from shardplan.runtime.supply import Supply
+from shardplan.runtime.tied import homes
 
 
 class Shards:
@@ -29,7 +31,9 @@ class Shards:
         self.program = program
         self.rank = rank
         self.device = device
-        self.stage = next((i for i, p in enumerate(program.placement) if rank in p.ranks), -1)
+        # The stages of a rank have one mesh, so a tensor lies in the same way in all of them.
+        self.stages = program.stages_of(rank)
+        self.stage = self.stages[0] if self.stages else -1
         self.comm: DistComm | None = None
         self.parameters: dict[str, nn.Parameter] = {}
         self.wholes: dict[str, torch.Tensor] = {}
@@ -38,7 +42,7 @@ class Shards:
 
     def mine(self) -> Iterator[TensorSpec]:
         """Specs of the tensors that this rank holds."""
-        return (spec for spec in self.specs.values() if self.stage in spec.stages)
+        return (spec for spec in self.specs.values() if not set(self.stages).isdisjoint(spec.stages))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What is stored."""
@@ -109,17 +113,19 @@ class Shards:
         placement = self.program.placement[self.stage]
         axis = spec.storage.axis if spec.storage is not None else ""
         layout = tuple(S(0) if a == axis else p for a, p in zip(placement.mesh.axes, spec.layout, strict=True))
-        return self.stage == spec.stages[0] and self.rank in owners(placement, layout)
+        return spec.stages[0] in self.stages and self.rank in owners(placement, layout)
 
     def replicas(self, spec: TensorSpec) -> int:
         """On how many ranks of the job every element of the tensor is stored."""
-        count = len(spec.stages)
-        mesh = self.program.placement[spec.stages[0]].mesh
         split = {MICROBATCH_AXIS, spec.storage.axis if spec.storage is not None else ""}
-        for axis, size, placement in zip(mesh.axes, mesh.sizes, spec.layout, strict=True):
-            if axis not in split and not placement.is_shard:
-                count *= size
-        return count
+        total = 0
+        for held in homes(self.program, spec):
+            copies = 1
+            for axis, size, placement in zip(held.mesh.axes, held.mesh.sizes, spec.layout, strict=True):
+                if axis not in split and not placement.is_shard:
+                    copies *= size
+            total += copies
+        return total
 
 
 def owners(placement: StageRanks, layout: Layout) -> list[int]:
@@ -150,7 +156,7 @@ def collect(
 
 def collect_one(shards: Shards, held: torch.Tensor | None, spec: TensorSpec) -> torch.Tensor | None:
     """As `collect`, of one tensor: the whole on rank 0, on the CPU; None elsewhere, or where there is none anywhere."""
-    if held is not None and shards.stage == spec.stages[0]:
+    if held is not None and spec.stages[0] in shards.stages:
         held = shards.joined(spec, held)
     placement = shards.program.placement[spec.stages[0]]
     sources = owners(placement, spec.layout)
@@ -177,11 +183,11 @@ def collect_one(shards: Shards, held: torch.Tensor | None, spec: TensorSpec) -> 
 
 
 def collect_outputs(
-    program: Program, rank: int, device: torch.device, held: list[dict[int, torch.Tensor]], everywhere: bool
+    program: Program, rank: int, device: torch.device, held: Outputs, everywhere: bool
 ) -> dict[int, torch.Tensor]:
     """Whole outputs of a forward program by position in the traced outputs, on rank 0 or on every rank. Collective.
 
-    held: per microbatch, position of the result in this rank's stage -> its part.
+    held: this rank's parts.
     """
     found: dict[int, torch.Tensor] = {}
     for stage, code in enumerate(program.stages):
@@ -197,7 +203,7 @@ def collect_outputs(
                 if rank not in (0, source):
                     continue
                 if rank == source:
-                    stacked = torch.stack([held[i][position] for i in range(count)])
+                    stacked = torch.stack([held[i][stage, position] for i in range(count)])
                 else:
                     stacked = torch.empty((count, *result.shape), dtype=result.dtype, device=device)
                 if source != 0:

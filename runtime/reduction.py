@@ -8,17 +8,16 @@ the stage: all of its ranks run the same code, so the sums of a group match.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from shardplan.errors import NotSupported
 from shardplan.planner.plan import BUCKET_NBYTES
 from shardplan.rewrite.program import Program, TensorSpec
 from shardplan.runtime.groups import Groups
+from shardplan.runtime.tied import TiedSums, read_anywhere, twins
 
 FIRST_NBYTES = 1 << 20  # the first bucket is small, so that the link is busy early
 _Sum = tuple[Any, list[torch.Tensor]]
@@ -118,10 +117,52 @@ class Bucket:
         self.wire = None
 
 
-class GradientSums:
-    """The sums that one rank takes part in, for one stage. All ranks make it in the same order (groups are created).
+class _StageSums:
+    """The buckets of one stage, which are started in order. armed: its last backward has begun; next: the first that is
+    not started."""
 
-    `start` before the first microbatch, `arm` before the last backward of the stage, `finish` when it is done. Ranks
+    __slots__ = ("armed", "buckets", "next", "strays")
+
+    def __init__(self, buckets: list[Bucket]) -> None:
+        self.buckets = buckets
+        self.strays: list[_Sum] = []
+        self.start()
+
+    def start(self) -> None:
+        self.armed = False
+        self.next = 0
+        for bucket in self.buckets:
+            bucket.start()
+
+    def arrived(self, bucket: Bucket, index: int, _leaf: torch.Tensor) -> None:
+        """A gradient has been accumulated."""
+        new = index in bucket.absent
+        if bucket.launched:
+            if not new:
+                raise RuntimeError("a gradient changed after it was summed")
+            self.strays.append((bucket.group, [bucket.leaves[index]]))
+            return
+        bucket.take(index)
+        bucket.absent.discard(index)
+        if not self.armed:
+            bucket.pending += new
+            return
+        bucket.pending -= not new
+        while self.next < len(self.buckets) and not self.buckets[self.next].pending:
+            self.buckets[self.next].launch()
+            self.next += 1
+
+    def launch(self) -> None:
+        """Start what is left."""
+        self.armed = False
+        for bucket in self.buckets[self.next :]:
+            bucket.launch()
+
+
+class GradientSums:
+    """The sums that one rank takes part in, for its stages. All ranks make it in the same order (groups are created).
+
+    `start` before the first microbatch, `arm` before the last backward of a stage, `finish` when all are done. Ranks
     that share groups run the same sums of a group in the same order: those inside stages in the order of the code,
     then those between stages.
     """
@@ -129,7 +170,7 @@ class GradientSums:
     def __init__(
         self,
         program: Program,
-        stage: int,
+        stages: Sequence[int],
         rank: int,
         tensors: Mapping[str, torch.Tensor],
         groups: Groups,
@@ -141,31 +182,32 @@ class GradientSums:
                     groups.of_stage(program.placement[index], spec.reduce_axes)
         for ranks in sorted({ranks for spec in program.parameters for ranks in twins(program, spec)}):
             groups.get(ranks)
+        self._tied = TiedSums(program, rank, tensors, groups)
         self._attached = attached
         self._handles: list[Any] = []
         self._agreed = False
-        self._armed = False
-        self._next = 0
-        self._strays: list[_Sum] = []
-        overlapped: list[_Sum] = []
+        overlapped: dict[int, list[_Sum]] = {stage: [] for stage in stages}
         late: dict[tuple[int, ...], list[torch.Tensor]] = {}
         between: dict[tuple[int, ...], list[torch.Tensor]] = {}
         self._counted_elsewhere: list[torch.Tensor] = []
-        for spec in _last_used_first(program, stage):
+        for stage, spec in _last_used_first(program, stages):
             leaf = tensors[spec.name]
             ranks = program.placement[stage].group(rank, spec.reduce_axes)
             tied = [ranks for ranks in twins(program, spec) if rank in ranks]
-            if len(ranks) > 1 and (spec.storage is not None or spec.name in program.late | program.uneven):
+            shared = sum(other in spec.stages for other in stages) > 1
+            if len(ranks) > 1 and (shared or spec.storage is not None or spec.name in program.late | program.uneven):
                 late.setdefault(ranks, []).append(leaf)
             elif len(ranks) > 1:
-                overlapped.append((groups.get(ranks), [leaf]))
+                overlapped[stage].append((groups.get(ranks), [leaf]))
             for twin in tied:
                 between.setdefault(twin, []).append(leaf)
-            if any(rank != min(held) for held in (ranks, *tied)):
+            first = program.placement[spec.stages[0]].ranks
+            if rank not in first or any(rank != min(held) for held in (ranks, *tied)):
                 self._counted_elsewhere.append(leaf)
-        self._buckets = [
-            Bucket(group, leaves) for group, leaves in packed(overlapped, program.bucket_nbytes, FIRST_NBYTES)
-        ]
+        self._stages = {
+            stage: _StageSums([Bucket(*sums) for sums in packed(found, program.bucket_nbytes, FIRST_NBYTES)])
+            for stage, found in overlapped.items()
+        }
         # One order of all groups of the job, so that ranks that share some of their groups do not wait in a circle.
         ordered = sorted(late.items(), key=lambda item: (-len(item[0]), item[0]))
         self._late = [(groups.get(ranks), leaves) for ranks, leaves in ordered]
@@ -178,93 +220,69 @@ class GradientSums:
 
     def attach(self) -> None:
         """Called by `Attached`: have every gradient of a bucket come here when it has been accumulated."""
-        for bucket in self._buckets:
-            for index, leaf in enumerate(bucket.leaves):
-                hook = partial(self._arrived, bucket, index)
-                self._handles.append(leaf.register_post_accumulate_grad_hook(hook))
+        for sums in self._stages.values():
+            for bucket in sums.buckets:
+                for index, leaf in enumerate(bucket.leaves):
+                    hook = partial(sums.arrived, bucket, index)
+                    self._handles.append(leaf.register_post_accumulate_grad_hook(hook))
 
     def detach(self) -> None:
         """Called by `Attached`: give the leaves and the memory of the buckets free."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for bucket in self._buckets:
-            bucket.flat, bucket.views = None, []
-
-    def _arrived(self, bucket: Bucket, index: int, _leaf: torch.Tensor) -> None:
-        new = index in bucket.absent
-        if bucket.launched:
-            if not new:
-                raise RuntimeError("a gradient changed after it was summed")
-            self._strays.append((bucket.group, [bucket.leaves[index]]))
-            return
-        bucket.take(index)
-        bucket.absent.discard(index)
-        if not self._armed:
-            bucket.pending += new
-            return
-        bucket.pending -= not new
-        while self._next < len(self._buckets) and not self._buckets[self._next].pending:
-            self._buckets[self._next].launch()
-            self._next += 1
+        for sums in self._stages.values():
+            for bucket in sums.buckets:
+                bucket.flat, bucket.views = None, []
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Before the first microbatch. Gradients that are there count once: on the first rank of their sums."""
         self._attached.claim(self)
-        self._armed = False
-        self._next = 0
-        for bucket in self._buckets:
-            bucket.start()
+        for sums in self._stages.values():
+            sums.start()
         for leaf in self._counted_elsewhere:
             if leaf.grad is not None:
                 leaf.grad.zero_()
 
-    def arm(self) -> None:
-        """Before the backward that makes the gradients of the stage final."""
-        self._armed = True
+    def arm(self, stage: int) -> None:
+        """Before the backward that makes the gradients of a stage final."""
+        self._stages[stage].armed = True
 
     def finish(self) -> None:
         """Replace the gradients by their sums."""
-        self._armed = False
-        for bucket in self._buckets[self._next :]:
-            bucket.launch()
+        for sums in self._stages.values():
+            sums.launch()
         for group, leaves in self._uneven:
-            for leaf in _read_anywhere(group, leaves):
+            for leaf in read_anywhere(group, leaves):
                 if leaf.grad is None:
                     leaf.grad = torch.zeros_like(leaf)
-        _sum_gradients([*self._strays, *self._late])
-        self._strays.clear()
-        for bucket in self._buckets:
-            bucket.wait()
+        _sum_gradients([*(stray for sums in self._stages.values() for stray in sums.strays), *self._late])
+        for sums in self._stages.values():
+            sums.strays.clear()
+            for bucket in sums.buckets:
+                bucket.wait()
         if not self._agreed:
-            self._between = [(group, _read_anywhere(group, leaves)) for group, leaves in self._between]
+            self._between = [(group, read_anywhere(group, leaves)) for group, leaves in self._between]
             self._agreed = True
         for _, leaves in self._between:
             for leaf in leaves:
                 if leaf.grad is None:
                     leaf.grad = torch.zeros_like(leaf)
         _sum_gradients(self._between)
+        self._tied.run()
 
 
-def twins(program: Program, spec: TensorSpec) -> list[tuple[int, ...]]:
-    """Ranks at the same place of several stages that hold the same part of a tied parameter. Raises NotSupported."""
-    if len(spec.stages) < 2:
-        return []
-    placements = [program.placement[stage] for stage in spec.stages]
-    if len({p.mesh for p in placements}) > 1:
-        raise NotSupported(f"{spec.name} is tied across stages of unequal width")
-    return [tuple(ranks) for ranks in zip(*(p.ranks for p in placements), strict=True)]
-
-
-def _last_used_first(program: Program, stage: int) -> list[TensorSpec]:
-    """Trainable parameters of a stage in the order in which backward finishes them: the code's order, turned round."""
-    if stage < 0:
-        return []
-    place = {a.name: i for i, a in enumerate(program.stages[stage].arguments) if a.kind in ("param", "shard")}
-    held = [spec for spec in program.parameters if spec.trainable and stage in spec.stages]
-    return sorted(held, key=lambda spec: -place.get(spec.name, -1))
+def _last_used_first(program: Program, stages: Sequence[int]) -> list[tuple[int, TensorSpec]]:
+    """(stage, trainable parameter of it), in the order in which backward finishes them: the code's order, turned round,
+    the last stage first. What several of the stages hold is final with the first of them."""
+    found = []
+    for stage in sorted(stages, reverse=True):
+        place = {a.name: i for i, a in enumerate(program.stages[stage].arguments) if a.kind in ("param", "shard")}
+        held = [s for s in program.parameters if s.trainable and stage == min(set(s.stages) & set(stages), default=-1)]
+        found += [(stage, spec) for spec in sorted(held, key=lambda spec: -place.get(spec.name, -1))]
+    return found
 
 
 def packed(sums: Iterable[_Sum], nbytes: int, first_nbytes: int | None = None) -> list[_Sum]:
@@ -302,10 +320,3 @@ def _sum_gradients(sums: Iterable[_Sum]) -> None:
         bucket.launch()
     for bucket in running:
         bucket.wait()
-
-
-def _read_anywhere(group: Any, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The tied parameters that get a gradient in at least one of their stages."""
-    present = torch.tensor([leaf.grad is not None for leaf in leaves], dtype=torch.int32, device=leaves[0].device)
-    dist.all_reduce(present, dist.ReduceOp.MAX, group=group)
-    return [leaf for leaf, some in zip(leaves, present.tolist(), strict=True) if some]

@@ -13,7 +13,8 @@ from shardplan.errors import InputMismatch, NotSupported, UsageError
 from shardplan.planner import schedules
 from shardplan.planner.instructions import Op
 from shardplan.planner.placement import Mesh, R, S, local_slices
-from shardplan.rewrite.parts import overlaps, runs
+from shardplan.planner.transfers import overlaps
+from shardplan.rewrite.parts import runs
 from shardplan.rewrite.program import Argument, Program, Result, StageCode, StageRanks, TensorSpec
 from shardplan.runtime.receipts import receipts
 from tests.ranks import RankError, pool
@@ -26,15 +27,19 @@ def two_stages(microbatches=4, second="return (torch.ops.aten.linear.default(h, 
     """x -> relu(x w0) on rank 0 -> loss on rank 1, with the batch split over microbatches."""
     mesh = Mesh(("dp", "mb", "tp"), (1, microbatches, 1))
     batch = 2
+    layout, whole = (R, S(0), R), (batch * microbatches, HIDDEN)
     names = ("w", "w") if tied else ("w0", "w1")
     first = StageCode(
         "import torch\ndef stage(comm, device, x, w):\n    return (torch.relu(torch.ops.aten.linear.default(x, w)),)\n",
         (Argument("input", "x", (batch, HIDDEN), F32), Argument("param", names[0], (HIDDEN, HIDDEN), F32)),
-        (Result("send", "h", (batch, HIDDEN), F32, True, (1,)),),
+        (Result("send", "h", (batch, HIDDEN), F32, True, (1,), layout=layout, global_shape=whole),),
     )
     last = StageCode(
         f"import torch\ndef stage(comm, device, h, w):\n    {second}\n",
-        (Argument("recv", "h", (batch, HIDDEN), F32, True, 0), Argument("param", names[1], (HIDDEN, HIDDEN), F32)),
+        (
+            Argument("recv", "h", (batch, HIDDEN), F32, True, 0, layout),
+            Argument("param", names[1], (HIDDEN, HIDDEN), F32),
+        ),
         (Result("loss", "loss", (), F32, True, layout=(R, R, R)),),
     )
     held = {name: tuple(s for s in (0, 1) if names[s] == name) for name in names}
@@ -211,10 +216,10 @@ def watched(rank, program, state, batch, separate):
     most = {"flights": 0, "sending": 0}
 
     def watch(handler):
-        def run(instruction):
-            handler(instruction)
-            most["flights"] = max(most["flights"], len(executor._flights))
-            most["sending"] = max(most["sending"], len(executor._sending))
+        def run(index, instruction):
+            handler(index, instruction)
+            most["flights"] = max(most["flights"], len(executor.runs[0]._flights))
+            most["sending"] = max(most["sending"], len(executor.runs[0].shared.sending))
 
         return run
 
@@ -265,7 +270,7 @@ def mismatch(rank, program, state):
     found = []
     for batch in ({}, {"x": torch.zeros(6, HIDDEN)}, {"x": torch.zeros(8, HIDDEN, dtype=torch.float64)}):
         try:
-            engine.executor("train").inputs.start(batch) if rank == 0 else found.append("")
+            engine.executor("train").runs[0].inputs.start(batch) if rank == 0 else found.append("")
         except InputMismatch as error:
             found.append(str(error))
     engine.close()

@@ -21,17 +21,27 @@ app = typer.Typer(
     name="shardplan",
     help="Plan and run PyTorch models on many devices.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 cluster_app = typer.Typer(help="What there is to run on.", no_args_is_help=True)
 app.add_typer(cluster_app, name="cluster")
 
+
+def _complete_target(start: str) -> list[str]:
+    """Names of shipped configurations, for the shell."""
+    if not start.startswith("hf:"):
+        return ["hf:"] if "hf:".startswith(start) else []
+    from shardplan import configs
+
+    return [f"hf:{name}" for name in configs.names() if f"hf:{name}".startswith(start)]
+
+
 Target = Annotated[
     str,
     typer.Argument(
         metavar="TARGET",
+        autocompletion=_complete_target,
         help="file.py:factory, package.module:factory, hf:CONFIG.json or hf:NAME, such as hf:llama-3-8b",
     ),
 ]

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from shardplan import configs
 from shardplan.errors import ShardplanError, TargetError, UsageError
 
-_CONFIGS = Path(__file__).parent / "configs"
 _INPUT = re.compile(r"^(?P<name>[\w.]+)=(?P<dtype>\w+)\[(?P<shape>[\d,\s]*)\]$")
 
 
@@ -157,7 +157,7 @@ def _load_module(name: str) -> Any:
 
 
 def _from_config(text: str, batch: int, seq: int | None, on_meta: bool) -> Target:
-    path = _config_file(text.removeprefix("hf:"))
+    path = configs.file_of(text.removeprefix("hf:"))
     try:
         data = json.loads(path.read_text())
         kind = data["model_type"]
@@ -186,27 +186,6 @@ def _from_config(text: str, batch: int, seq: int | None, on_meta: bool) -> Targe
         raise TargetError(f"cannot build {kind} from {path}: {type(error).__name__}: {error}") from error
     model.train()
     return Target(path.stem if path.stem != "config" else kind, model, shapes=_shapes(model, config, batch, seq))
-
-
-def config_names() -> list[str]:
-    """Names of the shipped configurations, as ``hf:NAME`` takes them."""
-    return sorted(path.stem for path in _CONFIGS.glob("*.json"))
-
-
-def _config_file(text: str) -> Path:
-    """A path, or the file of a shipped configuration. Raises TargetError on an unknown name, naming the nearest."""
-    path = Path(text)
-    if path.suffix == ".json" or path.exists():
-        return path
-    shipped = _CONFIGS / f"{text.lower()}.json"
-    if shipped.is_file():
-        return shipped
-    near = difflib.get_close_matches(text.lower(), config_names(), 3, 0.5)
-    raise TargetError(
-        f"there is no configuration {text!r}",
-        hints=[f"did you mean {' or '.join(f'hf:{name}' for name in near)}?"] if near else [],
-        details=["hf: takes the path of a config.json, or one of " + ", ".join(config_names())],
-    )
 
 
 def _shapes(model: Any, config: Any, batch: int, seq: int | None) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from shardplan import targets
+from shardplan import cli, configs, targets
 from shardplan.errors import TargetError
 
 # Billions of parameters as published (model cards and papers; GPT-3's table 2.1, ViT-22B's table 1).
@@ -22,7 +22,7 @@ PUBLISHED = {
 
 
 def test_every_configuration_is_checked_here():
-    assert targets.config_names() == sorted(PUBLISHED)
+    assert configs.names() == sorted(PUBLISHED)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5-small", "vit-base", "whisper-small", "llama-3.2-1b", "bert-base"])
@@ -31,7 +31,7 @@ def test_a_shipped_model_is_as_large_as_published_and_gets_a_batch(name):
     assert target.name == name
     count = sum(p.numel() for p in target.model.parameters()) / 1e9
     assert count == pytest.approx(PUBLISHED[name], rel=0.012)
-    wanted = json.loads((targets._CONFIGS / f"{name}.json").read_text())["dtype"]
+    wanted = json.loads((configs.FOLDER / f"{name}.json").read_text())["dtype"]
     assert {p.dtype for p in target.model.parameters()} == {getattr(torch, wanted)}
     batch = target.example()
     assert all(tensor.shape[0] == 4 for tensor in batch.values()) and "labels" in batch
@@ -40,7 +40,7 @@ def test_a_shipped_model_is_as_large_as_published_and_gets_a_batch(name):
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_sizes_by_the_configuration_alone(name):
     """The large ones without building a module: a stage of the model cards' own arithmetic."""
-    data = json.loads((targets._CONFIGS / f"{name}.json").read_text())
+    data = json.loads((configs.FOLDER / f"{name}.json").read_text())
     assert {"model_type", "architectures", "dtype"} <= set(data)
     import transformers
 
@@ -54,7 +54,12 @@ def test_an_unknown_name_says_which_are_near():
 
 
 def test_names_are_not_case_sensitive_and_files_come_first(tmp_path, monkeypatch):
-    assert targets._config_file("GPT2") == targets._config_file("gpt2")
+    assert configs.file_of("GPT2") == configs.file_of("gpt2")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gpt2").write_text("{}")
-    assert targets._config_file("gpt2").read_text() == "{}"
+    assert configs.file_of("gpt2").read_text() == "{}"
+
+
+def test_the_shell_completes_names():
+    assert cli._complete_target("h") == ["hf:"] and cli._complete_target("model.py") == []
+    assert cli._complete_target("hf:llama-3-") == ["hf:llama-3-70b", "hf:llama-3-8b"]

@@ -33,7 +33,8 @@ def check(
       and received before the one that needs it; in training its gradient goes back along `grad_edges` (default: the
       same edges); there are no other messages;
     * an ordered pair of stages lists its messages in the same order on both sides;
-    * the list finishes, even where a send completes only once its receive is posted.
+    * the list finishes, even where a send completes only once its receive is posted (between stages of one position a
+      tensor is handed over, which waits for nothing).
     """
     _check_work(schedule)
     training = any(i.op is not Op.FORWARD and i.op in _COMPUTES for line in schedule for i in line)
@@ -138,9 +139,10 @@ def _words(message: tuple[bool, int]) -> str:
 
 @dataclass
 class _State:
-    """Where every position stands, and what was posted: message -> position that posted it."""
+    """Where every position stands (home: of a stage), and which messages were sent and are waited for."""
 
     cursors: list[int]
+    home: dict[int, int]
     sent: set[Message] = field(default_factory=set)
     posted: set[Message] = field(default_factory=set)
     needs: dict[tuple[int, bool, int], list[Message]] = field(default_factory=lambda: defaultdict(list))
@@ -153,7 +155,8 @@ def _message(instruction: Instruction) -> Message:
 
 def _run(schedule: Schedule, rendezvous: bool) -> None:
     """Advances every position as far as it goes. Raises Deadlock if some position never ends."""
-    state = _State([0] * len(schedule))
+    home = {instruction.stage: position for position, line in enumerate(schedule) for instruction in line}
+    state = _State([0] * len(schedule), home)
     waiting: dict[tuple[Message, bool], list[int]] = defaultdict(list)
     ready = list(range(len(schedule)))
     while ready:
@@ -183,7 +186,8 @@ def _blocked_on(state: _State, instruction: Instruction, rendezvous: bool) -> tu
     """(message, True): waits for its receive to be posted; (message, False): waits for it to be sent."""
     if instruction.is_send:
         message = _message(instruction)
-        return (message, True) if rendezvous and message not in state.posted else None
+        local = state.home[instruction.stage] == state.home[instruction.peer]
+        return (message, True) if rendezvous and not local and message not in state.posted else None
     if instruction.op is Op.FORWARD or instruction.op in _BACKWARDS:
         key = (instruction.stage, instruction.op is Op.FORWARD, instruction.microbatch)
         return next(((m, False) for m in state.needs.get(key, ()) if m not in state.sent), None)

@@ -213,6 +213,11 @@ class Plan:
         text = self.splits.get(axis, {}).get(node)
         return Strategy.parse(text) if text else None
 
+    @property
+    def chunks(self) -> int:
+        """Stages that stand at one position of the pipeline, on the same ranks."""
+        return len(self.stages) // len({stage.ranks for stage in self.stages})
+
     def memory(self) -> tuple[Memory, ...]:
         """Predicted memory of every device, by rank."""
         by_rank = {rank: stage.memory for stage in self.stages for rank in stage.ranks}

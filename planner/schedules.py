@@ -21,9 +21,9 @@ from functools import lru_cache
 from shardplan.errors import Deadlock, UsageError
 from shardplan.planner.instructions import Instruction, Op, Schedule, schedule_text
 
-KINDS = ("gpipe", "1f1b")
-"""What plans use: one stage a position, whole backwards."""
-SIMULATED = (*KINDS, "interleaved", "zb")
+KINDS = ("gpipe", "1f1b", "interleaved")
+"""What the runtime runs."""
+SIMULATED = (*KINDS, "zb")
 """What can be built, checked and simulated."""
 _BACKWARDS = (Op.BACKWARD, Op.BACKWARD_INPUT)
 
@@ -59,19 +59,17 @@ def build(
     if grad_edges is not None and not set(grad_edges) <= set(edges):
         raise UsageError(f"gradients without activations: {sorted(set(grad_edges) - set(edges))}")
     back = frozenset(edges if grad_edges is None else grad_edges) if training else frozenset[Edge]()
-    _check_chunks(kind, stages, microbatches, chunks)
+    _check_chunks(kind, stages, chunks)
     return _build(kind, stages, microbatches, frozenset(edges), training, back, chunks)
 
 
-def _check_chunks(kind: str, stages: int, microbatches: int, chunks: int) -> None:
+def _check_chunks(kind: str, stages: int, chunks: int) -> None:
     if chunks == 1:
         return
     if kind != "interleaved":
         raise UsageError(f"schedule {kind!r} has one stage a position, not {chunks}")
     if chunks < 1 or stages % chunks or stages == chunks:
         raise UsageError(f"{stages} stages do not make {chunks} chunks of at least two positions")
-    if microbatches % (stages // chunks):
-        raise UsageError(f"interleaving needs a multiple of {stages // chunks} microbatches, not {microbatches}")
 
 
 @lru_cache(maxsize=32)
@@ -109,6 +107,8 @@ def compute_orders(
     kind: str, positions: int, microbatches: int, chunks: int = 1, training: bool = True
 ) -> list[tuple[Instruction, ...]]:
     """The compute order of every position."""
+    if chunks > 1 and training and microbatches % positions:
+        return _uneven_interleaved(positions, chunks, microbatches)
     if chunks > 1:
         return [interleaved_order(p, positions, chunks, microbatches, training) for p in range(positions)]
     return [compute_order(kind, stage, positions, microbatches, training) for stage in range(positions)]
@@ -155,25 +155,69 @@ def interleaved_order(
     position: int, positions: int, chunks: int, microbatches: int, training: bool
 ) -> tuple[Instruction, ...]:
     """Interleaved 1F1B (Narayanan et al. 2021, section 2.2): chunk c of a position is stage c x positions + position;
-    microbatches go through a chunk in groups of `positions`, first chunk first, in backward last chunk first.
-    microbatches: a multiple of positions."""
-    work = [
-        (chunk, group * positions + i)
-        for group in range(microbatches // positions)
-        for chunk in range(chunks)
-        for i in range(positions)
-    ]
-    forwards = [Instruction(Op.FORWARD, chunk * positions + position, i) for chunk, i in work]
+    microbatches go through a chunk in groups of `positions`, first chunk first, in backward last chunk first. In
+    training a multiple of positions."""
+    forwards, backwards = _interleaved_work(position, positions, chunks, microbatches)
     if not training:
         return tuple(forwards)
-    backwards = [Instruction(Op.BACKWARD, (chunks - 1 - chunk) * positions + position, i) for chunk, i in work]
-    ahead = min(len(work), 2 * (positions - 1 - position) + (chunks - 1) * positions)
+    ahead = min(len(forwards), 2 * (positions - 1 - position) + (chunks - 1) * positions)
     if microbatches == positions:
-        ahead = len(work)
+        ahead = len(forwards)
     order = forwards[:ahead]
     for forward, backward in zip(forwards[ahead:], backwards):
         order += (forward, backward)
-    return (*order, *backwards[len(work) - ahead :])
+    return (*order, *backwards[len(forwards) - ahead :])
+
+
+def _interleaved_work(
+    position: int, positions: int, chunks: int, microbatches: int
+) -> tuple[list[Instruction], list[Instruction]]:
+    """Forwards and backwards of a position, each in order; the last group of microbatches may be smaller."""
+    work = [
+        (chunk, i)
+        for group in range(0, microbatches, positions)
+        for chunk in range(chunks)
+        for i in range(group, min(group + positions, microbatches))
+    ]
+    forwards = [Instruction(Op.FORWARD, chunk * positions + position, i) for chunk, i in work]
+    return forwards, [Instruction(Op.BACKWARD, (chunks - 1 - chunk) * positions + position, i) for chunk, i in work]
+
+
+def _uneven_interleaved(positions: int, chunks: int, microbatches: int) -> list[tuple[Instruction, ...]]:
+    """As `interleaved_order` for any number of microbatches: every position runs the next of its backwards where it can
+    begin, else the next of its forwards, else waits. It holds no more microbatches than with whole groups, unless
+    nothing else can go on."""
+    stages = positions * chunks
+    work = [_interleaved_work(p, positions, chunks, microbatches) for p in range(positions)]
+    limits = [2 * (positions - 1 - p) + (chunks - 1) * positions + 1 for p in range(positions)]
+    orders: list[list[Instruction]] = [[] for _ in range(positions)]
+    nexts = [[0, 0] for _ in range(positions)]
+    done: set[Instruction] = set()
+
+    def able(instruction: Instruction) -> bool:
+        op, stage, microbatch = instruction.op, instruction.stage, instruction.microbatch
+        if op is Op.FORWARD:
+            return stage == 0 or Instruction(op, stage - 1, microbatch) in done
+        after = Instruction(op, stage + 1, microbatch) if stage + 1 < stages else None
+        return Instruction(Op.FORWARD, stage, microbatch) in done and (after is None or after in done)
+
+    def chosen(position: int, limited: bool) -> Instruction | None:
+        forwards, backwards = work[position]
+        forward, backward = nexts[position]
+        if backward < len(backwards) and able(backwards[backward]):
+            return backwards[backward]
+        if forward < len(forwards) and able(forwards[forward]):
+            return forwards[forward] if not limited or forward - backward < limits[position] else None
+        return None
+
+    while any(len(order) < 2 * len(forwards) for order, (forwards, _) in zip(orders, work)):
+        moves = [(p, found) for p in range(positions) if (found := chosen(p, True)) is not None]
+        moves = moves or [(p, found) for p in range(positions) if (found := chosen(p, False)) is not None][:1]
+        for position, instruction in moves:
+            orders[position].append(instruction)
+            nexts[position][instruction.op is Op.BACKWARD] += 1
+            done.add(instruction)
+    return [tuple(order) for order in orders]
 
 
 def weave(
@@ -263,7 +307,7 @@ def post_earlier(lines: Sequence[Sequence[Instruction]]) -> tuple[tuple[Instruct
             else:
                 if instruction.is_send:
                     sent.add(instruction)
-                    if _other_side(instruction) not in posted:
+                    if home[instruction.peer] != position and _other_side(instruction) not in posted:
                         break
                 elif instruction.op is not Op.BACKWARD_WEIGHT:
                     key = (instruction.stage, instruction.op is Op.FORWARD, instruction.microbatch)

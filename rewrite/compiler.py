@@ -152,6 +152,7 @@ class _Compiler:
             edges,
             training=self.train,
             grad_edges=grad_edges,
+            chunks=self.plan.chunks,
         )
 
     # -- one stage -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,63 @@
+"""Pipelines on gloo ranks beyond equal stages of one rank each: stages of unequal meshes, several stages a rank. Loss,
+every gradient, parameters after AdamW steps and outputs are those of one device."""
+
+from __future__ import annotations
+
+import pytest
+
+from shardplan.planner.deadlock import check
+from shardplan.planner.stages import split_stages
+from shardplan.rewrite import compile
+from tests import models
+from tests.plans import random_plan
+from tests.ranks import pool
+from tests.test_engine import assert_near, inputs, one_device, traced, train
+
+UNEQUAL = [
+    ("bytegpt", ((1, 1), (2, 1)), 2),
+    ("bytegpt", ((1, 2), (1, 1)), 2),
+    ("t5", ((2, 1), (1, 2)), 2),
+    ("gpt2", ((1, 2), (2, 1)), 2),
+    ("gpt2", ((2, 1), (1, 1), (1, 1)), 4),
+    ("vit", ((1, 1), (1, 2), (1, 1)), 2),
+]
+INTERLEAVED = [("bytegpt", 2, 2, 4), ("t5", 3, 2, 4), ("mlp", 2, 3, 2)]
+"""name, positions, chunks, microbatches."""
+
+
+@pytest.mark.parametrize(("name", "meshes", "microbatches"), UNEQUAL)
+def test_stages_of_unequal_meshes(name, meshes, microbatches):
+    compare(name, random_plan(traced(name)[1], meshes=meshes, microbatches=microbatches, seed=3))
+
+
+@pytest.mark.parametrize(("name", "positions", "chunks", "microbatches"), INTERLEAVED)
+def test_several_stages_a_rank(name, positions, chunks, microbatches):
+    meshes = ((1, 1),) * (positions * chunks)
+    plan = random_plan(
+        traced(name)[1], meshes=meshes, microbatches=microbatches, seed=3, schedule="interleaved", chunks=chunks
+    )
+    assert len(plan.devices) == positions
+    compare(name, plan)
+
+
+def compare(name, plan):
+    """Run a plan on ranks and compare it with one device."""
+    case, trace, state = traced(name)
+    split = split_stages(trace, tuple(stage.first for stage in plan.stages))
+    check(plan.instructions, split.edges(), split.grad_edges())
+    programs = {"train": compile(trace, plan), "forward": compile(trace, plan, "forward")}
+    answers = pool(programs["train"].world_size).run(train, programs, state, inputs(case, trace), 2, 0.5)
+    eager = models.run_eager(case)
+    losses, after = one_device(case, 2, 0.5)
+    floor = 1e-3 * max(float(g.norm()) for g in eager.gradients.values())
+    for rank, answer in enumerate(answers):
+        assert_near(answer["loss"], eager.loss, 1e-5, 0, f"loss on rank {rank}")
+        assert answer["losses"] == pytest.approx(losses, rel=1e-4)
+    answer = answers[0]
+    assert set(answer["gradients"]) == set(eager.gradients)
+    for parameter, gradient in eager.gradients.items():
+        assert_near(answer["gradients"][parameter], gradient, 1e-5, floor, parameter)
+        assert_near(answer["twice"][parameter], 2 * gradient, 1e-5, floor, f"accumulated {parameter}")
+    floor = 1e-2 * max(float(value.norm()) for value in after.values() if value.is_floating_point())
+    for key, value in after.items():
+        assert_near(answer["state"][key].to(value.dtype), value, 1e-4, floor, f"{key} after two steps")

@@ -35,6 +35,7 @@ class Engine:
     under keys of their own. In all of them parameters and buffers lie alike. optimizer_factory: makes an optimizer of
     this rank's local parameters; scheduler_factory: a torch learning-rate scheduler of that optimizer, moved by every
     `train_step`. clip: largest global norm of the gradients, or None. seed: of random ops.
+    place: where its executors write which instruction they run (see `runtime.pulse`).
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Engine:
         clip: float | None = None,
         seed: int = 0,
         scheduler_factory: SchedulerFactory | None = None,
+        place: memoryview | None = None,
     ) -> None:
         self.programs = dict(programs)
         self.rank = rank
@@ -63,6 +65,7 @@ class Engine:
         self.scheduler_factory = scheduler_factory
         self.scheduler: Any = None
         self.saver = Saver()
+        self.place = place
         self._executors: dict[str, Executor] = {}
 
     # -- parameters ----------------------------------------------------------------------------------------------------
@@ -91,6 +94,7 @@ class Engine:
                     self.shards.parameters,
                 )
             self.shards.comm = next((e.comm for e in self._executors.values() if e.stage >= 0), None)
+        self._show_places()
         if self.optimizer is None and self.optimizer_factory is not None:
             trainable = [p for p in self.shards.parameters.values() if p.requires_grad]
             held = [spec for spec in self.shards.mine() if spec.name in self.shards.parameters]
@@ -116,6 +120,12 @@ class Engine:
                 self.attached,
                 self.shards.parameters,
             )
+
+        self._show_places()
+
+    def _show_places(self) -> None:
+        for executor in self._executors.values() if self.place is not None else ():
+            executor.place = self.place
 
     def drop(self, key: str) -> None:
         """Forget a program that `use` added."""

@@ -5,36 +5,40 @@ rank. The processes are started anew (never forked, and the caller's ``__main__`
 needs no ``if __name__ == "__main__"``); they talk over inherited sockets and meet in a process group whose store
 listens on a loopback port that the system chose.
 
-Supervision: while a call runs the driver waits for answers and deaths at once. Whatever goes wrong - a worker that
-raises, dies or is late, an interrupt in the driver - ends all workers, because a process group that lost a call is in
-no known state. Workers end with their driver, however it ends.
+Supervision: while a call runs the driver waits for answers, deaths and missing signs of life at once. Whatever goes
+wrong - a worker that raises, dies, is stopped or late, an interrupt in the driver - ends all workers, because a process
+group that lost a call is in no known state. Workers end with their driver, however it ends.
 """
 
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection
 from typing import Any
 
-from shardplan.errors import ShardplanError, UsageError, WorkerFailed, WorkerTimeout
+from shardplan.errors import UsageError
+from shardplan.runtime.blame import blame, lateness, silence
 from shardplan.runtime.messages import Channel, Closed, Late, encode
-from shardplan.runtime.worker import Failure, Setup
+from shardplan.runtime.pulse import BEAT_SECONDS, SLOT_NBYTES, Slot
+from shardplan.runtime.worker import Setup
 
 START_SECONDS = 300.0
 TIMEOUT_SECONDS = 1800.0
+HEARTBEAT_SECONDS = 30.0
 _GRACE_SECONDS = 2.0
 _COLLECT_SECONDS = 1.0
-_PEER_WORDS = ("gloo", "nccl", "connection closed by peer", "connection reset", "processgroup", "distbackenderror")
 
 
 @dataclass(slots=True)
@@ -44,21 +48,29 @@ class _Worker:
     channel: Channel
     lifeline: int
     sentinel: int  # becomes readable when the process has ended; -1 where the system has no such thing
+    slot: Slot
 
 
 class Workers:
     """See the module docstring. devices: a torch device per rank. timeout_seconds: the longest a call may take.
+    heartbeat_seconds: the longest that a worker in a call may give no sign of life.
 
     pin_cores: keep every CPU worker on a core of its own. Starting returns at once; the first call waits for it.
     """
 
     def __init__(
-        self, devices: Sequence[str], *, timeout_seconds: float = TIMEOUT_SECONDS, pin_cores: bool = False
+        self,
+        devices: Sequence[str],
+        *,
+        timeout_seconds: float = TIMEOUT_SECONDS,
+        heartbeat_seconds: float = HEARTBEAT_SECONDS,
+        pin_cores: bool = False,
     ) -> None:
         if not devices:
             raise UsageError("no devices to start workers on")
         self.devices = tuple(devices)
         self.timeout_seconds = timeout_seconds
+        self.heartbeat_seconds = heartbeat_seconds
         self._workers: list[_Worker] = []
         self._ready = False
         self._finalizer = weakref.finalize(self, _end_at_exit, self._workers, os.getpid())
@@ -142,12 +154,12 @@ class Workers:
         if cuda and any(not name.startswith("cuda") for name in self.devices):
             raise UsageError("CPU and GPU workers in one job", hints=["name devices of one kind"])
         cores = _cores(len(self.devices)) if pin_cores and not cuda else [-1] * len(self.devices)
-        with socket.socket() as listener:
+        with socket.socket() as listener, _board(len(self.devices)) as (board, slots):
             listener.bind(("127.0.0.1", 0))
             listener.listen(max(128, len(self.devices)))
             port = listener.getsockname()[1]
             for rank in range(len(self.devices)):
-                self._workers.append(_spawn(rank, not cuda, listener.fileno() if rank == 0 else -1))
+                self._workers.append(_spawn(rank, not cuda, listener.fileno() if rank == 0 else -1, board, slots[rank]))
             path = tuple(os.path.abspath(entry) for entry in sys.path)
             for rank, device in enumerate(self.devices):
                 setup = Setup(
@@ -161,7 +173,8 @@ class Workers:
                     core=cores[rank],
                     path=path,
                 )
-                self._workers[rank].channel.send(setup, START_SECONDS)
+                with contextlib.suppress(Closed):  # the first call says how it ended
+                    self._workers[rank].channel.send(setup, START_SECONDS)
 
     def _check_open(self) -> None:
         if not self._workers:
@@ -178,6 +191,7 @@ class Workers:
         answers: dict[int, tuple[str, Any]] = {}
         ended: dict[int, str] = {}
         late: list[int] = []
+        silent: list[int] = []
         for worker, frame in zip(self._workers, frames, strict=True):
             try:
                 worker.channel.send_frame(frame, max(deadline - time.monotonic(), 0.0))
@@ -185,13 +199,15 @@ class Workers:
                 ended[worker.rank] = _how_it_ended(worker)
             except Late:
                 late.append(worker.rank)
-        while len(answers) + len(ended) < len(self._workers) and not late:
+        while len(answers) + len(ended) < len(self._workers) and not late and not silent:
             left = deadline - time.monotonic()
             if left <= 0:
                 late = [w.rank for w in self._workers if w.rank not in answers and w.rank not in ended]
                 break
             waiting = [w for w in self._workers if w.rank not in answers and w.rank not in ended]
-            for worker in self._ready_of(waiting, left):
+            ready = self._ready_of(waiting, min(left, BEAT_SECONDS))
+            silent = [] if ready else [w.rank for w in waiting if self._is_silent(w)]
+            for worker in ready:
                 try:
                     answers[worker.rank] = worker.channel.receive(max(deadline - time.monotonic(), 0.1))
                 except Closed:
@@ -205,10 +221,20 @@ class Workers:
         if ended or failures:
             if len(failures) == len(self._workers) and all(f.error is not None for f in failures.values()):
                 return [answers[w.rank] for w in self._workers]
-            raise _blame(failures, ended)
+            raise blame(failures, ended, self._places())
+        if silent:
+            raise silence(silent, self.heartbeat_seconds, self._places())
         if late:
-            raise _lateness(late, answers, seconds)
+            raise lateness(late, answers, seconds, self._places())
         return [answers[worker.rank] for worker in self._workers]
+
+    def _is_silent(self, worker: _Worker) -> bool:
+        beaten = worker.slot.beaten
+        return bool(beaten) and time.monotonic() - beaten > self.heartbeat_seconds
+
+    def _places(self) -> dict[int, str]:
+        """Where every worker is, or was when it ended."""
+        return {worker.rank: worker.slot.where() for worker in self._workers}
 
     def _ready_of(self, workers: Sequence[_Worker], seconds: float) -> list[_Worker]:
         """Workers of which an answer, or the end, can be read; waits for at most `seconds`."""
@@ -224,7 +250,17 @@ class Workers:
 # -- processes ---------------------------------------------------------------------------------------------------------
 
 
-def _spawn(rank: int, cpu: bool, listen_fd: int) -> _Worker:
+@contextlib.contextmanager
+def _board(workers: int) -> Iterator[tuple[int, list[Slot]]]:
+    """A file without a name, with a slot for every worker, and the slots."""
+    with tempfile.TemporaryFile(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as file:
+        file.truncate(workers * SLOT_NBYTES)
+        memory = memoryview(mmap.mmap(file.fileno(), 0))
+        places = [rank * SLOT_NBYTES for rank in range(workers)]
+        yield file.fileno(), [Slot(memory[place : place + SLOT_NBYTES]) for place in places]
+
+
+def _spawn(rank: int, cpu: bool, listen_fd: int, board: int, slot: Slot) -> _Worker:
     environment = dict(os.environ)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
@@ -237,7 +273,7 @@ def _spawn(rank: int, cpu: bool, listen_fd: int) -> _Worker:
     ours, theirs = socket.socketpair()
     read_end, write_end = os.pipe()
     try:
-        inherited = [theirs.fileno(), read_end, *([listen_fd] if listen_fd >= 0 else [])]
+        inherited = [theirs.fileno(), read_end, board, *([listen_fd] if listen_fd >= 0 else [])]
         process = subprocess.Popen(
             [
                 sys.executable,
@@ -248,6 +284,8 @@ def _spawn(rank: int, cpu: bool, listen_fd: int) -> _Worker:
                 str(os.getpid()),
                 # The kernel's signal comes when the starting *thread* ends, which only for the main one is the end.
                 "1" if threading.current_thread() is threading.main_thread() else "0",
+                str(board),
+                str(rank),
             ],
             pass_fds=inherited,
             env=environment,
@@ -264,7 +302,7 @@ def _spawn(rank: int, cpu: bool, listen_fd: int) -> _Worker:
     if hasattr(os, "pidfd_open"):
         with contextlib.suppress(OSError):
             sentinel = os.pidfd_open(process.pid)
-    return _Worker(rank, process, Channel(ours), write_end, sentinel)
+    return _Worker(rank, process, Channel(ours), write_end, sentinel, slot)
 
 
 def _end(workers: list[_Worker], grace_seconds: float) -> None:
@@ -301,9 +339,6 @@ def _loopback() -> str:
     return "lo" if sys.platform.startswith("linux") else "lo0"
 
 
-# -- what went wrong ---------------------------------------------------------------------------------------------------
-
-
 def _how_it_ended(worker: _Worker) -> str:
     try:
         status = worker.process.wait(_GRACE_SECONDS)
@@ -315,43 +350,3 @@ def _how_it_ended(worker: _Worker) -> str:
         except ValueError:
             return f"was killed by signal {-status}"
     return f"exited with status {status}"
-
-
-def _blame(failures: dict[int, Failure], ended: dict[int, str]) -> WorkerFailed:
-    """The error of the rank that failed first in substance: a death or an exception of its own before an exception
-    that only says that a peer is gone."""
-    own = {rank: f for rank, f in failures.items() if not _names_a_peer(f)}
-    if own:
-        rank = min(own)
-        failure = own[rank]
-        title = f"rank {rank} raised {failure.kind}: {failure.title}"
-        details = failure.traceback.rstrip().splitlines()
-    elif ended:
-        rank = min(ended)
-        title, details = f"rank {rank} {ended[rank]}", []
-        if "SIGKILL" in title:
-            details = ["nothing but another process, often the system when memory runs out, kills that way"]
-    else:
-        rank = min(failures)
-        title = f"rank {rank} raised {failures[rank].kind}: {failures[rank].title}"
-        details = failures[rank].traceback.rstrip().splitlines()
-    others = [f"rank {r} {how}" for r, how in sorted(ended.items()) if r != rank]
-    others += [f"rank {r} then raised {f.kind}: {f.title}" for r, f in sorted(failures.items()) if r != rank]
-    cause = failures[rank].error if rank in failures else None
-    error = WorkerFailed(title, [*details, *others], cause.hints if isinstance(cause, ShardplanError) else ())
-    error.rank = rank
-    return error
-
-
-def _names_a_peer(failure: Failure) -> bool:
-    text = f"{failure.kind} {failure.title}".lower()
-    return any(word in text for word in _PEER_WORDS)
-
-
-def _lateness(late: Sequence[int], answers: dict[int, tuple[str, Any]], seconds: float) -> WorkerTimeout:
-    ranks = ", ".join(map(str, late))
-    done = ", ".join(map(str, sorted(answers))) or "none"
-    return WorkerTimeout(
-        f"rank{'s' if len(late) > 1 else ''} {ranks} did not answer within {seconds:g} s",
-        [f"ranks that answered: {done}", "all workers were ended"],
-    )

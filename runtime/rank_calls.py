@@ -20,6 +20,7 @@ from shardplan.runtime import checkpoint
 from shardplan.runtime.engine import Engine
 from shardplan.runtime.measure_links import measure_links, plan_groups
 from shardplan.runtime.supply import Supply
+from shardplan.runtime.watch import Watch
 from shardplan.runtime.worker import Session
 
 _ENGINE = "engine"
@@ -36,7 +37,7 @@ class Job:
     scheduler_factory: Callable[[torch.optim.Optimizer], Any] | None = None
 
 
-def join(device: str, timeout_seconds: float) -> Session:
+def join(device: str, timeout_seconds: float, heartbeat_seconds: float) -> Session:
     """The session of this process under torchrun; starts the process group unless the script has. device: "" picks
     this process's GPU where there is one."""
     if not device:
@@ -46,7 +47,9 @@ def join(device: str, timeout_seconds: float) -> Session:
     if not dist.is_initialized():
         backend = "nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
-    return Session(dist.get_rank(), dist.get_world_size(), device)
+    session = Session(dist.get_rank(), dist.get_world_size(), device)
+    session.watch = Watch(session.rank, session.world_size, session.slot, heartbeat_seconds)
+    return session
 
 
 def share(session: Session, value: Any) -> Any:
@@ -88,6 +91,7 @@ def load(session: Session, job: Job, supply: Supply) -> None:
         clip=job.clip,
         seed=job.seed,
         scheduler_factory=job.scheduler_factory,
+        place=session.slot.place,
     )
     session.values[_ENGINE] = engine
     load_weights(session, supply)

@@ -1,16 +1,19 @@
-"""A worker process: ``python -m shardplan.runtime.worker SOCKET_FD LIFELINE_FD DRIVER_PID KERNEL_SIGNAL``.
+"""A worker process: ``python -m shardplan.runtime.worker SOCKET LIFELINE DRIVER_PID KERNEL_SIGNAL BOARD RANK``.
 
-Started by `runtime.launch`.
+Started by `runtime.launch`; SOCKET, LIFELINE and BOARD are inherited file descriptors.
 
 It answers one call at a time: a frame ``(function, arguments)`` runs as ``function(session, *arguments)``, and the
-answer is ``("result", value)`` or ``("error", Failure)``. It dies with its driver.
+answer is ``("result", value)`` or ``("error", Failure)``. It dies with its driver. In its slot of the board, a file
+that the driver reads, it says that it lives and at what place it is (`runtime.pulse`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 import os
+import select
 import signal
 import socket
 import sys
@@ -23,6 +26,7 @@ from typing import Any
 
 from shardplan.errors import ShardplanError
 from shardplan.runtime.messages import Channel, Closed, encode
+from shardplan.runtime.pulse import BEAT_SECONDS, SLOT_NBYTES, Slot
 
 _PR_SET_PDEATHSIG = 1
 
@@ -59,12 +63,15 @@ class Failure:
 
 @dataclass(slots=True)
 class Session:
-    """What stays in a rank between calls. values: whatever the functions that are called keep there."""
+    """What stays in a rank between calls. values: whatever the functions that are called keep there. slot: its signs of
+    life. watch: `runtime.watch.Watch` where no driver watches."""
 
     rank: int
     world_size: int
     device: str
     values: dict[str, Any] = field(default_factory=dict)
+    slot: Slot = field(default_factory=Slot)
+    watch: Any = None
 
 
 def start_session(setup: Setup) -> Session:
@@ -103,11 +110,12 @@ def start_session(setup: Setup) -> Session:
 
 def main(arguments: Sequence[str]) -> None:
     """Serve calls until the driver closes the socket."""
-    socket_fd, lifeline_fd, driver, kernel_signal = (int(text) for text in arguments)
+    socket_fd, lifeline_fd, driver, kernel_signal, board_fd, rank = (int(text) for text in arguments)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the driver's to handle
     if kernel_signal:
         _ask_for_death_signal()
-    threading.Thread(target=_die_with_driver, args=(lifeline_fd, driver), daemon=True).start()
+    slot = _slot(board_fd, rank)
+    threading.Thread(target=_live_with_driver, args=(lifeline_fd, driver, slot), daemon=True).start()
     channel = Channel(socket.socket(fileno=socket_fd))
     session: Session | None = None
     try:
@@ -124,9 +132,13 @@ def main(arguments: Sequence[str]) -> None:
                 answer = _answer(start_session, (message,))
                 if answer[0] == "result":
                     session, answer = answer[1], ("result", None)
+                    session.slot = slot
             else:
                 function, values = message
+                slot.begin(getattr(function, "__name__", type(function).__name__))
                 answer = _answer(function, (session, *values))
+                if answer[0] == "result":
+                    slot.end()  # else the place where it failed stays, to be told
             channel.send_frame(_encoded(answer))
     except Closed:
         pass
@@ -174,10 +186,18 @@ def _ask_for_death_signal() -> None:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _die_with_driver(lifeline_fd: int, driver: int) -> None:
-    """Ends this process as soon as the driver has closed its end of the lifeline, by exit or by any death."""
+def _slot(board_fd: int, rank: int) -> Slot:
+    board = mmap.mmap(board_fd, 0)
+    os.close(board_fd)
+    return Slot(memoryview(board)[rank * SLOT_NBYTES : (rank + 1) * SLOT_NBYTES])
+
+
+def _live_with_driver(lifeline_fd: int, driver: int, slot: Slot) -> None:
+    """Gives signs of life, and ends this process as soon as the driver has closed its end of the lifeline, by exit or
+    by any death."""
     while os.getppid() == driver:
-        if not os.read(lifeline_fd, 1):
+        slot.beat()
+        if select.select([lifeline_fd], [], [], BEAT_SECONDS)[0] and not os.read(lifeline_fd, 1):
             break
     os._exit(1)
 

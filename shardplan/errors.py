@@ -163,9 +163,10 @@ class WorkerFailed(ShardplanError):
 
 
 class WorkerTimeout(ShardplanError):
-    """A worker did not answer within the time limit."""
+    """A worker did not answer, or gave no sign of life, within the time limit; carries its rank (-1: not known)."""
 
     code = "SP504"
+    rank = -1
 
 
 class Deadlock(ShardplanError):

@@ -34,13 +34,31 @@ class InPlace:
         self.session = session
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return function(self.session, *arguments)
+        return self._watched(function, *arguments)
 
     def load(self, job: Job, supply: Supply) -> None:
-        rank_calls.load(self.session, job, rank_calls.same_values(self.session, supply))
+        self._watched(rank_calls.load, job, self._watched(rank_calls.same_values, supply))
+
+    def _watched(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Any error that is another rank's doing says so, and where this rank was."""
+        watch = self.session.watch
+        batch = next((value for value in arguments if isinstance(value, dict)), None)
+        watch.begin(function.__name__, batch)
+        try:
+            return function(self.session, *arguments)
+        except Exception as error:
+            explained = watch.explained(error)
+            if explained is error:
+                raise
+            raise explained from error
+        finally:
+            watch.end()
 
     def close(self) -> None:
-        rank_calls.unload(self.session)
+        try:
+            rank_calls.unload(self.session)
+        finally:
+            self.session.watch.close()
 
 
 class Spawned:

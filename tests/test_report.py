@@ -10,6 +10,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from shardplan.planner.placement import Mesh
 from shardplan.planner.plan import Memory, Plan, StagePlan, Status
 from shardplan.planner.report import (
     Measured,
+    WhatIf,
     drawings,
     facts,
     pictures,
@@ -31,6 +33,7 @@ from shardplan.planner.report import (
     write_report,
 )
 from shardplan.planner.report.facts import simulate_plan
+from shardplan.planner.report.json_form import SCHEMA
 from shardplan.planner.report.words import change_text, names_text, nbytes_text, pattern, ranges, seconds_text
 from tests.report_plans import GIB, measured, pipeline_plan
 
@@ -392,3 +395,16 @@ def test_seconds_of_a_stage_add_up_to_the_step() -> None:
     for row in shares.rows:
         assert row.seconds == pytest.approx(plan.step_seconds)
         assert ("aten.linear", "forward", pytest.approx(4 * 0.012)) in row.parts
+
+
+def test_json_keeps_to_its_published_schema() -> None:
+    schema = json.loads((Path(__file__).parent.parent / "docs" / "report.schema.json").read_text())
+    plan = pipeline_plan()
+    other = WhatIf("devices", "8", "pp1", 0.1, 10.0, GIB)
+    for text in (
+        render_json(plan),
+        render_json(plan, measured(plan), (other, WhatIf("memory", "1 KiB", reason="does not fit"))),
+        render_json(bare_plan()),
+    ):
+        jsonschema.validate(json.loads(text), schema)
+    assert schema["properties"]["schema"] == {"const": SCHEMA}

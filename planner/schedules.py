@@ -21,10 +21,8 @@ from functools import lru_cache
 from shardplan.errors import Deadlock, UsageError
 from shardplan.planner.instructions import Instruction, Op, Schedule, schedule_text
 
-KINDS = ("gpipe", "1f1b", "interleaved")
-"""What the runtime runs."""
-SIMULATED = (*KINDS, "zb")
-"""What can be built, checked and simulated."""
+KINDS = ("gpipe", "1f1b", "interleaved", "zb")
+"""What can be built, simulated and run."""
 _BACKWARDS = (Op.BACKWARD, Op.BACKWARD_INPUT)
 
 Edge = tuple[int, int]
@@ -42,15 +40,15 @@ def build(
 ) -> Schedule:
     """The instruction list of a step, one line per position; stage s is at position s mod (stages / chunks).
 
-    kind: one of `SIMULATED`; without training all are the same list of forwards, "interleaved" excepted. edges: which
+    kind: one of `KINDS`; without training all are the same list of forwards, "interleaved" excepted. edges: which
     stages send activations to which, skip edges included; a message carries every tensor of one microbatch between two
     stages. grad_edges: those whose gradients go back (target to source), default all. chunks: stages of a position,
     more than one only under "interleaved". In training every stage ends with ``REDUCE_GRADS`` and ``OPTIMIZER_STEP``.
 
     Raises UsageError on a kind, count or edge that makes no sense.
     """
-    if kind not in SIMULATED:
-        raise UsageError(f"unknown schedule {kind!r}", hints=[f"use one of {', '.join(SIMULATED)}"])
+    if kind not in KINDS:
+        raise UsageError(f"unknown schedule {kind!r}", hints=[f"use one of {', '.join(KINDS)}"])
     if stages < 1 or microbatches < 1:
         raise UsageError(f"a schedule needs a stage and a microbatch, not {stages} and {microbatches}")
     wrong = sorted(edge for edge in edges if not 0 <= edge[0] < edge[1] < stages)

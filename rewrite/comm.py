@@ -7,19 +7,24 @@ torch.distributed, tests on threads (`rewrite.threads`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+
+if TYPE_CHECKING:
+    from shardplan.rewrite.later import Later
 
 
 class Comm(Protocol):
     """All methods return new tensors and never change their input. `axis` is a mesh axis of the stage; on an axis of
     size 1 every method is the identity.
 
-    unsettled: what is left to do with gradients that are under way, see `rewrite.storage`.
+    unsettled: what is left to do with gradients that are under way, see `rewrite.storage`. later: the gradients that
+    wait, of the microbatch that runs, see `rewrite.later`.
     """
 
     unsettled: list[Callable[[], None]]
+    later: Later
 
     def size(self, axis: str) -> int:
         """Number of ranks on the axis."""

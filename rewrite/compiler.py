@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from torch import fx
 
 from shardplan.errors import PlanMismatch
 from shardplan.planner import schedules
-from shardplan.planner.instructions import Schedule
+from shardplan.planner.instructions import Op, Schedule
 from shardplan.planner.placement import MICROBATCH_AXIS, D, Layout, Mesh, P, R, local_shape
 from shardplan.planner.plan import Plan
 from shardplan.planner.propagate import placed
@@ -21,6 +21,7 @@ from shardplan.planner.transfers import boundary
 from shardplan.rewrite.emit import Group, emit
 from shardplan.rewrite.lower import StageLowering, ancestors, made_layout, read_layout, stage_mesh, strategies_on
 from shardplan.rewrite.program import Argument, Program, Result, StageCode, StageRanks, TensorSpec
+from shardplan.rewrite.split_backward import split_backward
 from shardplan.rewrite.stored import StoredParameters, storage_of
 
 
@@ -62,6 +63,7 @@ class _Compiler:
         self.watched = [n for n in trace.nodes() if n.name in watched and n.name in self.split.stage_of]
         self.live = self._live()
         self.crossings = [c for c in map(self._live_crossing, self.split.crossings) if c is not None]
+        self.instructions = self.schedule()
         self.boundaries = {(c.name, t): self._boundary(c, t) for c in self.crossings for t in c.targets}
 
     def _outputs(self, available: frozenset[str] | None) -> dict[int, fx.Node]:
@@ -126,7 +128,7 @@ class _Compiler:
             placement=tuple(
                 StageRanks(stage_mesh(self.plan, i), stage.ranks) for i, stage in enumerate(self.plan.stages)
             ),
-            schedule=self.schedule(),
+            schedule=self.instructions,
             microbatches=self.plan.microbatches,
             parameters=self.specs("param", used),
             buffers=self.specs("buffer", used),
@@ -154,6 +156,9 @@ class _Compiler:
             grad_edges=grad_edges,
             chunks=self.plan.chunks,
         )
+
+    def splits_backward(self, stage: int) -> bool:
+        return any(i.stage == stage and i.op is Op.BACKWARD_INPUT for line in self.instructions for i in line)
 
     # -- one stage -----------------------------------------------------------------------------------------------------
 
@@ -184,6 +189,9 @@ class _Compiler:
             values.append(lowering.value(node))
             results.append(self.result("watch", node, lowering.layout(node), lowering.mesh))
         lowering.graph.output(tuple(values))
+        if self.splits_backward(index):
+            late = split_backward(lowering.graph, lowering.lowered.arguments)
+            results = [replace(result, late=waits) for result, waits in zip(results, late, strict=True)]
         lowering.graph.lint()
         code = StageCode(emit(lowering.graph), tuple(lowering.lowered.arguments), tuple(results))
         return _Stage(lowering, code)

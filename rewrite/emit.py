@@ -20,13 +20,15 @@ from torch import fx
 _HEADER = (
     "import torch",
     "from torch.utils.checkpoint import checkpoint",
-    "from shardplan.rewrite import collectives, kernels, random_ops, storage",
+    "from shardplan.rewrite import collectives, kernels, later, random_ops, storage",
 )
 _RESERVED = frozenset(
-    {"torch", "checkpoint", "collectives", "kernels", "random_ops", "storage", "stage", "shardplan"}
+    {"torch", "checkpoint", "collectives", "kernels", "later", "random_ops", "storage", "stage", "shardplan"}
     | {"inf", "nan", "float"}
 )
 _GROUP = "shardplan_group"
+_CHAIN = "shardplan_chain"
+_SPLIT = "shardplan_split"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +47,24 @@ class Group:
     recomputed: bool
 
 
-def set_group(node: fx.Node, group: Group) -> None:
-    """Mark a node of a stage graph as part of a group."""
+def set_group(node: fx.Node, group: Group | None) -> None:
+    """Mark a node of a stage graph as part of a group, or of none."""
     node.meta[_GROUP] = group
+
+
+def group_of(node: fx.Node) -> Group | None:
+    """The group that a node is part of."""
+    return node.meta.get(_GROUP)
+
+
+def set_chain(node: fx.Node) -> None:
+    """Mark a node whose backward is not put off, see `rewrite.split_backward`."""
+    node.meta[_CHAIN] = True
+
+
+def set_split(node: fx.Node, weights: tuple[fx.Node, ...]) -> None:
+    """Mark an op whose gradients of `weights` are put off."""
+    node.meta[_SPLIT] = weights
 
 
 def emit(graph: fx.Graph) -> str:
@@ -105,7 +122,8 @@ class _Emitter:
     def outline(self, start: int, end: int, group: Group) -> list[str]:
         inside = self.nodes[start:end]
         members = set(inside)
-        taken = dict.fromkeys(a for n in inside for a in n.all_input_nodes if a not in members)
+        taken = list(dict.fromkeys(a for n in inside for a in n.all_input_nodes if a not in members))
+        taken.sort(key=lambda n: not n.meta.get(_CHAIN, False))
         given = [n for n in inside if any(user not in members for user in n.users)]
         lines = [f"def {group.name}({', '.join(self.names[n] for n in taken)}):"]
         for position in range(start, end):
@@ -114,7 +132,13 @@ class _Emitter:
         lines.append(f"    return {results}")
         arguments = ", ".join([group.name, *(self.names[n] for n in taken)])
         call = f"storage.around({arguments})"
-        if group.recomputed:
+        chain = [n for n in taken if n.meta.get(_CHAIN)]
+        if group.recomputed and chain:
+            others = [n for n in taken if n not in chain]
+            places = [i for i, n in enumerate(given) if n.meta.get(_CHAIN)]
+            values = ", ".join([group.name, self.names_of(chain), self.names_of(others), _tuple(places)])
+            call = f"later.recomputed(comm, {values})"
+        elif group.recomputed:
             # Random numbers follow from where they stand, so the state of the generators need not be kept.
             call = f"checkpoint({arguments}, use_reentrant=False, preserve_rng_state=False)"
         dead = [n for n in taken if self.last_use.get(n, -1) < end and n.op != "placeholder"]
@@ -147,14 +171,24 @@ class _Emitter:
         if node.target is operator.getitem:
             return f"{self.value(node.args[0])}[{self.value(node.args[1])}]"
         parts = [self.value(a) for a in node.args] + [f"{k}={self.value(v)}" for k, v in node.kwargs.items()]
-        return f"{self.target(node.target)}({', '.join(parts)})"
+        call = f"{self.target(node.target)}({', '.join(parts)})"
+        weights = node.meta.get(_SPLIT)
+        if weights is None:
+            return call
+        chain = [a for a in node.all_input_nodes if a.meta.get(_CHAIN)]
+        names = ", ".join(self.names[n] for n in (*chain, *weights))
+        return f"later.split(comm, lambda {names}: {call}, {self.names_of(chain)}, {self.names_of(weights)})"
+
+    def names_of(self, nodes: Iterable[fx.Node]) -> str:
+        """The text of a tuple of nodes."""
+        return _tuple(self.names[n] for n in nodes)
 
     def target(self, target: Any) -> str:
         if isinstance(target, torch._ops.OpOverload):
             namespace, name = target._schema.name.split("::")
             return f"torch.ops.{namespace}.{name}.{target._overloadname}"
         module, name = target.__module__, target.__qualname__
-        for short in ("collectives", "kernels", "random_ops", "storage"):
+        for short in ("collectives", "kernels", "later", "random_ops", "storage"):
             if module == f"shardplan.rewrite.{short}":
                 return f"{short}.{name}"
         self.imports.add(module)
@@ -184,3 +218,8 @@ class _Emitter:
         if isinstance(value, complex):
             return repr(value)
         raise TypeError(f"cannot write {value!r} of type {type(value).__name__} as source")
+
+
+def _tuple(texts: Iterable[object]) -> str:
+    parts = [str(text) for text in texts]
+    return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"

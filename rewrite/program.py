@@ -47,6 +47,7 @@ class Result:
     stages: for "send", the stages that receive it (their gradients are summed).
     index: for "output", the position in the traced output tuple.
     layout: how the local tensor lies on the stage's mesh (global_shape is the whole).
+    late: it depends on parameters only, so that under a split backward its gradient goes into the second part.
     """
 
     kind: str
@@ -58,6 +59,7 @@ class Result:
     index: int = -1
     layout: Layout = ()
     global_shape: tuple[int, ...] = ()
+    late: bool = False
 
 
 @dataclass(frozen=True, slots=True)

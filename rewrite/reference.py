@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+from torch.autograd.graph import get_gradient_edge
 
 from shardplan.planner.placement import MICROBATCH_AXIS, R
 from shardplan.planner.storage import span
 from shardplan.planner.transfers import Box
 from shardplan.rewrite import storage
 from shardplan.rewrite.emit import load
+from shardplan.rewrite.later import Later
 from shardplan.rewrite.parts import assemble, part_of
 from shardplan.rewrite.program import Argument, Program, Result, StageRanks, TensorSpec
 from shardplan.rewrite.routes import deliver, routes
@@ -204,6 +206,7 @@ class _Run:
 
             def run(comm: ThreadComm, stage=stage, code=code) -> tuple[torch.Tensor, ...]:
                 comm.microbatch = microbatch
+                comm.later = Later()
                 place = tuple(comm.coordinate.values())
                 arguments = [
                     self.argument(a, stage, place, comm, leaves[stage][place], counts[stage][place])
@@ -258,18 +261,21 @@ class _Run:
                 comm.microbatch = microbatch
                 place = tuple(comm.coordinate.values())
                 outs, grads = [], []
+                late, late_grads = [], []
                 for position, (spec, value) in enumerate(zip(code.results, values[stage][place], strict=True)):
                     if not spec.requires_grad or not value.requires_grad or spec.kind == "watch":
                         continue
                     if spec.kind == "loss":
-                        outs.append(value)
-                        grads.append(torch.ones_like(value))
+                        (late if spec.late else outs).append(value)
+                        (late_grads if spec.late else grads).append(torch.ones_like(value))
                         continue
-                    outs.append(value)
-                    grads.append(arrived[position, place])
+                    (late if spec.late else outs).append(value)
+                    (late_grads if spec.late else grads).append(arrived[position, place])
                 if outs:
                     torch.autograd.backward(outs, grads)
                     storage.settle(comm)
+                comm.later.run([get_gradient_edge(value) for value in late], late_grads)
+                storage.settle(comm)
 
             run_ranks(self.comms[stage], run)
 

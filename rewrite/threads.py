@@ -11,6 +11,7 @@ import torch
 
 from shardplan.planner.placement import Mesh
 from shardplan.rewrite.draws import mix
+from shardplan.rewrite.later import Later
 
 T = TypeVar("T")
 
@@ -41,6 +42,7 @@ class ThreadComm:
         self.base_seed = 0
         self.step = 0
         self.unsettled: list[Callable[[], None]] = []
+        self.later = Later()
 
     def size(self, axis: str) -> int:
         return self.mesh.size(axis)

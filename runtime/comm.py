@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from shardplan.planner.placement import MICROBATCH_AXIS
 from shardplan.rewrite.draws import mix
+from shardplan.rewrite.later import Later
 from shardplan.rewrite.program import StageRanks
 from shardplan.runtime.groups import Groups
 
@@ -54,6 +55,7 @@ class DistComm:
         self.step = 0
         self.base_seed = seed
         self.unsettled: list[Callable[[], None]] = []
+        self.later = Later()
         self._sizes = dict(zip(placement.mesh.axes, placement.mesh.sizes, strict=True))
         self._index = placement.coordinate(rank)
         self._axes: dict[str, _Axis] = {}

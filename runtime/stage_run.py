@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from shardplan.planner.instructions import Instruction, Op
 from shardplan.rewrite import storage
 from shardplan.rewrite.emit import load
+from shardplan.rewrite.later import Later
 from shardplan.rewrite.program import Argument, Program
 from shardplan.runtime.comm import DistComm
 from shardplan.runtime.inputs import Inputs
@@ -43,12 +44,15 @@ class _Flight:
     """One microbatch between its forward and its backward.
 
     received: by position among the arguments; results: tensors that are still to be sent, by position; edges: where
-    backward starts, by position (the results themselves need not be kept for it).
+    backward starts, by position (the results themselves need not be kept for it). Under a split backward: later, the
+    gradients that wait; late, where its second part starts besides, and the gradients there.
     """
 
     received: dict[int, torch.Tensor] = field(default_factory=dict)
     results: dict[int, torch.Tensor] = field(default_factory=dict)
     edges: dict[int, GradientEdge] = field(default_factory=dict)
+    later: Later | None = None
+    late: tuple[list[GradientEdge], list[torch.Tensor]] = field(default_factory=lambda: ([], []))
 
 
 class StageRun:
@@ -88,6 +92,7 @@ class StageRun:
         self._prepare_arguments(rank)
         results = self.code.results
         self._starts = [(i, [f"{r.name}<{s}" for s in r.stages]) for i, r in enumerate(results) if r.requires_grad]
+        self._late = {i for i, result in enumerate(results) if result.late}
         self._sent = [i for i, result in enumerate(results) if result.stages]
         self._losses = [i for i, result in enumerate(results) if result.kind == "loss"]
         self._outputs = [i for i, result in enumerate(results) if result.kind == "output"]
@@ -125,13 +130,16 @@ class StageRun:
         self._last_send = {i.microbatch: n for n, i in mine if i.op is Op.SEND_ACT}
         self._last_grad = {i.microbatch: n for n, i in mine if i.op is Op.SEND_GRAD}
         self._last = {i.microbatch: n for n, i in mine}
-        self._last_backward = max((n for n, i in mine if i.op is Op.BACKWARD), default=-1)
+        self._last_backward = max((n for n, i in mine if i.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT)), default=-1)
+        self._splits = any(i.op is Op.BACKWARD_INPUT for _, i in mine)
 
     def handler(self, op: Op) -> Handler | None:
         """What runs an instruction of that kind; None where it is none of a stage's."""
         return {
             Op.FORWARD: self._forward,
             Op.BACKWARD: self._backward,
+            Op.BACKWARD_INPUT: self._backward_input,
+            Op.BACKWARD_WEIGHT: self._backward_weight,
             Op.RECV_ACT: self._receive_activations,
             Op.SEND_ACT: self._send_activations,
             Op.RECV_GRAD: self._receive_gradients,
@@ -237,6 +245,8 @@ class StageRun:
         for i, name in self._count_places:
             arguments[i] = self._counts[name]
         self.comm.microbatch = microbatch
+        if self._splits:
+            self.comm.later = flight.later = Later()
         results = self.function(self.comm, self.device, *arguments)
         shared = self.shared
         for i in self._losses:
@@ -253,8 +263,8 @@ class StageRun:
                     self._ones[i] = torch.ones_like(results[i])
         self._end(at, microbatch)
 
-    def _backward(self, at: int, instruction: Instruction) -> None:
-        microbatch = instruction.microbatch
+    def _arrived(self, at: int, microbatch: int) -> tuple[list[GradientEdge], list[torch.Tensor]]:
+        """Wait for the gradients of what was sent. -> where backward starts, and the gradients there."""
         flight = self._flights[microbatch]
         edges: list[GradientEdge] = []
         gradients: list[torch.Tensor] = []
@@ -264,14 +274,46 @@ class StageRun:
                 part = self.mail.arrived(name, microbatch)
                 gradient = part if gradient is None else gradient + part
             if i in flight.edges:
-                edges.append(flight.edges[i])
-                gradients.append(self._ones[i] if gradient is None else gradient)
+                late = i in self._late and flight.later is not None
+                (flight.late[0] if late else edges).append(flight.edges[i])
+                (flight.late[1] if late else gradients).append(self._ones[i] if gradient is None else gradient)
         self._release(at)
         flight.edges = {}
         self.comm.microbatch = microbatch
+        return edges, gradients
+
+    def _backward(self, at: int, instruction: Instruction) -> None:
+        microbatch = instruction.microbatch
+        edges, gradients = self._arrived(at, microbatch)
         if at == self._last_backward:
             self.arm()
         if edges:
             torch.autograd.backward(edges, gradients)
             storage.settle(self.comm)
+        self._end(at, microbatch)
+
+    def _backward_input(self, at: int, instruction: Instruction) -> None:
+        microbatch = instruction.microbatch
+        edges, gradients = self._arrived(at, microbatch)
+        later = self._flights[microbatch].later
+        assert later is not None
+        self.comm.later = later
+        if edges:
+            torch.autograd.backward(edges, gradients)
+            storage.settle(self.comm)
+        self._end(at, microbatch)
+
+    def _backward_weight(self, at: int, instruction: Instruction) -> None:
+        microbatch = instruction.microbatch
+        flight = self._flights[microbatch]
+        self._release(at)
+        self.comm.microbatch = microbatch
+        if at == self._last_backward:
+            self.arm()
+        edges, gradients = flight.late
+        flight.late = [], []
+        assert flight.later is not None
+        self.comm.later = flight.later
+        flight.later.run(edges, gradients)
+        storage.settle(self.comm)
         self._end(at, microbatch)

@@ -21,6 +21,7 @@ UNEQUAL = [
     ("gpt2", ((2, 1), (1, 1), (1, 1)), 4),
     ("vit", ((1, 1), (1, 2), (1, 1)), 2),
 ]
+SPLIT = [("bytegpt", ((1, 1), (1, 1)), 4), ("gpt2", ((1, 2), (1, 2)), 2), ("t5", ((1, 1), (2, 1), (1, 1)), 4)]
 INTERLEAVED = [("bytegpt", 2, 2, 4), ("t5", 3, 2, 4), ("mlp", 2, 3, 2)]
 """name, positions, chunks, microbatches."""
 
@@ -37,6 +38,14 @@ def test_several_stages_a_rank(name, positions, chunks, microbatches):
         traced(name)[1], meshes=meshes, microbatches=microbatches, seed=3, schedule="interleaved", chunks=chunks
     )
     assert len(plan.devices) == positions
+    compare(name, plan)
+
+
+@pytest.mark.parametrize(("name", "meshes", "microbatches"), SPLIT)
+def test_backward_in_two_parts(name, meshes, microbatches):
+    trace = traced(name)[1]
+    again = [s.name for s in trace.segments] if name == "gpt2" else []
+    plan = random_plan(trace, meshes=meshes, microbatches=microbatches, seed=3, schedule="zb", rematerialize=again)
     compare(name, plan)
 
 

@@ -28,7 +28,7 @@ def pipelines(draw: st.DrawFn) -> tuple[str, int, int, set[tuple[int, int]], set
     pairs = [(a, b) for a in range(stages) for b in range(a + 1, stages)]
     edges = {pair for pair in pairs if draw(st.booleans())}
     back = {pair for pair in sorted(edges) if draw(st.integers(0, 3))}
-    return draw(st.sampled_from(["gpipe", "1f1b"])), stages, draw(st.integers(1, 9)), edges, back
+    return draw(st.sampled_from(["gpipe", "1f1b", "zb"])), stages, draw(st.integers(1, 9)), edges, back
 
 
 def test_golden_1f1b() -> None:
@@ -54,7 +54,9 @@ def test_every_small_pipeline_is_sound() -> None:
     """All edge sets of up to four stages, disconnected ones included."""
     for stages in range(1, 5):
         pairs = [(a, b) for a in range(stages) for b in range(a + 1, stages)]
-        for mask, microbatches, kind in itertools.product(range(2 ** len(pairs)), (1, 2, 5, 8), ("gpipe", "1f1b")):
+        for mask, microbatches, kind in itertools.product(
+            range(2 ** len(pairs)), (1, 2, 5, 8), ("gpipe", "1f1b", "zb")
+        ):
             edges = {pair for i, pair in enumerate(pairs) if mask >> i & 1}
             check(build(kind, stages, microbatches, edges), edges)
 
@@ -70,9 +72,10 @@ def test_random_pipelines_are_sound(case: tuple[str, int, int, set[tuple[int, in
     # Receives come ahead, but no receive of a neighbour by more than one compute.
     for line in schedule:
         computes = [i for i in line if i.peer < 0 and i.microbatch >= 0]
+        backward = Op.BACKWARD_INPUT if kind == "zb" else Op.BACKWARD
         for at, instruction in enumerate(line):
             if instruction.is_recv and abs(instruction.peer - instruction.stage) == 1 and edges <= chain(stages):
-                op = Op.FORWARD if instruction.op is Op.RECV_ACT else Op.BACKWARD
+                op = Op.FORWARD if instruction.op is Op.RECV_ACT else backward
                 needed = computes.index(Instruction(op, instruction.stage, instruction.microbatch))
                 done = sum(i.peer < 0 and i.microbatch >= 0 for i in line[:at])
                 assert done == max(needed - 1, 0)
@@ -187,7 +190,7 @@ def able(
     instruction = line[at]
     if instruction.is_send:
         return not strict or other(instruction) in done
-    if instruction.is_recv or instruction.op not in (Op.FORWARD, Op.BACKWARD):
+    if instruction.is_recv or instruction.op not in (Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT):
         return True
     kind = Op.RECV_ACT if instruction.op is Op.FORWARD else Op.RECV_GRAD
     needs = [i for i in line[:at] if i.op is kind and i.microbatch == instruction.microbatch]
@@ -208,7 +211,7 @@ def test_check_agrees_with_a_search_over_all_interleavings() -> None:
         stages, microbatches = rng.choice([(2, 1), (2, 2), (3, 1), (3, 2)])
         pairs = [(a, b) for a in range(stages) for b in range(a + 1, stages)]
         edges = {pair for pair in pairs if rng.random() < 0.7}
-        lines = [list(line) for line in build(rng.choice(["gpipe", "1f1b"]), stages, microbatches, edges)]
+        lines = [list(line) for line in build(rng.choice(["gpipe", "1f1b", "zb"]), stages, microbatches, edges)]
         for _ in range(rng.randrange(4)):
             line = rng.choice(lines)
             at = rng.randrange(len(line) - 2)

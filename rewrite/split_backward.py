@@ -1,0 +1,110 @@
+"""A pass on a stage graph: prepare it for backward in two parts (see `rewrite.later`).
+
+Every node gets a kind: of the chain, if it depends on a received value that needs a gradient; of weights, if it depends
+on parameters only; or neither. Products of the chain with weights are marked to be split; values of weights that the
+chain reads are held; in a segment that is recomputed, values of weights that are read outside are moved before it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from shardplan.rewrite import later
+from shardplan.rewrite.emit import group_of, set_chain, set_group, set_split
+from shardplan.rewrite.program import Argument
+
+CHAIN = "chain"
+WEIGHTS = "weights"
+
+_PRODUCTS = frozenset(
+    {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "addbmm", "bilinear", "einsum", "convolution"}
+    | {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
+)
+"""Ops whose gradients of inputs and of weights are work of their own."""
+
+
+def split_backward(graph: fx.Graph, arguments: Sequence[Argument]) -> list[bool]:
+    """Prepare a stage graph, whose placeholders are comm, device and the arguments. -> for every result of the stage,
+    whether it depends on parameters only."""
+    kinds = _kinds(graph, arguments)
+    _hold(graph, kinds)
+    _move_out(graph, kinds)
+    for node in graph.nodes:
+        if kinds.get(node) != CHAIN:
+            continue
+        set_chain(node)
+        weights = tuple(a for a in node.all_input_nodes if kinds.get(a) == WEIGHTS)
+        if weights and _is_product(node):
+            set_split(node, weights)
+    values = next(node for node in graph.nodes if node.op == "output").args[0]
+    assert isinstance(values, (tuple, list))
+    return [isinstance(value, fx.Node) and kinds.get(value) == WEIGHTS for value in values]
+
+
+def _kinds(graph: fx.Graph, arguments: Sequence[Argument]) -> dict[fx.Node, str]:
+    kinds: dict[fx.Node, str] = {}
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"][2:]
+    for node, argument in zip(placeholders, arguments, strict=True):
+        if argument.requires_grad:
+            kinds[node] = CHAIN if argument.kind == "recv" else WEIGHTS
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        inputs = {kinds.get(argument) for argument in node.all_input_nodes}
+        if CHAIN in inputs or WEIGHTS in inputs:
+            kinds[node] = CHAIN if CHAIN in inputs else WEIGHTS
+    return kinds
+
+
+def _hold(graph: fx.Graph, kinds: dict[fx.Node, str]) -> None:
+    """Between values that are made of weights and the chain's ops that read them."""
+    comm = next(iter(graph.nodes))
+    for node in list(graph.nodes):
+        readers = [user for user in node.users if kinds.get(user) == CHAIN]
+        if node.op != "call_function" or kinds.get(node) != WEIGHTS or not readers:
+            continue
+        with graph.inserting_after(node):
+            held = graph.call_function(later.hold, (comm, node))
+        kinds[held] = WEIGHTS
+        group = group_of(node)
+        if group is not None:
+            set_group(held, group)
+        for reader in readers:
+            reader.replace_input_with(node, held)
+
+
+def _move_out(graph: fx.Graph, kinds: dict[fx.Node, str]) -> None:
+    """A recomputed segment of the chain returns no values of weights: they are made before it."""
+    groups: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes:
+        group = group_of(node)
+        if group is not None and group.recomputed:
+            groups.setdefault(group.name, []).append(node)
+    for members in groups.values():
+        inside = set(members)
+        if not any(kinds.get(node) == CHAIN for node in members):
+            continue
+        pending = [n for n in members if kinds.get(n) == WEIGHTS and any(user not in inside for user in n.users)]
+        moved: set[fx.Node] = set()
+        while pending:
+            node = pending.pop()
+            if node not in moved:
+                moved.add(node)
+                pending += [a for a in node.all_input_nodes if a in inside]
+        first = next((node for node in members if node not in moved), None)
+        for node in members:
+            if node in moved and first is not None:
+                first.prepend(node)
+                set_group(node, None)
+
+
+def _is_product(node: fx.Node) -> bool:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target is operator.getitem:
+        return False
+    namespace, name = target._schema.name.split("::")
+    return namespace == "aten" and name in _PRODUCTS and not target._schema.is_mutable

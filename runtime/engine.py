@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -299,17 +300,36 @@ class Engine:
     # -- measuring -----------------------------------------------------------------------------------------------------
 
     def measure(self, batch: Batch, steps: int = 5, key: str = "train") -> dict[str, Any]:
-        """Timed steps without changing anything: gradients are computed and dropped. See `runtime.measuring`."""
-        parameters = self.shards.parameters.items()
-        gradients = {name: None if p.grad is None else p.grad.clone() for name, p in parameters}
-        buffers = {name: b.clone() for name, b in self.shards.buffers.items()}
+        """Timed steps of training, after which everything is as before. See `runtime.measuring`."""
+        parameters = self.shards.parameters
+        gradients = {name: None if p.grad is None else p.grad.clone() for name, p in parameters.items()}
+        tensors = list({id(t): t for t in (*self.shards.used().values(), *parameters.values())}.values())
+        values = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
+        optimizer = copy.deepcopy(self.optimizer.state_dict()) if self.optimizer is not None else None
+        optimize = self._optimize if self.optimizer_factory is not None else None
+        idle = self._optimize if optimize is not None and self.clip is not None else None
         try:
-            return measuring.measure(self.executor(key), batch, steps, self.steps, self.zero_grad)
+            return measuring.measure(
+                self.executor(key),
+                batch,
+                steps,
+                measuring.Around(self.steps, self.zero_grad, optimize, idle, lambda: self._held(tensors)),
+            )
         finally:
-            for name, parameter in self.shards.parameters.items():
+            with torch.no_grad():
+                for tensor, value in zip(tensors, values, strict=True):
+                    tensor.copy_(value)
+            if self.optimizer is not None and optimizer is not None:
+                self.optimizer.load_state_dict(optimizer)
+            for name, parameter in parameters.items():
                 parameter.grad = gradients[name]
-            for name, buffer in self.shards.buffers.items():
-                buffer.copy_(buffers[name])
+
+    def _held(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """What stays between steps: given tensors, gradients that are there, and the optimizer's state."""
+        state = self.optimizer.state.values() if self.optimizer is not None else ()
+        kept = [v for values in state for v in values.values() if torch.is_tensor(v) and v.device == self.device]
+        found = [*tensors, *kept]
+        return [*found, *(t.grad for t in found if t.grad is not None)]
 
     def close(self) -> None:
         """Wait for a checkpoint that is being written; then drop the shards, and the process groups that were made for

@@ -15,11 +15,14 @@ from typing import Any
 
 import torch
 
+from shardplan.planner.instructions import Op
+
 GRADIENTS = "gradients"
 """Class of what adds gradients into parameters."""
 START = "start"
 """Class of what an instruction does before the first op and after the last."""
 _COLLECTIVES = "collectives"
+_SIDES = {Op.FORWARD: "forward", Op.BACKWARD: "backward", Op.BACKWARD_INPUT: "backward", Op.BACKWARD_WEIGHT: "backward"}
 _OPS = "torch.ops."
 
 
@@ -61,40 +64,40 @@ class _Marks(ast.NodeTransformer):
 
 
 class OpClock:
-    """Adds up seconds by (class, "forward" | "backward" | "again"); "again" is a forward within a backward.
-
-    backward: whether the instruction that runs is a backward.
-    """
+    """Adds up seconds by (class, "forward" | "backward" | "again"); "again" is a forward within a backward."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.backward = False
+        self._side = ""
         self._log: list[tuple[tuple[str, str] | None, Any]] = []
         self._current = START
         self._gradient_nodes: list[Any] = []
 
     def watch_parameters(self, parameters: Any) -> None:
         """Tell apart what adds gradients into these leaves."""
-        for parameter in parameters:
-            if parameter.requires_grad:
+        for parameter in {id(p): p for p in parameters}.values():
+            if parameter.requires_grad and parameter.is_leaf:
                 with torch.enable_grad():
                     node = parameter.view_as(parameter).grad_fn.next_functions[0][0]
                 node.register_prehook(self._enter)
                 node.register_hook(self._leave)
                 self._gradient_nodes.append(node)  # lives as long as somebody holds it
 
-    def begin(self, backward: bool) -> None:
+    def begin(self, op: Op) -> None:
         """An instruction starts."""
-        self.backward, self._current = backward, START
+        self._side = _SIDES.get(op, "")
+        self._current = START
         self._note(None)
 
     def end(self) -> None:
         """An instruction is done."""
-        self._note((self._current if self.backward else START, "backward" if self.backward else "forward"))
+        self._note((self._current, self._side) if self._side else None)
 
     def mark(self, op_class: str, result: Any) -> None:
         """A call of that class returned."""
-        self._note((op_class, "again" if self.backward else "forward"))
+        self._note((op_class, "again" if self._side == "backward" else "forward"))
+        if self._side == "forward":
+            self._current = START  # what comes behind the last op
         tensor = result[0] if isinstance(result, (tuple, list)) and result else result
         node = tensor.grad_fn if isinstance(tensor, torch.Tensor) else None
         if node is not None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from shardplan.batch import Batch, Inputs, canonical, example_batch, move, rebuild_output
+from shardplan.calibrating import keep_evidence, measured_of
 from shardplan.calls import Call, Calls
 from shardplan.checkpoints import Checkpoints, Facts, Saving, encodable
 from shardplan.errors import NotRunnableHere, NotSupported, UsageError
@@ -205,23 +206,27 @@ class ParallelModel:
         outputs = ranks.call(rank_calls.forward, call.inputs.bind(batch), ranks.in_place, call.key)
         return rebuild_output(call.trace, outputs)
 
-    def measure(self, *inputs: Any, steps: int = 5, target: Any = None, **kwargs: Any) -> Measured:
-        """Time forward, backward and gradient reduction on this batch without changing anything.
+    def measure(
+        self, *inputs: Any, steps: int = 5, calibrate: bool = False, target: Any = None, **kwargs: Any
+    ) -> Measured:
+        """Time steps of training on this batch (with the optimizer, where there is one) and count their memory; after
+        that everything is as it was. ``plan.report(path, measured)`` sets the result beside the prediction.
 
-        The optimizer step is not run. ``plan.report(path, measured)`` sets the result beside the prediction.
+        calibrate: keep what the prediction was off by, class of ops by class of ops, for the plans to come on devices
+        like these (see `shardplan.calibrating`). Raises UsageError where the batch is not the planned one, or the plan
+        does not say what it predicts.
         """
         batch = self._batch(inputs, kwargs, target)
         call = self._call(batch, training=True)
-        found = self._ranks().call(rank_calls.measure, call.inputs.bind(batch), steps, call.key)
-        each = [m.get("forward", 0.0) + m.get("backward", 0.0) for m in found["stages"]]
-        once = [m.get("reduce", 0.0) for m in found["stages"]]
-        return Measured(
-            step_seconds=found["step_seconds"],
-            stage_seconds=tuple(call.plan.microbatches * a + b for a, b in zip(each, once, strict=True)),
-            peak_nbytes=tuple(found["peak_nbytes"]) if any(found["peak_nbytes"]) else (),
-            steps=steps,
-            timeline=found.get("timeline"),
-        )
+        ranks = self._ranks()
+        found = ranks.call(rank_calls.measure, call.inputs.bind(batch), steps, call.key)
+        measured = measured_of(call.plan, found, steps)
+        if calibrate:
+            if call.plan is not self.plan:
+                raise UsageError("only the planned batch calibrates", hints=["measure(calibrate=True) on that batch"])
+            if not isinstance(ranks, InPlace) or ranks.session.rank == 0:
+                keep_evidence(call.plan, measured, found["places"])
+        return measured
 
     # -- parameters and state ------------------------------------------------------------------------------------------
 

@@ -40,7 +40,8 @@ class Overheads:
     """What running a stage costs besides its ops, messages and sums.
 
     forward_seconds, backward_seconds: of every FORWARD and BACKWARD instruction; step_seconds: once a step (inputs,
-    zeroing gradients, the loss of the whole batch). reduce: factor on the seconds of gradient reduction. memory: factor
+    zeroing gradients, the loss of the whole batch). reduce: factor on the seconds of gradient reduction; collective: on
+    those of collectives inside a stage (messages between stages are corrected where they are priced). memory: factor
     on a stage's peak, what is above 1 is held in reserve. factors: those that measured jobs gave, by name ("op
     aten.linear.default forward"), for the record; jobs: how many there were.
     """
@@ -49,6 +50,7 @@ class Overheads:
     backward_seconds: float = 0.0
     step_seconds: float = 0.0
     reduce: float = 1.0
+    collective: float = 1.0
     memory: float = 1.0
     factors: Mapping[str, float] = field(default_factory=dict)
     jobs: int = 0

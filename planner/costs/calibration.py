@@ -26,6 +26,7 @@ _MOST_JOBS = 32
 _RATIO = (0.25, 4.0)
 _PASS_SECONDS = (0.0, 5e-3)
 _STEP_SECONDS = (0.0, 50e-3)
+_REDUCE = (0.02, 4.0)  # what overlaps with backward costs next to nothing
 _MEMORY = (1.0, 1.5)
 
 Pair = tuple[float, float]
@@ -37,8 +38,8 @@ class Evidence:
 
     ops: class -> (forward, backward), measured over predicted; a side that was not seen is nan. forward_seconds,
     backward_seconds: of an instruction besides its ops; step_seconds: of a step besides its instructions. optimizer,
-    reduce: measured over predicted, None where there was none. memory: measured over predicted peak, None where not
-    taken.
+    reduce, collective, message: measured over predicted, None where there was none (collective: inside stages; message:
+    between stages). memory: measured over predicted peak, None where not taken.
     """
 
     model: str
@@ -49,6 +50,8 @@ class Evidence:
     step_seconds: float = 0.0
     optimizer: float | None = None
     reduce: float | None = None
+    collective: float | None = None
+    message: float | None = None
     memory: float | None = None
 
 
@@ -64,6 +67,8 @@ class Corrections:
     step_seconds: float | None = None
     optimizer: float = 1.0
     reduce: float = 1.0
+    collective: float = 1.0
+    message: float = 1.0
     memory: float = 1.0
     jobs: int = 0
     own: bool = False
@@ -72,7 +77,8 @@ class Corrections:
         """All factors by name, for the record of a plan."""
         if not self.jobs:
             return {}
-        found = {"optimizer": self.optimizer, "reduce": self.reduce, "memory": self.memory}
+        names = ("optimizer", "reduce", "collective", "message", "memory")
+        found = {name: getattr(self, name) for name in names}
         for name, pair in (*self.ops.items(), ("other", self.default)):
             for side, factor in zip(("forward", "backward"), pair, strict=True):
                 found[f"op {name} {side}"] = factor
@@ -108,7 +114,9 @@ def corrections(evidence: Sequence[Evidence], model: str = "") -> Corrections:
         _clamped(statistics.median(e.backward_seconds for e in speaking), _PASS_SECONDS),
         _clamped(statistics.median(e.step_seconds for e in speaking), _STEP_SECONDS),
         _middle((e.optimizer for e in speaking), _RATIO),
-        _middle((e.reduce for e in speaking), _RATIO),
+        _middle((e.reduce for e in speaking), _REDUCE),
+        _middle((e.collective for e in speaking), _RATIO),
+        _middle((e.message for e in speaking), _RATIO),
         _middle((e.memory for e in speaking), _MEMORY),
         len(evidence),
         bool(own),
@@ -175,7 +183,7 @@ def _parsed(row: Any) -> Evidence | None:
         seconds = found.forward_seconds, found.backward_seconds, found.step_seconds
         if not all(isinstance(s, (int, float)) and math.isfinite(s) for s in seconds):
             return None
-        for ratio in (found.optimizer, found.reduce, found.memory):
+        for ratio in (found.optimizer, found.reduce, found.collective, found.message, found.memory):
             if ratio is not None and not (isinstance(ratio, (int, float)) and ratio > 0):
                 return None
     except (TypeError, KeyError, ValueError, IndexError, AttributeError):

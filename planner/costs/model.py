@@ -108,7 +108,7 @@ class CostModel:
         known, unit = self._corrections_on(kind), self.company(self._local[kind]).pass_seconds
         measured = (known.forward_seconds, known.backward_seconds, known.step_seconds)
         seconds = [times * unit if s is None else s for s, times in zip(measured, _PASSES, strict=True)]
-        return Overheads(*seconds, known.reduce, known.memory, known.factors(), known.jobs)
+        return Overheads(*seconds, known.reduce, known.collective, known.memory, known.factors(), known.jobs)
 
     def _op(self, call: LocalCall, device: int, call_key: str) -> OpCost:
         kind = self.cluster.devices[device].kind
@@ -219,7 +219,8 @@ class CostModel:
 
     def p2p(self, nbytes: int, source: int, target: int) -> float:
         """See `Costs.p2p`."""
-        return self.links.p2p(nbytes, source, target)
+        factor = self._corrections_on(self.cluster.devices[source].kind).message
+        return self.links.p2p(nbytes, source, target) * factor
 
     def copy(self, nbytes: int, device: int) -> float:
         """See `Costs.copy`."""

@@ -22,7 +22,7 @@ from torch._guards import TracingContext, tracing
 from torch.utils import _pytree as pytree
 
 from shardplan.errors import NotTraceable, UsageError
-from shardplan.planner import casts, vmaps
+from shardplan.planner import casts, precision, vmaps
 from shardplan.planner.custom_backward import is_plain
 from shardplan.planner.data_checks import Answers
 from shardplan.planner.passes.draft import way_out
@@ -70,10 +70,18 @@ class Packing:
 
 
 class Wrapper(nn.Module):
-    """Calls the model and returns (loss or None, *tensor leaves of the output); `packing` says what they were."""
+    """Calls the model and returns (loss or None, *tensor leaves of the output); `packing` says what they were. dtype: of
+    its parameters where that is not their own, see `planner.precision`."""
 
-    def __init__(self, model: nn.Module, loss_fn: Callable[..., Any] | None, need_loss: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[..., Any] | None,
+        need_loss: bool,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        self.dtype = dtype
         self.model = model
         # In a list, so that the buffers of a loss module become constants of the trace.
         self.loss_fn = [loss_fn]
@@ -92,7 +100,7 @@ class Wrapper(nn.Module):
         return self._pack(output, loss)
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> tuple[Any, torch.Tensor | None]:
-        output = self.model(*args, **kwargs)
+        output = precision.call(self.model, self.dtype, *args, **kwargs)
         loss_fn = self.loss_fn[0]
         if loss_fn is not None and target is not None:
             loss = loss_fn(output, target)

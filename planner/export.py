@@ -24,11 +24,13 @@ from shardplan.planner.passes import Draft, drop_checks, normalize, selections
 from shardplan.planner.passes.draft import not_traceable, packet
 from shardplan.planner.passes.inline_regions import mark_switched
 from shardplan.planner.passes.verify import known_target
+from shardplan.planner.precision import compute_dtype
 from shardplan.planner.segments import fill_segments
 from shardplan.planner.shadow import CannotCopy, fake_like, make_fake_mode, shadow, without_caches
 from shardplan.planner.trace import (
     Source,
     Trace,
+    info,
     infos,
     leaf_of,
     mutated,
@@ -52,6 +54,7 @@ def trace_model(
     training: bool = True,
     evaluate: bool | None = None,
     leaves: Sequence[str] | Mapping[str, str] = (),
+    precision: str | None = None,
 ) -> Trace:
     """Trace one call ``model(*args, **kwargs)`` with its loss. Its weights are not copied; it is not run, leaves aside.
 
@@ -66,6 +69,7 @@ def trace_model(
     leaves: globs of submodules to keep whole, or `Trace.leaves` of another call of the model. Those in which tracing
         fails are kept whole as well; where there are any, a copy of the modules is run once on the example, if it and
         the model have values.
+    precision: see `planner.precision`.
 
     Raises UsageError for wrong arguments or a missing loss, NotTraceable for what cannot be one graph.
     """
@@ -73,29 +77,44 @@ def trace_model(
     kwargs = dict(kwargs or {})
     _check_arguments(model, args, kwargs, loss_fn, target, training)
     evaluate = not training if evaluate is None else evaluate
+    dtype = compute_dtype(precision)
+    if dtype is not None and leaves:
+        raise NotSupported(f"precision={precision!r} with a leaf", [], ["a leaf runs in the dtypes of its own modules"])
     kept = Leaves(model, args, kwargs, training, evaluate)
     kept.ask(leaves)
     while True:
         try:
-            draft, captured = _normalized(model, (args, kwargs, target), loss_fn, kept)
+            draft, captured = _normalized(model, (args, kwargs, target), loss_fn, kept, dtype)
             break
         except NotTraceable as error:
-            if not kept.take(error):
+            if dtype is not None or not kept.take(error):
                 raise kept.last_word(error) from error
     _note_devices(draft)
     trace = _finish(draft, captured, pytree.tree_structure((args, kwargs)), _batch_size((args, kwargs)))
     trace.model_name = type(model).__name__
+    trace.precision = precision
+    trace.masters = _masters(trace, model)
     prove_splits(trace, kept)
     fill_segments(trace)
     trace.seconds = time.perf_counter() - started
     return trace
 
 
-def _normalized(model: nn.Module, call: tuple[Any, Any, Any], loss_fn: Any, kept: Leaves) -> tuple[Draft, Captured]:
+def _masters(trace: Trace, model: nn.Module) -> dict[str, torch.dtype]:
+    """Name of every parameter that is not used in the dtype that it has -> that dtype."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    return {
+        name: named[name].dtype for name, node in trace.parameters().items() if named[name].dtype != info(node).dtype
+    }
+
+
+def _normalized(
+    model: nn.Module, call: tuple[Any, Any, Any], loss_fn: Any, kept: Leaves, dtype: torch.dtype | None
+) -> tuple[Draft, Captured]:
     """call: (args, kwargs, target)."""
     fake_mode = make_fake_mode()
     inputs = pytree.tree_map_only(torch.Tensor, lambda t: fake_like(fake_mode, t), call)
-    captured = _capture(model, inputs, loss_fn, kept, fake_mode)
+    captured = _capture(model, inputs, loss_fn, kept, fake_mode, dtype)
     kept.check_called()
     notes = [*captured.notes, *dict.fromkeys(captured.wrapper.packing.remarks)]
     if kept.training and not model.training:
@@ -146,15 +165,17 @@ def _batch_size(inputs: Any) -> int:
     return next(int(leaf.shape[0]) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim)
 
 
-def _capture(model: nn.Module, inputs: Any, loss_fn: Any, kept: Leaves, fake_mode: Any) -> Captured:
+def _capture(
+    model: nn.Module, inputs: Any, loss_fn: Any, kept: Leaves, fake_mode: Any, dtype: torch.dtype | None
+) -> Captured:
     """Trace a copy of the modules; the model itself where it cannot be copied or the loss function holds on to it."""
     own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
 
     def attempt(copied: bool, answers: Answers) -> Captured:
-        with shadow(model, fake_mode, copied) as traced, without_caches(traced), kept.installed(traced):
+        with shadow(model, fake_mode, copied, dtype) as traced, without_caches(traced), kept.installed(traced):
             if kept.evaluate:
                 traced.eval()
-            return capture(Wrapper(traced, loss_fn, kept.training), inputs, fake_mode, answers)
+            return capture(Wrapper(traced, loss_fn, kept.training, dtype), inputs, fake_mode, answers)
 
     for copied in (True, False):
         try:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from shardplan.errors import UsageError
+from shardplan.planner.precision import lowered
 
 
 class CannotCopy(Exception):
@@ -27,32 +28,34 @@ def make_fake_mode() -> Any:
     return FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True, export=True)
 
 
-def fake_like(fake_mode: Any, value: torch.Tensor) -> torch.Tensor:
-    """A fake tensor of the same shape, strides and dtype; meta becomes CPU."""
+def fake_like(fake_mode: Any, value: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A fake tensor of the same shape and strides (and dtype, unless one is given); meta becomes CPU."""
     device = torch.device("cpu") if value.device.type == "meta" else value.device
     with fake_mode:
         if value.layout != torch.strided:
             raise UsageError(f"sparse tensors are not supported (layout {value.layout})")
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+        return torch.empty_strided(value.shape, value.stride(), dtype=dtype or value.dtype, device=device)
 
 
-def _fakes(model: nn.Module, fake_mode: Any) -> dict[int, torch.Tensor]:
-    """id of every parameter and buffer -> its fake."""
+def _fakes(model: nn.Module, fake_mode: Any, dtype: torch.dtype | None) -> dict[int, torch.Tensor]:
+    """id of every parameter and buffer -> its fake. dtype: of the parameters that `precision.lowered` names."""
     found: dict[int, torch.Tensor] = {}
+    chosen = lowered(model) if dtype is not None else set()
     for value in [*model.parameters(), *model.buffers()]:
-        fake = fake_like(fake_mode, value)
+        fake = fake_like(fake_mode, value, dtype if id(value) in chosen else None)
         is_parameter = isinstance(value, nn.Parameter)
         found[id(value)] = nn.Parameter(fake, requires_grad=value.requires_grad) if is_parameter else fake
     return found
 
 
 @contextlib.contextmanager
-def shadow(model: nn.Module, fake_mode: Any, copied: bool) -> Iterator[nn.Module]:
-    """The model with fake weights. copied: a copy of its modules; else the model itself, put right afterwards.
+def shadow(model: nn.Module, fake_mode: Any, copied: bool, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
+    """The model with fake weights. copied: a copy of its modules; else the model itself, put right afterwards. dtype:
+    see `planner.precision`.
 
     Raises CannotCopy.
     """
-    fakes = _fakes(model, fake_mode)
+    fakes = _fakes(model, fake_mode, dtype)
     if copied:
         memo: dict[int, Any] = dict(fakes)
         for module in model.modules():

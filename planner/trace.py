@@ -112,6 +112,8 @@ class Trace:
     method: "export" or "make_fx" (which bakes in branches); notes: things the user should be told.
     batch_norm: statistics of batch normalisation in training are those of the whole batch ("global") or of each
         replica and microbatch ("replica", which is not what one device computes).
+    precision: see `planner.precision`. masters: name of every parameter that is used in another dtype than the model
+        has it in -> that dtype.
     """
 
     module: fx.GraphModule
@@ -130,6 +132,8 @@ class Trace:
     model_name: str = ""
     notes: list[str] = field(default_factory=list)
     batch_norm: str = "global"
+    precision: str | None = None
+    masters: dict[str, torch.dtype] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property

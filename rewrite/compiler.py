@@ -9,7 +9,7 @@ from itertools import groupby
 
 from torch import fx
 
-from shardplan.errors import PlanMismatch
+from shardplan.errors import NotSupported, PlanMismatch
 from shardplan.planner import schedules
 from shardplan.planner.instructions import Op, Schedule
 from shardplan.planner.placement import MICROBATCH_AXIS, D, Layout, Mesh, P, R, local_shape
@@ -267,19 +267,27 @@ class _Compiler:
             chosen = {axis: self.plan.strategy(axis, placeholder) for axis in wide}
             layout = tuple(placed(chosen.get(axis), 0) for axis in mesh.axes)
             stored = storage_of(self.plan, self.trace, placeholder, layout, mesh) if kind == "param" else None
+            master = self.trace.masters.get(source.name) if kind == "param" else None
+            if master is not None and stored is not None:
+                raise NotSupported(
+                    f"{source.name} is split for storage and used in {info(node).dtype}",
+                    [],
+                    ["precision=None, or storage=0"],
+                )
             done = {MICROBATCH_AXIS, stored.axis if stored is not None else ""}
             reduce_axes = tuple(a for a, p in zip(mesh.axes, layout, strict=True) if p == D and a not in done)
             found.append(
                 TensorSpec(
                     source.name,
                     info(node).shape,
-                    info(node).dtype,
+                    master or info(node).dtype,
                     layout,
                     source.trainable,
                     reduce_axes if source.trainable else (),
                     at,
                     source.aliases,
                     stored,
+                    None if master is None else info(node).dtype,
                 )
             )
         return tuple(found)

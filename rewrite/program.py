@@ -78,7 +78,8 @@ class TensorSpec:
     layout: along the stage mesh's axes (incl. "mb", on which only inputs are split). reduce_axes: mesh axes on which
     the gradient is a sum still to be taken at the end of the step. stages: every stage that holds the tensor; where
     there are several (tied parameters) their gradients are added up as well. storage: how a parameter is split for
-    storage, inside the layout, on an axis that is then none of reduce_axes; None: as it is used.
+    storage, inside the layout, on an axis that is then none of reduce_axes; None: as it is used. dtype: stored; used:
+    what the stages' code takes where that is another dtype (see `planner.precision`).
     """
 
     name: str
@@ -90,6 +91,7 @@ class TensorSpec:
     stages: tuple[int, ...] = ()
     aliases: tuple[str, ...] = ()
     storage: Storage | None = None
+    used: torch.dtype | None = None
 
     def place(self, mesh: Mesh) -> tuple[str, int, int, bool]:
         """Of a parameter that is split for storage: the axis, the dim, that dim's extent as the stage uses the

@@ -69,6 +69,7 @@ class _Run:
         for comms in self.comms:
             for comm in comms.values():
                 comm.base_seed = seed
+        self.masters: dict[torch.Tensor, torch.Tensor] = {}
         self.tensors: list[dict[Coordinate, Tensors]] = []
         self.shards: list[dict[Coordinate, Tensors]] = []
         for stage, placement in enumerate(program.placement):
@@ -94,8 +95,20 @@ class _Run:
         return dict(self._specs())[kind]
 
     def _leaf(self, spec: TensorSpec, whole: torch.Tensor, placement: StageRanks, comm: ThreadComm) -> torch.Tensor:
-        part = part_of(whole.detach(), spec.layout, placement.mesh, comm.coordinate).clone()
-        return part.requires_grad_(spec.trainable and self.program.kind == "train")
+        part = part_of(whole.detach(), spec.layout, placement.mesh, comm.coordinate)
+        part = part.to(spec.used or part.dtype, copy=True)
+        part.requires_grad_(spec.trainable and self.program.kind == "train")
+        if spec.used is not None and part.requires_grad:
+            part.register_post_accumulate_grad_hook(self._widen)
+        return part
+
+    def _widen(self, leaf: torch.Tensor) -> None:
+        """Gradients of microbatches add up in the precision of the masters."""
+        assert leaf.grad is not None
+        master = self.masters.get(leaf)
+        gradient = leaf.grad.to(torch.float32)
+        self.masters[leaf] = gradient if master is None else master + gradient
+        leaf.grad = None
 
     def _shard(self, spec: TensorSpec, held: Tensors, comm: ThreadComm) -> torch.Tensor:
         """The stored part of a parameter; the whole one of level 3 is not kept."""
@@ -288,10 +301,11 @@ class _Run:
             if spec.name in self.program.uneven and any(leaf.grad is not None for leaf in leaves.values()):
                 for leaf in leaves.values():
                     leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+            gradients = {place: self.masters.get(leaf, leaf.grad) for place, leaf in leaves.items()}
             parts = {
-                tuple(self.comms[stage][place].coordinate.items()): leaf.grad
-                for place, leaf in leaves.items()
-                if leaf.grad is not None
+                tuple(self.comms[stage][place].coordinate.items()): gradient
+                for place, gradient in gradients.items()
+                if gradient is not None
             }
             if not parts:
                 continue

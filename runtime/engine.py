@@ -186,7 +186,8 @@ class Engine:
         self._refresh()
 
     def _refresh(self) -> None:
-        """The parts of parameters that are split for storage have changed."""
+        """Stored parameters have changed: bring what the stages use up to date."""
+        self.shards.round()
         executor = next((e for e in self._executors.values() if e.stage >= 0), None)
         if executor is not None:
             executor.refresh()
@@ -344,6 +345,7 @@ class Engine:
         self.optimizer = None
         self.shards.parameters.clear()
         self.shards.wholes.clear()
+        self.shards.rounded.clear()
         self.shards.buffers.clear()
         self.groups.close()
 

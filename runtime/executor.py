@@ -77,7 +77,7 @@ class Executor:
             for axis, size in zip(placement.mesh.axes, placement.mesh.sizes, strict=True):
                 if axis != MICROBATCH_AXIS and size > 1:
                     groups.of_stage(placement, (axis,))
-        self.sums = GradientSums(program, stages, rank, self.parts, groups, attached or Attached())
+        self.sums = GradientSums(program, stages, rank, self.parts, groups, attached or Attached(), tensors)
         ways = Ways(program, rank, groups)
         self.runs: tuple[StageRun, ...] = ()
         if not stages:

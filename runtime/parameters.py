@@ -24,7 +24,8 @@ class Shards:
 
     parameters: what it stores and what the optimizer steps on: of a parameter that is split for storage this rank's
     part, at every level (see `planner.storage`). wholes: of such parameters at levels 1 and 2 what the stage's code
-    uses, of which the stored part is a view where the split allows it. comm: of this rank's stage, once there is one.
+    uses, of which the stored part is a view where the split allows it. rounded: of parameters that are used in a lower
+    precision what the stage's code uses (see `planner.precision`). comm: of this rank's stage, once there is one.
     """
 
     def __init__(self, program: Program, rank: int, device: torch.device) -> None:
@@ -37,6 +38,7 @@ class Shards:
         self.comm: DistComm | None = None
         self.parameters: dict[str, nn.Parameter] = {}
         self.wholes: dict[str, torch.Tensor] = {}
+        self.rounded: dict[str, torch.Tensor] = {}
         self.buffers: dict[str, torch.Tensor] = {}
         self.specs: dict[str, TensorSpec] = {s.name: s for s in (*program.parameters, *program.buffers)}
 
@@ -50,7 +52,13 @@ class Shards:
 
     def used(self) -> dict[str, torch.Tensor]:
         """What the stage's code uses; of a parameter of level 3 it asks for the part."""
-        return {**self.parameters, **self.wholes, **self.buffers}
+        return {**self.parameters, **self.wholes, **self.rounded, **self.buffers}
+
+    def round(self) -> None:
+        """Parameters have changed: bring what is used of them in a lower precision up to date."""
+        if self.rounded:
+            with torch.no_grad():
+                torch._foreach_copy_(list(self.rounded.values()), [self.parameters[name] for name in self.rounded])
 
     def pieces(self, spec: TensorSpec) -> list[list[tuple[int, int]]]:
         """Which part of a tensor this rank stores: per dim the (start, stop) runs."""
@@ -92,6 +100,10 @@ class Shards:
                     self.parameters[spec.name] = nn.Parameter(part, requires_grad=spec.trainable)
                 else:
                     self.parameters[spec.name] = nn.Parameter(value, requires_grad=spec.trainable)
+                    if spec.used is not None:
+                        used = torch.empty_like(value, dtype=spec.used)
+                        self.rounded[spec.name] = used.requires_grad_(spec.trainable)
+        self.round()
 
     def _part(self, spec: TensorSpec, whole: torch.Tensor) -> torch.Tensor:
         """The part that this rank stores of a parameter as its stage uses it; a view."""

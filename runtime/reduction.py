@@ -8,7 +8,7 @@ the stage: all of its ranks run the same code, so the sums of a group match.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -70,16 +70,20 @@ class Bucket:
         leaf = self.leaves[index]
         if len(self.leaves) == 1:
             return
+        view = self.place(index)
+        if leaf.grad is not view:
+            assert leaf.grad is not None
+            leaf.grad = view.copy_(leaf.grad)
+
+    def place(self, index: int) -> torch.Tensor:
+        """Where in the bucket a leaf's gradient lies."""
         if self.flat is None:
+            leaf = self.leaves[index]
             sizes = [leaf.numel() for leaf in self.leaves]
             self.flat = flat = torch.empty(sum(sizes), dtype=leaf.dtype, device=leaf.device)
             parts = flat.split(sizes)
             self.views = [part.view(leaf.shape) for part, leaf in zip(parts, self.leaves, strict=True)]
-        view = self.views[index]
-        if leaf.grad is not view:
-            assert leaf.grad is not None
-            view.copy_(leaf.grad)
-            leaf.grad = view
+        return self.views[index]
 
     def launch(self) -> None:
         """Start the sum; where no leaf has a gradient there is none, on any rank of the group."""
@@ -175,7 +179,10 @@ class GradientSums:
         tensors: Mapping[str, torch.Tensor],
         groups: Groups,
         attached: Attached,
+        used: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
+        """tensors: what is stored of the parameters; used: what the stages' code takes (None: the same), where that is
+        rounded its gradients are added to those of the former."""
         for spec in program.parameters:
             if len(spec.reduce_axes) > 1:
                 for index in spec.stages:
@@ -185,6 +192,7 @@ class GradientSums:
         self._tied = TiedSums(program, rank, tensors, groups)
         self._attached = attached
         self._handles: list[Any] = []
+        self._rounded: dict[torch.Tensor, torch.Tensor] = {}
         self._agreed = False
         overlapped: dict[int, list[_Sum]] = {stage: [] for stage in stages}
         late: dict[tuple[int, ...], list[torch.Tensor]] = {}
@@ -192,6 +200,8 @@ class GradientSums:
         self._counted_elsewhere: list[torch.Tensor] = []
         for stage, spec in _last_used_first(program, stages):
             leaf = tensors[spec.name]
+            if spec.used is not None and used is not None:
+                self._rounded[leaf] = used[spec.name]
             ranks = program.placement[stage].group(rank, spec.reduce_axes)
             tied = [ranks for ranks in twins(program, spec) if rank in ranks]
             shared = sum(other in spec.stages for other in stages) > 1
@@ -220,11 +230,43 @@ class GradientSums:
 
     def attach(self) -> None:
         """Called by `Attached`: have every gradient of a bucket come here when it has been accumulated."""
+        bucketed: set[torch.Tensor] = set()
         for sums in self._stages.values():
             for bucket in sums.buckets:
                 for index, leaf in enumerate(bucket.leaves):
                     hook = partial(sums.arrived, bucket, index)
-                    self._handles.append(leaf.register_post_accumulate_grad_hook(hook))
+                    self._hook(leaf, hook, bucket, index)
+                    bucketed.add(leaf)
+        for leaf in self._rounded:
+            if leaf not in bucketed:
+                self._hook(leaf, None)
+
+    def _hook(
+        self,
+        leaf: torch.Tensor,
+        hook: Callable[[torch.Tensor], None] | None,
+        bucket: Bucket | None = None,
+        index: int = 0,
+    ) -> None:
+        rounded = self._rounded.get(leaf)
+        if rounded is None:
+            assert hook is not None
+            self._handles.append(leaf.register_post_accumulate_grad_hook(hook))
+            return
+
+        def widen(used: torch.Tensor) -> None:
+            gradient, used.grad = used.grad, None
+            assert gradient is not None
+            if leaf.grad is not None:
+                leaf.grad.add_(gradient)
+            elif bucket is None or bucket.launched or len(bucket.leaves) == 1:
+                leaf.grad = gradient.to(leaf.dtype)
+            else:
+                leaf.grad = bucket.place(index).copy_(gradient)
+            if hook is not None:
+                hook(leaf)
+
+        self._handles.append(rounded.register_post_accumulate_grad_hook(widen))
 
     def detach(self) -> None:
         """Called by `Attached`: give the leaves and the memory of the buckets free."""

@@ -99,6 +99,7 @@ class Calls:
                 training=training,
                 evaluate=False,
                 leaves=self.planned.trace.leaves(),
+                precision=self.planned.trace.precision,
             )
             plan, inputs = adapt(self.planned.plan, trace), Inputs(trace, batch.on_meta(), batch.target)
             seconds = trace.seconds

@@ -21,6 +21,7 @@ from shardplan.planner.costs.roofline import flops
 from shardplan.planner.costs.tables import LinkTables
 from shardplan.planner.placement import Mesh
 from shardplan.planner.plan import Plan
+from shardplan.planner.precision import compute_dtype
 from shardplan.planner.rules import local_call
 from shardplan.planner.trace import Trace, infos, resolve
 
@@ -50,10 +51,7 @@ class Request:
     batch_norm: str = "global"
 
     def __post_init__(self) -> None:
-        if self.precision is not None:
-            raise NotSupported(
-                f"precision={self.precision!r}", hints=["precision=None runs the model in its own dtypes"]
-            )
+        compute_dtype(self.precision)
         if self.objective not in ("train", "infer"):
             raise UsageError(f"objective={self.objective!r}", hints=['"train" or "infer"'])
         if self.objective == "infer":
@@ -114,6 +112,7 @@ def make_trace(model: nn.Module, batch: Batch, request: Request) -> tuple[Trace,
         target=batch.target,
         training=request.objective == "train",
         leaves=[constraint.name for constraint in request.constraints if isinstance(constraint, Leaf)],
+        precision=request.precision,
     )
     trace.batch_norm = request.batch_norm
     return trace, Inputs(trace, batch.on_meta(), batch.target)

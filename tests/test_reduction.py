@@ -70,12 +70,16 @@ def engine_of(rank, programs, state):
     return engine
 
 
+def buckets_of(sums):
+    return [bucket for stage in sums._stages.values() for bucket in stage.buckets]
+
+
 def watched(sums, seen):
     """Note which buckets are under way when the backward is done."""
     finish = sums.finish
 
     def noting():
-        seen.append([bucket.launched for bucket in sums._buckets])
+        seen.append([bucket.launched for bucket in buckets_of(sums)])
         finish()
 
     sums.finish = noting
@@ -96,7 +100,7 @@ def steps(rank, programs, state, batches, zero):
         engine.step({"x": batch}, key)
         found.append({n: None if p.grad is None else p.grad.clone() for n, p in engine.named_parameters()})
         places.append({n: p.grad.data_ptr() for n, p in engine.named_parameters() if p.grad is not None})
-    leaves = [[len(b.leaves) for b in engine.executor(key).sums._buckets] for key in programs]
+    leaves = [[len(b.leaves) for b in buckets_of(engine.executor(key).sums)] for key in programs]
     engine.close()
     return found, seen, places, leaves
 

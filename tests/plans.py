@@ -90,7 +90,8 @@ def random_plan(
             if node.op == "output" or resolve(node)[0] is not node or not infos(node):
                 continue
             stage = split_.stage_of.get(node.name)
-            mesh = whole if stage is None else Mesh(whole.axes, (microbatches, *degrees[stage]))
+            shared = stage is None or bool(mutated(node))  # a buffer may be read on other stages
+            mesh = whole if stage is None or shared else Mesh(whole.axes, (microbatches, *degrees[stage]))
             options = tp_options(node, chosen.get(node.name, {}), mesh)
             written = {tensor_args(node).index(buffer): buffer for buffer in mutated(node)}
             options = [s for s in options if all(lying.get(b, s.inputs[i]) == s.inputs[i] for i, b in written.items())]

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from shardplan.planner.deadlock import check
 from shardplan.planner.export import trace_model
+from shardplan.planner.stages import split_stages
 from shardplan.planner.trace import Trace
 from shardplan.rewrite import compile
 from shardplan.rewrite.reference import run_program
@@ -100,6 +102,8 @@ def check_plan(example: Example, choice: Choice) -> bool:
         return False
     where = str(choice)
     batch = inputs_of(example.loaded, trace)
+    split = split_stages(trace, tuple(stage.first for stage in plan.stages))
+    check(plan.instructions, split.edges(), split.grad_edges())
     result = run_program(compile(trace, plan), example.state, batch)
     compare(example, where, result.loss, result.gradients, result.buffers, None)
     if choice.outputs:

@@ -14,7 +14,7 @@ from tests.fuzz.check import Uninteresting, check_plan, prepare, trace_of, unsta
 from tests.fuzz.drawing import draw_program
 from tests.fuzz.plan_draws import draw_choice
 
-HEADER, STATEMENT, PLAN = 24, 12, 10
+HEADER, STATEMENT, PLAN = 24, 12, 12
 MOST_STATEMENTS, MOST_PLANS = 14, 4
 
 

@@ -267,6 +267,12 @@ class _Compiler:
             chosen = {axis: self.plan.strategy(axis, placeholder) for axis in wide}
             layout = tuple(placed(chosen.get(axis), 0) for axis in mesh.axes)
             stored = storage_of(self.plan, self.trace, placeholder, layout, mesh) if kind == "param" else None
+            if kind == "param" and source.name in self.plan.storage and len(set(meshes)) > 1:
+                raise NotSupported(
+                    f"{source.name} is split for storage and held by stages of different meshes",
+                    [f"stage {stage}: {m}" for stage, m in zip(at, meshes, strict=True)],
+                    [f"store {source.name} whole"],
+                )
             master = self.trace.masters.get(source.name) if kind == "param" else None
             if master is not None and stored is not None:
                 raise NotSupported(

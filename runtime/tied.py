@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shardplan.errors import NotSupported
 from shardplan.planner.placement import Layout, R
 from shardplan.planner.transfers import Box, Side, transfers
 from shardplan.rewrite.program import Program, StageRanks, TensorSpec
@@ -44,10 +43,8 @@ def read_anywhere(group: Any, leaves: Sequence[torch.Tensor]) -> list[torch.Tens
 
 
 class TiedSums:
-    """Sums over stages of unequal meshes. All ranks make it in the same order (groups are created).
-
-    Raises NotSupported for a parameter that is split for storage besides.
-    """
+    """Sums over stages of unequal meshes. All ranks make it in the same order (groups are created). None of the
+    parameters is split for storage."""
 
     def __init__(self, program: Program, rank: int, tensors: Mapping[str, torch.Tensor], groups: Groups) -> None:
         self._boxes: list[tuple[torch.Tensor, list[tuple[Channel, Box]], list[tuple[Channel, Box]]]] = []
@@ -56,8 +53,6 @@ class TiedSums:
             placements = homes(program, spec)
             if not spec.trainable or len({p.mesh for p in placements}) < 2:
                 continue
-            if spec.storage is not None:
-                raise NotSupported(f"{spec.name} is split for storage and tied across stages of unequal width")
             group = groups.get({r for placement in placements for r in placement.ranks})
             sends: list[tuple[Channel, Box]] = []
             receives: list[tuple[Channel, Box]] = []

@@ -23,9 +23,10 @@ from shardplan.planner.placement import Mesh
 from shardplan.planner.plan import Plan
 from shardplan.planner.precision import compute_dtype
 from shardplan.planner.rules import local_call
+from shardplan.planner.schedules import KINDS
 from shardplan.planner.trace import Trace, infos, resolve
 
-SCHEDULES = ("auto", "1f1b", "gpipe")
+SCHEDULES = ("auto", *KINDS)
 
 Say = Callable[[str], None]
 

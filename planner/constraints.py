@@ -110,6 +110,21 @@ class MemoryLimit:
 
 
 @dataclass(frozen=True, slots=True)
+class Zero:
+    """Every parameter that matches and has replicas is stored at this level (`planner.storage`; 0: as it is used)."""
+
+    level: int
+    glob: str = "*"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.level, bool) or self.level not in (0, 1, 2, 3):
+            raise UsageError(f"zero: a level is 0, 1, 2 or 3, not {self.level!r}")
+
+    def __str__(self) -> str:
+        return f"zero({self.level}" + (f", {self.glob!r})" if self.glob != "*" else ")")
+
+
+@dataclass(frozen=True, slots=True)
 class Leaf:
     """The submodule of that name is kept whole as one op (honoured when tracing)."""
 
@@ -119,7 +134,7 @@ class Leaf:
         return f"leaf({self.name!r})"
 
 
-Constraint = Pin | Split | Replicated | Together | Degrees | WithinNode | MemoryLimit | Leaf
+Constraint = Pin | Split | Replicated | Together | Degrees | WithinNode | MemoryLimit | Zero | Leaf
 
 
 def pin(glob: str, stage: int) -> Pin:
@@ -155,6 +170,12 @@ def within_node(axis: str) -> WithinNode:
 def memory(limit: int | str, device: int | None = None) -> MemoryLimit:
     """A memory limit such as "72 GiB", for one device or for all."""
     return MemoryLimit(parse_nbytes(limit) if isinstance(limit, str) else limit, device)
+
+
+def zero(level: int, glob: str = "*") -> Zero:
+    """Parameters that match are stored in parts over their replicas: optimizer state (1), gradients too (2), the
+    parameters themselves too (3), or nothing (0)."""
+    return Zero(level, glob)
 
 
 def leaf(name: str) -> Leaf:

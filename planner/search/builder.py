@@ -10,6 +10,8 @@ from shardplan.planner.placement import D, Placement, R, fits
 from shardplan.planner.rules import Strategy
 from shardplan.planner.search.problem import Option, Price, SegmentProblem, Value
 from shardplan.planner.search.runs import Run, held_by, ops_of
+from shardplan.planner.search.storing import Window, ways_to_store
+from shardplan.planner.storage import Storage
 from shardplan.planner.trace import info, infos, is_tensor, mutated, needs_grad, resolve, tensor_args
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ class Builder:
         self.numbers: dict[fx.Node, int] = {}
         self.options: list[tuple[Option, ...]] = []
         self.strategies: list[list[Strategy | None]] = []
+        self.stored: dict[fx.Node, list[Storage | None]] = {}
         self.names: list[str] = []
         self.values: dict[Value, fx.Node] = {}
         self.constant = Price()
@@ -51,8 +54,10 @@ class Builder:
             self._add(node, [None] * len(options), options)
             if self.enters is not None and resolve(self.enters)[0] is node:
                 enter = self.numbers[node]
+        allowed = {node: self._allowed(node, wanted[node]) for node in self.held}
+        window = self.columns.window(self.index, allowed)
         for node in self.held:
-            self._held(node, wanted[node])
+            self._held(node, allowed[node], window)
         for node in self.ops:
             if not self._op(node):
                 return None
@@ -74,7 +79,8 @@ class Builder:
     def run(self, choice: tuple[int, ...]) -> Run:
         """What a choice means, by position in the segment."""
         chosen = {node: self.strategies[number][choice[number]] for node, number in self.numbers.items()}
-        return Run(tuple(chosen[n] for n in self.ops), tuple(chosen[n] for n in self.held))
+        storage = tuple(self.stored[n][choice[self.numbers[n]]] for n in self.held)
+        return Run(tuple(chosen[n] for n in self.ops), tuple(chosen[n] for n in self.held), storage)
 
     def _add(self, node: fx.Node, strategies: list[Strategy | None], options: list[Option]) -> None:
         number = self.numbers[node] = len(self.options)
@@ -112,12 +118,25 @@ class Builder:
                         found[argument][placement] = None
         return {node: list(placements) for node, placements in found.items()}
 
-    def _held(self, node: fx.Node, placements: list[Placement]) -> None:
-        allowed = [p for p in placements if fits(info(node).shape, self.columns.layout(node, p), self.columns.mesh)]
+    def _allowed(self, node: fx.Node, placements: list[Placement]) -> list[Placement]:
+        """Placements that a parameter or buffer may have."""
         if node.name in self.forced:
-            allowed = [self.forced[node.name]]
-        options = [Option(self.columns.parameter_price(node, p), (self.state(p),), (), str(p)) for p in allowed]
-        self._add(node, [Strategy("-", (), (p,)) for p in allowed], options)
+            return [self.forced[node.name]]
+        return [p for p in placements if fits(info(node).shape, self.columns.layout(node, p), self.columns.mesh)]
+
+    def _held(self, node: fx.Node, placements: list[Placement], window: Window) -> None:
+        """For every placement an option for each way to store it. These differ in price alone, so the elimination's
+        tables do not grow."""
+        strategies: list[Strategy | None] = []
+        options: list[Option] = []
+        stored = self.stored[node] = []
+        for placement in placements:
+            for way in ways_to_store(self.columns, node, placement, window, self.columns.levels_of(node)):
+                strategies.append(Strategy("-", (), (placement,)))
+                stored.append(way.storage)
+                level = f" level {way.storage.level}" if way.storage is not None else ""
+                options.append(Option(way.price, (self.state(placement),), (), f"{placement}{level}"))
+        self._add(node, strategies, options)
 
     def _op(self, node: fx.Node) -> bool:
         legal, options = [], []

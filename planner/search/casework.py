@@ -29,6 +29,7 @@ from shardplan.planner.search.runs import held_by, ops_of
 from shardplan.planner.search.stage_dp import Known, certified, hull_steps
 from shardplan.planner.search.stage_ilp import StageChoice, StageProblem
 from shardplan.planner.search.stages import solve_stages
+from shardplan.planner.search.storing import AUTO, Stored, Window, ways_to_store
 from shardplan.planner.trace import info, infos, needs_grad, resolve
 
 if TYPE_CHECKING:
@@ -145,8 +146,12 @@ class Cases:
 
     def _cheapest_of(self, columns: Columns) -> Lower:
         weights = Weights()
-        segments = [columns.of(index, {}, [weights]) for index in range(len(self.trace.segments))]
-        return self.lower(columns, segments, weights)
+        segments = columns.of_all(range(len(self.trace.segments)), {}, [weights])
+        found = self.lower(columns, segments, weights)
+        # Replicas that store gradients in parts add less to them than as many more microbatches would.
+        adding = [columns.most_adding(index) for index in range(len(segments))]
+        each = [max(s - a, 0.0) for s, a in zip(found.seconds, adding, strict=True)]
+        return Lower(each, max(found.total - sum(adding), 0.0), found.fixed)
 
     def lower(self, columns: Columns, segments: list[SegmentColumns], weights: Weights) -> Lower:
         """Of given columns, by their weighted price, which has to be least among all for these weights."""
@@ -179,8 +184,20 @@ class Cases:
                 self.options.optimizer_factor,
                 self.options.training,
                 self.options.rematerialize,
+                dict(self.decided.levels),
+                AUTO if self.options.zero == "auto" else (int(self.options.zero),),
             )
+            self._fix_tied_levels(self.makers[mesh])
         return self.makers[mesh]
+
+    def _fix_tied_levels(self, columns: Columns) -> None:
+        """What several segments read is stored in one way: in parts for the optimizer where that is no slower."""
+        for name in self.tied:
+            node = self.trace.node(name)
+            if len(columns.levels_of(node)) > 1:
+                ways = ways_to_store(columns, node, R, Window(), (0, 1))
+                best = min(ways, key=lambda w: (w.price.once_seconds + w.price.backward_seconds, -_level(w)))
+                columns.levels[name] = (_level(best),)
 
     def prepare(self, case: Case, weights: list[Weights] | None = None) -> list[Prepared]:
         """Columns of all segments, once per placement of the tied parameters."""
@@ -191,7 +208,7 @@ class Cases:
     def _prepared(
         self, case: Case, columns: Columns, forced: dict[str, Placement], weights: list[Weights]
     ) -> Prepared | None:
-        segments = [columns.of(i, forced, weights) for i in range(len(self.trace.segments))]
+        segments = columns.of_all(range(len(self.trace.segments)), forced, weights)
         return Prepared(case, columns, segments, forced) if all(s.columns for s in segments) else None
 
     def _forced(self, case: Case, columns: Columns) -> list[dict[str, Placement]]:
@@ -395,6 +412,10 @@ class Cases:
             self.search.schedule,
             prepared.forced,
         )
+
+
+def _level(way: Stored) -> int:
+    return way.storage.level if way.storage is not None else 0
 
 
 def cheapest_path(segments: list[SegmentColumns], weights: Weights) -> float:

@@ -8,7 +8,7 @@ which forward counts twice and activations do not. Segments of one kind share th
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 
@@ -27,6 +27,7 @@ from shardplan.planner.search.runs import Run, held_by, ops_of
 from shardplan.planner.search.segment_ilp import solve_segment
 from shardplan.planner.search.solver import Budget
 from shardplan.planner.search.stage_ilp import Column
+from shardplan.planner.search.storing import Window
 from shardplan.planner.trace import Trace, info, infos, is_tensor, mutated, needs_grad, resolve, tensor_args
 
 _REDUCE_SAMPLE_NBYTES = 4 << 20
@@ -66,6 +67,17 @@ class SegmentColumns:
     runs: list[Run] = field(default_factory=list)
 
 
+def _kept(price: Price) -> Price:
+    """The price of a column whose activations are kept."""
+    return replace(
+        price,
+        backward_seconds=price.backward_seconds + price.regather_seconds,
+        transient_nbytes=price.transient_nbytes + price.gathered_nbytes,
+        regather_seconds=0.0,
+        gathered_nbytes=0.0,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Made:
     """A solution of an op-level problem: its price and how it runs."""
@@ -89,6 +101,8 @@ class Columns:
         optimizer_factor: float,
         training: bool,
         rematerialize: bool | str,
+        levels: dict[str, tuple[int, ...]],
+        any_level: tuple[int, ...],
     ) -> None:
         self.trace = trace
         self.mesh = case.mesh
@@ -101,12 +115,16 @@ class Columns:
         self.optimizer_factor = optimizer_factor
         self.training = training
         self.rematerialize = rematerialize
+        self.levels, self.any_level = levels, any_level
         self.tp_ranks = tuple(range(case.tp))
         self.dp_ranks = tuple(range(0, case.width, case.tp))
         self._builders: dict[Hashable, Builder] = {}
         self._made: dict[Hashable, dict[tuple[int, int], _Made]] = {}
         self._columns: dict[Hashable, SegmentColumns] = {}
         self._ends: dict[int, Hashable] = {}
+        self._numbers: dict[Hashable, int] = {}
+        self._plain: dict[int, int] = {}
+        self._legal: dict[str, list[Strategy]] = {}
         self.proven = 1.0
         """Share of their cost that is proven of all columns: a bound on a program of them is worth that share."""
         self.shared: Price | None = None
@@ -147,19 +165,56 @@ class Columns:
                 found.append(shard)
         return found
 
+    def levels_of(self, node: fx.Node) -> tuple[int, ...]:
+        """Levels at which a parameter may be stored."""
+        return self.levels.get(node.name, self.any_level)
+
+    def window(self, index: int, allowed: Mapping[fx.Node, Sequence[Placement]]) -> Window:
+        """Of a segment that holds these parameters and buffers, each in one of these placements."""
+        if len(self.dp_ranks) == 1:
+            return Window()
+        forward = backward = 0.0
+        for node in ops_of(self.trace, self.trace.segments[index]):
+            prices = [self.op_price(node, s) for s in self.legal(node)]
+            forward += min((p.forward_seconds for p in prices), default=0.0)
+            backward += min((p.backward_seconds for p in prices), default=0.0)
+        held = [node for node in allowed if self.trace.sources[node.name].kind == "param"]
+        return Window(forward, backward, sum(min(self.local_nbytes(n, p) for p in allowed[n]) for n in held))
+
     # -- columns -------------------------------------------------------------------------------------------------------
 
     def of(self, index: int, forced: dict[str, Placement], weights: Sequence[Weights]) -> SegmentColumns:
         """Columns of segment `index`: the best for every weighting, between all layouts at its ends, with and without
         recomputation. forced: tp placements of parameters that the user or a tie fixes."""
-        kind = self._kind(index, forced)
-        key = (kind, tuple(weights))
-        if key not in self._columns:
-            self._columns[key] = self._joined(index, kind, forced, weights)
-        return self._columns[key]
+        return self.of_all([index], forced, weights)[0]
 
-    def _kind(self, index: int, forced: dict[str, Placement]) -> Hashable:
+    def of_all(
+        self, indices: Iterable[int], forced: dict[str, Placement], weights: Sequence[Weights]
+    ) -> list[SegmentColumns]:
+        """The same of several segments; segments of one kind share one object."""
+        weighed = tuple(weights)
+        mine: dict[int, SegmentColumns] = {}
+        found = []
+        for index in indices:
+            kind = self._kind(index, forced)
+            if kind not in mine:
+                key = (kind, weighed)
+                if key not in self._columns:
+                    self._columns[key] = self._joined(index, kind, forced, weights)
+                mine[kind] = self._columns[key]
+            found.append(mine[kind])
+        return found
+
+    def _kind(self, index: int, forced: dict[str, Placement]) -> int:
         """Equal for segments that have the same columns."""
+        if not forced and index in self._plain:
+            return self._plain[index]
+        kind = self._numbers.setdefault(self._described(index, forced), len(self._numbers))
+        if not forced:
+            self._plain[index] = kind
+        return kind
+
+    def _described(self, index: int, forced: dict[str, Placement]) -> Hashable:
         segment = self.trace.segments[index]
         if index not in self._ends:
             entering, leaving = self.boundary_layouts(index - 1), self.boundary_layouts(index)
@@ -170,9 +225,10 @@ class Columns:
             self._ends[index] = self.boundaries.place[index], layouts, nbytes, batch
         # Forced parameters are named, so segments with different ones do not share a solution.
         mine = ()
-        if forced:
+        if forced or self.levels:
             held = held_by(self.trace, ops_of(self.trace, segment))
             mine = tuple(sorted((n.name, str(forced[n.name])) for n in held if n.name in forced))
+            mine += tuple((place, self.levels[n.name]) for place, n in enumerate(held) if n.name in self.levels)
         return segment.kind, self._ends[index], mine
 
     def _joined(
@@ -189,7 +245,7 @@ class Columns:
                 if ends not in made:
                     continue
                 price, run = made[ends].price, made[ends].run
-                mine = self._recomputed(index, price, entering[ends[0]]) if recompute else price
+                mine = self._recomputed(index, price, entering[ends[0]]) if recompute else _kept(price)
                 if (ends, mine) in seen:
                     continue
                 seen.add((ends, mine))
@@ -233,6 +289,12 @@ class Columns:
 
     def legal(self, node: fx.Node) -> list[Strategy]:
         """Strategies on tp that fit together with the batch's."""
+        found = self._legal.get(node.name)
+        if found is None:
+            found = self._legal[node.name] = self._fitting(node)
+        return found
+
+    def _fitting(self, node: fx.Node) -> list[Strategy]:
         others, mesh = self.others(node), self.mesh
         found = []
         for strategy in strategies(node):
@@ -268,7 +330,9 @@ class Columns:
             price,
             backward_seconds=price.backward_seconds + price.forward_seconds,
             activation_nbytes=kept,
-            transient_nbytes=price.transient_nbytes + price.activation_nbytes,
+            transient_nbytes=price.transient_nbytes + price.activation_nbytes + price.gathered_nbytes,
+            regather_seconds=0.0,
+            gathered_nbytes=0.0,
         )
 
     def _solve(
@@ -314,7 +378,7 @@ class Columns:
 
     def op_cost(self, node: fx.Node, tp: Strategy | None) -> OpCost:
         """Seconds of the op itself on one rank."""
-        return self._cost(node, local_call(node, self._chosen(node, tp), self.mesh))
+        return self._cost(node, local_call(node, self.chosen(node, tp), self.mesh))
 
     def _cost(self, node: fx.Node, call: LocalCall) -> OpCost:
         cost = self.costs.op(call, 0)
@@ -325,7 +389,8 @@ class Columns:
         back = again if needs_grad(node) else 0.0
         return OpCost(cost.forward_seconds + again, cost.backward_seconds + back, cost.source)
 
-    def _chosen(self, node: fx.Node, tp: Strategy | None) -> dict[str, Strategy]:
+    def chosen(self, node: fx.Node, tp: Strategy | None) -> dict[str, Strategy]:
+        """Strategies of an op on the axes of several ranks."""
         chosen = self.others(node) | ({"tp": tp} if tp is not None else {})
         return {axis: s for axis, s in chosen.items() if self.mesh.size(axis) > 1}
 
@@ -337,7 +402,7 @@ class Columns:
         return self._op_prices[key]
 
     def _op_price(self, node: fx.Node, tp: Strategy | None) -> Price:
-        chosen = self._chosen(node, tp)
+        chosen = self.chosen(node, tp)
         call = local_call(node, chosen, self.mesh)
         cost = self._cost(node, call)
         forward, backward = cost.forward_seconds, cost.backward_seconds if self.training else 0.0
@@ -361,10 +426,10 @@ class Columns:
             if strategy.name != "class":
                 return 0.0, 0.0
             per_token = nbytes // max(shape[1 if len(shape) > 1 else 0], 1)
-            once = self._collective("all_reduce", per_token, ranks)
-            return once + self._collective("all_reduce", 2 * per_token, ranks), 0.0
+            once = self.collective_seconds("all_reduce", per_token, ranks)
+            return once + self.collective_seconds("all_reduce", 2 * per_token, ranks), 0.0
         channels = shape[1] * 4 if len(shape) > 1 else 4
-        each = self._collective("all_reduce", channels, ranks)
+        each = self.collective_seconds("all_reduce", channels, ranks)
         return 2 * each, 2 * each
 
     def parameter_price(self, node: fx.Node, tp: Placement) -> Price:
@@ -386,6 +451,12 @@ class Columns:
         """Seconds of a microbatch: all but the first add to a gradient that is there."""
         return self.costs.copy(round(nbytes), 0) * (self.microbatches - 1) / self.microbatches
 
+    def most_adding(self, index: int) -> float:
+        """The same of all parameters of a segment, at most."""
+        held = held_by(self.trace, ops_of(self.trace, self.trace.segments[index]))
+        trained = [n for n in held if self.training and self.trace.sources[n.name].trainable]
+        return sum(self.adding_seconds(self.local_nbytes(node, R)) for node in trained)
+
     def reduce_ranks(self, layout: tuple[Placement, ...]) -> tuple[int, ...]:
         """Ranks of the first replica group over which a gradient has to be summed."""
         axes = {axis for axis, p in zip(self.mesh.axes, layout, strict=True) if p == D and axis != "mb"}
@@ -406,7 +477,7 @@ class Columns:
         keep = self.training and copied and self.keeps.is_read_again(value)
         return Price(seconds[0], seconds[1], 0.0, 0.0, held if keep else 0.0, held if copied else 0.0)
 
-    def _collective(self, kind: str, nbytes: int, ranks: tuple[int, ...]) -> float:
+    def collective_seconds(self, kind: str, nbytes: int, ranks: tuple[int, ...]) -> float:
         """Seconds of a collective inside a stage."""
         return self.costs.collective(kind, nbytes, ranks) * self.costs.overheads(0).collective
 
@@ -416,7 +487,7 @@ class Columns:
             return 0.0
         if part in COLLECTIVES:
             nbytes = whole_nbytes / len(ranks) if part == "all_to_all" else whole_nbytes
-            return self._collective(part, round(nbytes), ranks)
+            return self.collective_seconds(part, round(nbytes), ranks)
         return self.costs.copy(round(whole_nbytes), 0)
 
     def batch_conversions(self, node: fx.Node) -> Price:

@@ -16,6 +16,7 @@ from shardplan.planner.constraints import (
     Split,
     Together,
     WithinNode,
+    Zero,
     matches,
 )
 from shardplan.planner.placement import D, Placement, R, S
@@ -26,13 +27,15 @@ from shardplan.planner.trace import Trace, info, module_path, needs_grad
 @dataclass(slots=True)
 class Decided:
     """degrees: fixed ones by axis ("dp", "tp", "pp"). pinned: segment index -> stage. together: groups of segment
-    indices. placements: parameter node -> tp placement. within: axes whose groups stay in a node."""
+    indices. placements: parameter node -> tp placement. within: axes whose groups stay in a node. levels: parameter
+    node -> levels at which it may be stored."""
 
     degrees: dict[str, int] = field(default_factory=dict)
     pinned: dict[int, int] = field(default_factory=dict)
     together: list[tuple[int, ...]] = field(default_factory=list)
     placements: dict[str, Placement] = field(default_factory=dict)
     within: set[str] = field(default_factory=set)
+    levels: dict[str, tuple[int, ...]] = field(default_factory=dict)
     cluster: Cluster | None = None
 
     def allows(self, case: Case, trace: Trace, cluster: Cluster) -> bool:
@@ -106,6 +109,12 @@ def decide(trace: Trace, cluster: Cluster, constraints: tuple[Constraint, ...]) 
                 placement = S(constraint.dim % rank) if isinstance(constraint, Split) else whole
                 if found.placements.setdefault(node.name, placement) != placement:
                     raise ConflictingConstraints(f"{name} is to be {found.placements[node.name]} and {placement}")
+        elif isinstance(constraint, Zero):
+            for name in matches(constraint.glob, parameters):
+                level = (constraint.level,)
+                if found.levels.setdefault(parameters[name], level) != level:
+                    earlier = found.levels[parameters[name]][0]
+                    raise ConflictingConstraints(f"{name} is to be stored at levels {earlier} and {constraint.level}")
         elif isinstance(constraint, Leaf):
             continue  # honoured when tracing
         else:

@@ -9,8 +9,10 @@ others:
 
 in the order that keeps the tables smallest. What enters and what leaves is not eliminated, so one pass gives the whole
 matrix over the layouts at both ends; all weights go through the tables side by side. Backwards, the minima say the
-options. Graphs of models are nearly trees of small fan-out, so tables stay small; where one would not, `eliminate`
-gives None and `segment_ilp` has to do it.
+options. Options of an op that leave and read the same states are one to all the others: of such a class only the
+cheapest counts, for every weighting another, so a class takes one place in the tables. Graphs of models are nearly
+trees of small fan-out, so tables stay small; where one would not, `eliminate` gives None and `segment_ilp` has to do
+it.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shardplan.planner.search.problem import SegmentProblem, Value, Weights
+from shardplan.planner.search.problem import Option, SegmentProblem, Value, Weights
 
 _LARGEST = 1 << 20
 """Entries of a table, one weighting."""
@@ -54,17 +56,25 @@ class _TooLarge(Exception):
 class _Elimination:
     def __init__(self, problem: SegmentProblem, weights: Sequence[Weights]) -> None:
         self.problem = problem
-        self.weights = np.array([w.vector() for w in weights])  # [weighting, 5]
-        self.domains = [len(options) for options in problem.ops]
+        self.weights = np.array([w.vector() for w in weights])  # [weighting, field of a price]
+        self.classes = [
+            _classes(options) if op != problem.enter else [[k] for k in range(len(options))]
+            for op, options in enumerate(problem.ops)
+        ]
+        self.ops = [
+            [options[c[0]] for c in classes] for options, classes in zip(problem.ops, self.classes, strict=True)
+        ]
+        self.domains = [len(classes) for classes in self.classes]
+        self.cheapest: list[list[Numbers]] = []  # per op and class, [weighting]: the option
         self.factors: list[tuple[Scope, Numbers]] = []
         self.leave = self._variable(problem.ends[1])
-        for op, options in enumerate(problem.ops):
-            self._add((op,), self._weighed(np.array([option.price.vector() for option in options])))
+        for op in range(len(problem.ops)):
+            self._add((op,), self._own(op))
         for value, readers in self._readers().items():
             self._value(value, readers)
         if problem.leave is not None:
             (op, result), states = problem.leave
-            made = np.array([option.states[result] for option in problem.ops[op]])
+            made = np.array([option.states[result] for option in self.ops[op]])
             table = np.where(made[:, None] == np.array(states)[None, :], 0.0, math.inf)
             self._add((op, self.leave), np.broadcast_to(table, (len(self.weights), *table.shape)))
 
@@ -74,8 +84,15 @@ class _Elimination:
         self.domains.append(size)
         return len(self.domains) - 1
 
+    def _own(self, op: int) -> Numbers:
+        """[weighting, class]: price of the cheapest option."""
+        prices = self._weighed(np.array([option.price.vector() for option in self.problem.ops[op]]))
+        held = [prices[:, members] for members in self.classes[op]]
+        self.cheapest.append([np.array(m)[p.argmin(1)] for m, p in zip(self.classes[op], held, strict=True)])
+        return np.stack([p.min(1) for p in held], 1)
+
     def _weighed(self, prices: Numbers) -> Numbers:
-        """[..., 5] -> [weighting, ...]."""
+        """[..., field] -> [weighting, ...]."""
         return np.moveaxis(prices @ self.weights.T, -1, 0)
 
     def _add(self, scope: Scope, table: Numbers) -> None:
@@ -88,9 +105,9 @@ class _Elimination:
         return variable in (self.leave, self.problem.enter)
 
     def _readers(self) -> dict[Value, dict[int, list[tuple[int, ...]]]]:
-        """Value -> reading op -> per option, the states in which it reads the value."""
+        """Value -> reading op -> per class of options, the states in which it reads the value."""
         found: dict[Value, dict[int, list[tuple[int, ...]]]] = {}
-        for op, options in enumerate(self.problem.ops):
+        for op, options in enumerate(self.ops):
             for k, option in enumerate(options):
                 for value, state in option.needs:
                     reads = found.setdefault(value, {}).setdefault(op, [()] * len(options))
@@ -101,7 +118,7 @@ class _Elimination:
     def _value(self, value: Value, readers: dict[int, list[tuple[int, ...]]]) -> None:
         """Price of the conversions of one value: each state that somebody reads it in is made once."""
         op, result = value
-        made = [option.states[result] for option in self.problem.ops[op]]
+        made = [option.states[result] for option in self.ops[op]]
         sources = sorted(set(made))
         targets = sorted({state for reads in readers.values() for states in reads for state in states})
         if len(sources) == len(targets) == 1 and sources == targets:
@@ -200,5 +217,15 @@ class _Elimination:
                 chosen[self.problem.enter] = int(enters)
             for variable, scope, best in reversed(done):
                 chosen[variable] = int(best[(weighting, *[chosen[v] for v in scope])])
-            found[int(enters), int(leaves)] = tuple(chosen[op] for op in range(len(self.problem.ops)))
+            found[int(enters), int(leaves)] = tuple(
+                int(self.cheapest[op][chosen[op]][weighting]) for op in range(len(self.problem.ops))
+            )
         return found
+
+
+def _classes(options: Sequence[Option]) -> list[list[int]]:
+    """Options that leave and read the same states, in the order of their first."""
+    found: dict[tuple[object, ...], list[int]] = {}
+    for k, option in enumerate(options):
+        found.setdefault((option.states, option.needs), []).append(k)
+    return list(found.values())

@@ -28,8 +28,10 @@ from shardplan.planner.plan import (
 from shardplan.planner.propagate import norm_notes, placed
 from shardplan.planner.rules import Strategy, has_rule, is_discovered, strategies, why_whole
 from shardplan.planner.search.runs import held_by, ops_of
+from shardplan.planner.search.storing import Window, ways_to_store
 from shardplan.planner.simulate import Simulation, StageTimes, simulate
 from shardplan.planner.stages import StageSplit, split_stages
+from shardplan.planner.storage import Storage
 from shardplan.planner.trace import info, infos, leaf_of, resolve
 
 if TYPE_CHECKING:
@@ -41,10 +43,12 @@ _TIGHT = 0.9
 
 @dataclass(slots=True)
 class Finished:
-    """A candidate with its tp strategies by node, and what the simulator says of its instruction list."""
+    """A candidate with its tp strategies by node, how parameters are stored by name, and what the simulator says of its
+    instruction list."""
 
     candidate: Candidate
     chosen: dict[str, Strategy]
+    storage: dict[str, Storage]
     split: StageSplit
     stages: tuple[StagePlan, ...]
     links: tuple[StageLink, ...]
@@ -105,6 +109,7 @@ class Finished:
             schedule=candidate.schedule,
             instructions=self.instructions,
             splits=self._splits(),
+            storage=self.storage,
             step_seconds=self.seconds,
             status=Status(
                 outcome,
@@ -200,10 +205,10 @@ def _says_something(strategy: Strategy) -> bool:
 
 def finish(search: Search, candidate: Candidate) -> Finished:
     """Work out what a candidate means for every node, and simulate it."""
-    chosen = _chosen(search, candidate)
+    chosen, stored = _chosen(search, candidate)
     split = split_stages(search.trace, candidate.choice.bounds)
     links = _links(search, candidate, chosen, split)
-    stages = _stages(search, candidate, chosen, links)
+    stages = _stages(search, candidate, chosen, stored, links)
     case = candidate.case
     instructions = schedules.build(
         candidate.schedule,
@@ -216,11 +221,16 @@ def finish(search: Search, candidate: Candidate) -> Finished:
     times = [StageTimes(s.forward_seconds, s.backward_seconds, reduce_seconds=s.once_seconds) for s in stages]
     seconds = {(link.source, link.target): link.seconds for link in links}
     seconds |= {(link.target, link.source): link.grad_seconds for link in links}
-    return Finished(candidate, chosen, split, stages, links, instructions, simulate(instructions, times, seconds))
+    storage = {search.trace.sources[node].name: found for node, found in sorted(stored.items())}
+    return Finished(
+        candidate, chosen, storage, split, stages, links, instructions, simulate(instructions, times, seconds)
+    )
 
 
-def _chosen(search: Search, candidate: Candidate) -> dict[str, Strategy]:
+def _chosen(search: Search, candidate: Candidate) -> tuple[dict[str, Strategy], dict[str, Storage]]:
+    """By node: the strategy on tp, and how a parameter is stored that is not stored as it is used."""
     found: dict[str, Strategy] = {}
+    stored: dict[str, Storage] = {}
     for index, segment in enumerate(search.trace.segments):
         column = candidate.segments[index].columns[candidate.choice.columns[index]]
         run = candidate.segments[index].runs[column.index]
@@ -228,10 +238,12 @@ def _chosen(search: Search, candidate: Candidate) -> dict[str, Strategy]:
         for node, strategy in zip(ops, run.choices, strict=True):
             if strategy is not None:
                 found[node.name] = strategy
-        for node, strategy in zip(held_by(search.trace, ops), run.parameters, strict=True):
+        for node, strategy, storage in zip(held_by(search.trace, ops), run.parameters, run.storage, strict=True):
             if strategy is not None:
                 found.setdefault(node.name, strategy)
-    return found
+            if storage is not None:
+                stored.setdefault(node.name, storage)
+    return found, stored
 
 
 def _tp(chosen: dict[str, Strategy], value: fx.Node) -> Placement:
@@ -265,7 +277,11 @@ def _links(
 
 
 def _stages(
-    search: Search, candidate: Candidate, chosen: dict[str, Strategy], links: tuple[StageLink, ...]
+    search: Search,
+    candidate: Candidate,
+    chosen: dict[str, Strategy],
+    stored: dict[str, Storage],
+    links: tuple[StageLink, ...],
 ) -> tuple[StagePlan, ...]:
     problem, choice, case = candidate.problem, candidate.choice, candidate.case
     ends = [*choice.bounds[1:], len(candidate.segments)]
@@ -282,7 +298,9 @@ def _stages(
         received = sum(link.nbytes for link in links if link.target == stage)
         flight = problem.in_flight[stage]
         activations = flight * (sum(p.activation_nbytes for p in prices) + received)
-        parameters, gradients, optimizer, optimizing, adding = _parameters(search, candidate, chosen, first, last)
+        parameters, gradients, optimizer, optimizing, adding = _parameters(
+            search, candidate, chosen, stored, first, last
+        )
         found.append(
             StagePlan(
                 first=first,
@@ -352,19 +370,27 @@ def op_seconds(
 
 
 def _parameters(
-    search: Search, candidate: Candidate, chosen: dict[str, Strategy], first: int, last: int
+    search: Search,
+    candidate: Candidate,
+    chosen: dict[str, Strategy],
+    stored: dict[str, Storage],
+    first: int,
+    last: int,
 ) -> tuple[float, float, float, float, float]:
     """Bytes of parameters, gradients and optimizer state of a stage; seconds of its optimizer step, and of adding to
     gradients in a microbatch."""
     held: dict[fx.Node, None] = {}
     for segment in search.trace.segments[first:last]:
         held |= dict.fromkeys(held_by(search.trace, ops_of(search.trace, segment)))
-    parameters = gradients = seconds = adding = 0.0
+    parameters = gradients = state = seconds = adding = 0.0
     for node in held:
-        nbytes = candidate.columns.local_nbytes(node, _tp(chosen, node))
-        parameters += nbytes
-        if search.trace.sources[node.name].trainable and search.options.training:
-            gradients += nbytes
-            seconds += search.costs.optimizer(round(nbytes), 0)
-            adding += candidate.columns.adding_seconds(nbytes)
-    return parameters, gradients, gradients * search.options.optimizer_factor, seconds, adding
+        kept = stored.get(node.name)
+        level = kept.level if kept is not None else 0
+        (way,) = ways_to_store(candidate.columns, node, _tp(chosen, node), Window(), (level,))
+        parameters += way.parameter_nbytes
+        gradients += way.gradient_nbytes
+        state += way.optimized_nbytes * search.options.optimizer_factor
+        if way.optimized_nbytes:
+            seconds += search.costs.optimizer(round(way.optimized_nbytes), 0)
+            adding += candidate.columns.adding_seconds(way.gradient_nbytes)
+    return parameters, gradients, state, seconds, adding

@@ -15,7 +15,8 @@ from shardplan.planner.search.solver import SOLVERS
 class SolveOptions:
     """constraints: see `planner.constraints`. microbatches: a number, or "auto". schedule: "1f1b", "gpipe" or "auto".
 
-    rematerialize: True (every segment), False (none) or "auto". optimizer_factor: bytes of optimizer state per byte of
+    rematerialize: True (every segment), False (none) or "auto". zero: level at which replicated parameters are stored
+    in parts (see `planner.storage`), 0 for none, or "auto". optimizer_factor: bytes of optimizer state per byte of
     trainable parameters. time_limit: seconds of the whole search; gap: relative. progress: gets lines of text.
     hints: where nothing fits, solve variants of the job for hints.
     """
@@ -24,6 +25,7 @@ class SolveOptions:
     microbatches: int | str = "auto"
     schedule: str = "auto"
     rematerialize: bool | str = "auto"
+    zero: int | str = "auto"
     solver: str = "highs"
     time_limit: float = 60.0
     gap: float = 0.01
@@ -40,6 +42,8 @@ class SolveOptions:
         if self.rematerialize not in (True, False, "auto"):
             raise UsageError(f"rematerialize={self.rematerialize!r}", [], ['True, False or "auto"'])
 
+        if self.zero != "auto" and (isinstance(self.zero, bool) or self.zero not in (0, 1, 2, 3)):
+            raise UsageError(f"zero={self.zero!r}", [], ['"auto", 0, 1, 2 or 3'])
         count = self.microbatches
         if count != "auto" and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
             raise UsageError(f"microbatches={count!r}", [], ['"auto" or a number of at least 1'])

@@ -17,7 +17,10 @@ from dataclasses import dataclass, replace
 @dataclass(frozen=True, slots=True)
 class Price:
     """forward_seconds, backward_seconds: per microbatch. once_seconds: per step. parameter_nbytes: parameters with
-    gradients and optimizer state; activation_nbytes: kept per microbatch; transient_nbytes: while it runs."""
+    gradients and optimizer state; activation_nbytes: kept per microbatch; transient_nbytes: while it runs.
+    regather_seconds: of backward, where it does not run the forward again (which then has them); gathered_nbytes: held
+    while the whole segment runs, other than transient ones it adds up. A column's price has both in the other fields.
+    """
 
     forward_seconds: float = 0.0
     backward_seconds: float = 0.0
@@ -25,6 +28,8 @@ class Price:
     parameter_nbytes: float = 0.0
     activation_nbytes: float = 0.0
     transient_nbytes: float = 0.0
+    regather_seconds: float = 0.0
+    gathered_nbytes: float = 0.0
 
     def __add__(self, other: Price) -> Price:
         return Price(
@@ -34,16 +39,19 @@ class Price:
             self.parameter_nbytes + other.parameter_nbytes,
             self.activation_nbytes + other.activation_nbytes,
             max(self.transient_nbytes, other.transient_nbytes),
+            self.regather_seconds + other.regather_seconds,
+            self.gathered_nbytes + other.gathered_nbytes,
         )
 
     def vector(self) -> tuple[float, ...]:
-        """What adds up (all but the transient bytes)."""
+        """What adds up (all but the bytes that are held for a while)."""
         return (
             self.forward_seconds,
             self.backward_seconds,
             self.once_seconds,
             self.parameter_nbytes,
             self.activation_nbytes,
+            self.regather_seconds,
         )
 
     @property
@@ -55,7 +63,8 @@ class Price:
 @dataclass(frozen=True, slots=True)
 class Weights:
     """Objective: forward * forward_seconds + backward_seconds + once * once_seconds
-    + nbytes * (parameter_nbytes + in_flight * activation_nbytes). forward: 2 where backward computes it again."""
+    + nbytes * (parameter_nbytes + in_flight * activation_nbytes). forward: 2 where backward computes it again; where it
+    does not, regather_seconds count as well."""
 
     once: float = 0.0
     nbytes: float = 0.0
@@ -65,11 +74,15 @@ class Weights:
     def of(self, price: Price) -> float:
         held = price.parameter_nbytes + self.in_flight * price.activation_nbytes
         seconds = self.forward * price.forward_seconds + price.backward_seconds
+        seconds += self._regather() * price.regather_seconds
         return seconds + self.once * price.once_seconds + self.nbytes * held
 
     def vector(self) -> tuple[float, ...]:
-        """Factors of the first five fields of a price, in order."""
-        return self.forward, 1.0, self.once, self.nbytes, self.nbytes * self.in_flight
+        """Factors of what `Price.vector` gives."""
+        return self.forward, 1.0, self.once, self.nbytes, self.nbytes * self.in_flight, self._regather()
+
+    def _regather(self) -> float:
+        return 1.0 if self.forward == 1.0 else 0.0
 
 
 Value = tuple[int, int]

@@ -8,15 +8,18 @@ from dataclasses import dataclass
 from torch import fx
 
 from shardplan.planner.rules import Strategy
+from shardplan.planner.storage import Storage
 from shardplan.planner.trace import Segment, Trace, infos, resolve, tensor_args
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """How a column runs its segment: a tp strategy per op and parameter it reads, by position in the segment."""
+    """How a column runs its segment: a tp strategy per op and parameter it reads, and how a parameter is stored, by
+    position in the segment."""
 
     choices: tuple[Strategy | None, ...]
     parameters: tuple[Strategy | None, ...]
+    storage: tuple[Storage | None, ...]
     rematerialized: bool = False
 
 

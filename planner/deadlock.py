@@ -3,6 +3,10 @@
 Each position is a sequential process that blocks only on conditions which, once true, stay true (a message was sent, a
 receive was posted). Such a system is confluent: whether it finishes does not depend on the order in which positions
 advance, so one greedy run decides it.
+
+A position may be many ranks, all with the same list, and a message between stages is then several between their ranks
+(`planner.transfers`), or none for some. Each rank waits for less than its position does: where the positions finish in
+some order, the ranks finish in the same one.
 """
 
 from __future__ import annotations

@@ -4,10 +4,14 @@ every gradient, parameters after AdamW steps and outputs are those of one device
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from shardplan.planner.deadlock import check
+from shardplan.planner.instructions import Instruction
 from shardplan.planner.stages import split_stages
 from shardplan.rewrite import compile
+from shardplan.rewrite.routes import routes
 from tests import models
 from tests.plans import random_plan
 from tests.ranks import pool
@@ -70,3 +74,50 @@ def compare(name, plan):
     floor = 1e-2 * max(float(value.norm()) for value in after.values() if value.is_floating_point())
     for key, value in after.items():
         assert_near(answer["state"][key].to(value.dtype), value, 1e-4, floor, f"{key} after two steps")
+
+
+# -- every rank's list -------------------------------------------------------------------------------------------------
+
+
+def by_rank(program):
+    """The lists of single ranks: the messages that a rank really has, as stages of their own."""
+    width = 1 + max(rank for placement in program.placement for rank in placement.ranks)
+    pairs: dict[tuple[int, int], set[tuple[int, int]]] = {}
+    for route in routes(program):
+        there, back = (route.source, route.target), (route.target, route.source)
+        for ends, boxes in ((there, route.values), (back, route.gradients)):
+            pairs.setdefault(ends, set()).update((box.source, box.target) for box in boxes)
+    lines = []
+    for line in program.schedule:
+        for rank in program.placement[line[0].stage].ranks:
+            mine: list[Instruction] = []
+            for i in line:
+                peers = [-1]
+                if i.is_send:
+                    peers = [i.peer * width + t for s, t in sorted(pairs.get((i.stage, i.peer), ())) if s == rank]
+                elif i.is_recv:
+                    peers = [i.peer * width + s for s, t in sorted(pairs.get((i.peer, i.stage), ())) if t == rank]
+                mine += (Instruction(i.op, i.stage * width + rank, i.microbatch, peer) for peer in peers)
+            lines.append(tuple(mine))
+    forward = {(a * width + s, b * width + t) for (a, b), found in pairs.items() if a < b for s, t in found}
+    back = {(b * width + t, a * width + s) for (a, b), found in pairs.items() if a > b for s, t in found}
+    return tuple(lines), forward, back
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.data())
+def test_lists_of_single_ranks_are_sound(data):
+    """A stage's list is sound, so are those of its ranks: whichever of them send and receive."""
+    trace = traced("t5")[1]
+    schedule = data.draw(st.sampled_from(["gpipe", "1f1b", "zb", "interleaved"]))
+    count = data.draw(st.integers(2, 5))
+    mesh = st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)])
+    meshes, chunks = data.draw(st.lists(mesh, min_size=count, max_size=count)), 1
+    if schedule == "interleaved":
+        meshes, chunks = [meshes[0], meshes[1]] * 2, 2
+    plan = random_plan(
+        trace, meshes=meshes, microbatches=data.draw(st.sampled_from([1, 2])), seed=data.draw(st.integers(0, 9)),
+        schedule=schedule, chunks=chunks,
+    )  # fmt: skip
+    lines, forward, back = by_rank(compile(trace, plan))
+    check(lines, forward, back)

@@ -12,7 +12,7 @@ from shardplan.planner.placement import MICROBATCH_AXIS
 from shardplan.rewrite.draws import mix
 from shardplan.rewrite.later import Later
 from shardplan.rewrite.program import StageRanks
-from shardplan.runtime.groups import Groups
+from shardplan.runtime.groups import Groups, traffic
 
 
 def _reduction(op: Any) -> dist.AllreduceOptions:
@@ -74,6 +74,7 @@ class DistComm:
         held = self._axes.get(axis)
         if held is None:
             return x
+        traffic.collective_nbytes += x.nbytes
         result = x.clone(memory_format=torch.contiguous_format)
         held.group.allreduce([result], _OPTIONS[op]).wait()
         return result
@@ -82,6 +83,7 @@ class DistComm:
         held = self._axes.get(axis)
         if held is None:
             return x
+        traffic.collective_nbytes += x.nbytes
         x = x.contiguous() if x.ndim else x.reshape(1)
         stacked = x.new_empty((held.size * x.shape[0], *x.shape[1:]))
         held.group._allgather_base(stacked, x).wait()
@@ -94,6 +96,7 @@ class DistComm:
         held = self._axes.get(axis)
         if held is None:
             return x
+        traffic.collective_nbytes += x.nbytes
         stacked = self._outgoing(x, dim, held)
         if not x.is_cuda:
             # gloo's own sends everything everywhere; swapping parts and adding them here moves half the bytes or less.
@@ -108,6 +111,7 @@ class DistComm:
         held = self._axes.get(axis)
         if held is None:
             return x
+        traffic.collective_nbytes += x.nbytes
         outgoing = self._outgoing(x, split_dim, held)
         incoming = torch.empty_like(outgoing)
         held.group.alltoall_base(incoming, outgoing, [], []).wait()

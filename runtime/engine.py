@@ -20,6 +20,7 @@ from shardplan.runtime import checkpoint, measuring, optim, state, weight_files
 from shardplan.runtime.dtensors import Distributed, whole_of
 from shardplan.runtime.executor import Executor
 from shardplan.runtime.groups import Groups
+from shardplan.runtime.inputs import Runs, union
 from shardplan.runtime.optim import OptimizerFactory, SchedulerFactory
 from shardplan.runtime.parameters import Shards, collect, collect_one, collect_outputs
 from shardplan.runtime.reduction import Attached
@@ -138,6 +139,14 @@ class Engine:
         found = self._executors.get(key)
         if found is None:
             raise UsageError(f"this job has no {key} program" if self._executors else "no parameters were loaded")
+        return found
+
+    def rows(self, key: str) -> dict[str, Runs]:
+        """Which rows of which inputs this rank reads in a program."""
+        found: dict[str, Runs] = {}
+        for run in self.executor(key).runs:
+            for name, runs in run.inputs.rows.items():
+                found[name] = union((*found.get(name, ()), *runs))
         return found
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

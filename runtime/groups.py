@@ -62,6 +62,20 @@ class Groups:
         self._channels.clear()
 
 
+class Traffic:
+    """Bytes that this rank gave to its process groups so far: in messages between stages, in collectives of stage code.
+    Sums of gradients are not counted: they are the bytes of the parameters."""
+
+    __slots__ = ("collective_nbytes", "message_nbytes")
+
+    def __init__(self) -> None:
+        self.message_nbytes = 0
+        self.collective_nbytes = 0
+
+
+traffic = Traffic()
+
+
 class Channel:
     """One direction between two ranks. source, target: their ranks in the group; tag: of its messages."""
 
@@ -75,6 +89,7 @@ class Channel:
 
     def send(self, value: torch.Tensor) -> Any:
         """Start sending a contiguous tensor, which has to live until the work that is returned is done."""
+        traffic.message_nbytes += value.nbytes
         return self._group.send([value], self._target, self._tag)
 
     def receive(self, into: torch.Tensor) -> Any:

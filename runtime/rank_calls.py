@@ -18,12 +18,16 @@ from shardplan.planner.costs.tables import LinkTables
 from shardplan.rewrite.program import Program
 from shardplan.runtime import checkpoint
 from shardplan.runtime.engine import Engine
+from shardplan.runtime.inputs import Rows
+from shardplan.runtime.loading import Drawn, Loader, Source
 from shardplan.runtime.measure_links import measure_links, plan_groups
+from shardplan.runtime.metering import StepRecord, detailed
 from shardplan.runtime.supply import Supply
 from shardplan.runtime.watch import Watch
 from shardplan.runtime.worker import Session
 
 _ENGINE = "engine"
+_LOADERS = "loaders"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +112,8 @@ def load_weights(session: Session, supply: Supply) -> None:
 
 def unload(session: Session) -> None:
     """Drop the engine, if there is one."""
+    for loader in session.values.pop(_LOADERS, {}).values():
+        loader.close()
     engine = session.values.pop(_ENGINE, None)
     if engine is not None:
         engine.close()
@@ -128,12 +134,34 @@ def drop(session: Session, key: str) -> None:
     engine_of(session).drop(key)
 
 
-def train_step(session: Session, batch: dict[str, torch.Tensor], key: str) -> torch.Tensor:
-    return engine_of(session).train_step(batch, key)
+Given = dict[str, torch.Tensor | Rows] | Drawn
+"""A batch: its inputs by name, whole or the rows that this rank reads, or what to load it by."""
 
 
-def step(session: Session, batch: dict[str, torch.Tensor], key: str) -> torch.Tensor:
-    return engine_of(session).step(batch, key)
+def train_step(session: Session, batch: Given, key: str) -> torch.Tensor:
+    return engine_of(session).train_step(_loaded(session, batch, key), key)
+
+
+def step(session: Session, batch: Given, key: str) -> torch.Tensor:
+    return engine_of(session).step(_loaded(session, batch, key), key)
+
+
+def metered(session: Session, name: str, batch: Given, key: str) -> tuple[torch.Tensor, StepRecord]:
+    """The step of that name (`train_step` or `step`), in detail."""
+    engine = engine_of(session)
+    inputs = _loaded(session, batch, key)
+    return detailed(engine.executor(key), lambda: getattr(engine, name)(inputs, key))
+
+
+def add_source(session: Session, source: Source) -> None:
+    """Batches will be drawn from it."""
+    session.values.setdefault(_LOADERS, {})[source.number] = Loader(source)
+
+
+def _loaded(session: Session, batch: Given, key: str) -> Any:
+    if not isinstance(batch, Drawn):
+        return batch
+    return session.values[_LOADERS][batch.source].batch(batch, engine_of(session).rows(key))
 
 
 def zero_grad(session: Session) -> None:

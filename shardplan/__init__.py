@@ -25,6 +25,7 @@ _WHERE = {
     "degrees": "shardplan.planner.constraints",
     "within_node": "shardplan.planner.constraints",
     "memory": "shardplan.planner.constraints",
+    "Rows": "shardplan.runtime.inputs",
     "ShardplanError": "shardplan.errors",
 }
 
@@ -32,6 +33,7 @@ __all__ = [
     "Cluster",
     "ParallelModel",
     "Plan",
+    "Rows",
     "ShardplanError",
     "auto_parallel",
     "degrees",
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from shardplan.planner.cluster import Cluster
     from shardplan.planner.constraints import degrees, leaf, memory, pin, replicate, split, together, within_node
     from shardplan.planner.plan import Plan
+    from shardplan.runtime.inputs import Rows
     from shardplan.runtime.meta import meta_model
 
 

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from shardplan.errors import InputMismatch, UsageError
 from shardplan.planner.plan import input_texts
 from shardplan.planner.trace import TensorInfo, Trace, info
+from shardplan.runtime.inputs import Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +28,19 @@ class Batch:
     kwargs: dict[str, Any] = field(default_factory=dict)
     target: Any = None
 
+    def whole(self) -> Batch:
+        """With a tensor without data in the place of every input of which only some rows are here."""
+        values = pytree.tree_map_only(Rows, _meta, (self.args, self.kwargs, self.target))
+        return Batch(*values)
+
     def on_meta(self) -> Batch:
         """The same shapes and dtypes without data."""
         values = pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), (self.args, self.kwargs, self.target))
         return Batch(*values)
+
+
+def _meta(rows: Rows) -> torch.Tensor:
+    return torch.empty(rows.shape, dtype=rows.dtype, device="meta")
 
 
 def example_batch(model: torch.nn.Module, example: Any, has_loss_fn: bool) -> Batch:

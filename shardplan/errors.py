@@ -175,6 +175,12 @@ class Deadlock(ShardplanError):
     code = "SP505"
 
 
+class Overloaded(ShardplanError):
+    """More inference requests wait than the engine's queue holds."""
+
+    code = "SP507"
+
+
 class LeafChanged(ShardplanError):
     """A submodule that is kept whole did something else than when it was traced: its results have other shapes, or
     plain values beside the tensors differ."""

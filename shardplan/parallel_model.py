@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import default_collate
 
 from shardplan.batch import Batch, Inputs, canonical, example_batch, move, rebuild_output
 from shardplan.calibrating import keep_evidence, measured_of
 from shardplan.calls import Call, Calls
 from shardplan.checkpoints import Checkpoints, Facts, Saving, encodable
 from shardplan.errors import NotRunnableHere, NotSupported, UsageError
+from shardplan.metrics import Metrics, StepMetrics
 from shardplan.planner.plan import Plan
 from shardplan.planner.report.measured import Measured
 from shardplan.planner.trace import Trace
@@ -23,9 +27,12 @@ from shardplan.planner.units import parse_nbytes
 from shardplan.ranks import InPlace, Ranks
 from shardplan.rewrite import compile as compile_program
 from shardplan.runtime import rank_calls
+from shardplan.runtime.loading import Drawn
 from shardplan.runtime.rank_calls import Job
 from shardplan.runtime.supply import Supply
 from shardplan.runtime.worker import Session
+from shardplan.sampling import Sampler, State, source_of
+from shardplan.serving import Followers, Server, check_settings
 from shardplan.values import (
     Init,
     Weights,
@@ -83,6 +90,11 @@ class ParallelModel:
         self._supply = Supply()
         self._rest = Supply()  # of what no rank holds
         self._checkpoints = Checkpoints(self._ranks)
+        self._samplers: list[Sampler] = []
+        self._places: list[State] = []  # of samplers, in the checkpoint that was loaded
+        self._metrics: Metrics | None = None
+        self._server: Server | None = None
+        self._steps = 0
         self._closed = False
 
     # -- planning and loading ------------------------------------------------------------------------------------------
@@ -119,6 +131,7 @@ class ParallelModel:
         self._supply = supply_of(self._model, settings.weights, settings.init, settings.seed, programs, alike)
         held = set().union(*names_by_rank(programs, len(planned.plan.devices)))
         self._rest = self._supply.only(tensors_of(self._model).keys() - held)
+        ranks.hint = self._checkpoints.hint
         ranks.load(job, self._supply)
 
     @property
@@ -144,6 +157,8 @@ class ParallelModel:
         planned = self._ready()
         if planned.ranks is None:
             raise _not_here(planned.plan)
+        if self._server is not None and threading.current_thread() is not self._server.thread:
+            raise UsageError("this model answers requests", hints=["close the engine first"])
         return planned.ranks
 
     # -- running -------------------------------------------------------------------------------------------------------
@@ -175,14 +190,103 @@ class ParallelModel:
         self._ranks().call(rank_calls.zero_grad)
 
     def _train(self, function: Callable[..., Any], inputs: Any, kwargs: Any, target: Any) -> torch.Tensor:
+        drawn = inputs[0] if len(inputs) == 1 and isinstance(inputs[0], Drawn) else None
+        if drawn is not None:
+            sampler = self._samplers[drawn.source]
+            batch = sampler.example(self._model, drawn.count, self._settings.loss_fn is not None)
+            call = self._call(batch, training=True)
+            loss = self._told(function, drawn, call)
+            sampler.used(drawn)
+            return loss
         batch = self._batch(inputs, kwargs, target)
-        call = self._call(batch, training=True)
-        return self._ranks().call(function, call.inputs.bind(batch), call.key)
+        call = self._call(batch.whole(), training=True)
+        return self._told(function, call.inputs.bind(batch), call)
+
+    def _told(self, function: Callable[..., Any], given: Any, call: Call) -> torch.Tensor:
+        """Run a step, and tell the metrics of it."""
+        ranks, metrics, step, record = self._ranks(), self._metrics, self._steps, None
+        started = time.perf_counter()
+        if metrics is not None and metrics.wants_detail(step):
+            loss, record = ranks.call(rank_calls.metered, function.__name__, given, call.key)
+        else:
+            loss = ranks.call(function, given, call.key)
+        self._steps += 1
+        if metrics is not None:
+            value = loss.item()
+            metrics.give(StepMetrics(step, value, time.perf_counter() - started, call.plan.batch_size, record))
+        return loss
+
+    def metrics(
+        self,
+        callback: Callable[[StepMetrics], Any] | None = None,
+        *,
+        jsonl: str | os.PathLike[str] | None = None,
+        tensorboard: str | os.PathLike[str] | None = None,
+        traces: str | os.PathLike[str] | None = None,
+        every: int = 100,
+    ) -> None:
+        """Tell of every training step from now on; replaces what was told before.
+
+        callback: called with `StepMetrics`, on every rank under torchrun. jsonl: a file to append to; tensorboard,
+        traces: directories for event files and for timelines that Perfetto shows (by rank 0). every: each such step has
+        its instructions timed, for seconds by phase, bubble, bytes, memory and the timeline; 0: none.
+        """
+        writes = not self._ranks().in_place or os.environ.get("RANK") == "0"
+        made = Metrics(callback, jsonl, tensorboard, traces, every, writes)
+        if self._metrics is not None:
+            self._metrics.close()
+        self._metrics = made
+
+    def rows(self) -> dict[str, list[tuple[int, int]]]:
+        """By input, the (start, stop) rows of the planned global batch that this rank reads (under torchrun); an input
+        that it does not read is not named. ``train_step`` takes ``Rows(tensor, runs, count)`` in place of an input."""
+        assert self._calls is not None
+        return rank_calls.engine_of(self._session("rows")).rows(self._calls.planned.key)
+
+    def sampler(
+        self,
+        dataset: Any,
+        batch_size: int | None = None,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        drop_last: bool = True,
+        collate: Callable[[list[Any]], Any] | None = None,
+    ) -> Sampler:
+        """Global batches of a dataset, of which every rank loads its own rows only::
+
+            for epoch in range(sampler.epoch, epochs):
+                for batch in sampler:
+                    loss = pm.train_step(batch)
+
+        dataset: has len() and samples by index, each as ``example_inputs=`` is but for one sample; it is sent to the
+        workers where this process drives some. batch_size: of the global batch; None: the planned one. shuffle: anew
+        every epoch, by seed and epoch. collate: list of samples -> batch. Checkpoints keep the place: after `load` or
+        `resume` the loop goes on with the next batch.
+        """
+        inputs, ranks = self._ready().inputs, self._ranks()
+        number = len(self._samplers)
+        source, sample = source_of(
+            number,
+            dataset,
+            collate or default_collate,
+            shuffle,
+            seed,
+            self._model,
+            self._settings.loss_fn is not None,
+            inputs.bind,
+        )
+        made = Sampler(source, batch_size or self.plan.batch_size, drop_last, sample)
+        ranks.call(rank_calls.add_source, source)
+        if number < len(self._places):
+            made.restore(self._places[number])
+        self._samplers.append(made)
+        return made
 
     def _batch(self, inputs: Any, kwargs: Any, target: Any) -> Batch:
         batch = canonical(self._model, tuple(inputs), kwargs, target)
         if self._planned is None and not self._closed:
-            self._prepare(batch)
+            self._prepare(batch.whole())
         return batch
 
     def _call(self, batch: Batch, training: bool) -> Call:
@@ -201,9 +305,14 @@ class ParallelModel:
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         """Forward without gradients, in the mode that the model is in. -> whole output, built as the model builds it;
         what needs inputs that are not given (a loss without labels) is None."""
+        self._batch(inputs, kwargs, None)
+        return self._forward(inputs, kwargs, everywhere=self._ranks().in_place)
+
+    def _forward(self, inputs: Any, kwargs: Any, everywhere: bool) -> Any:
+        """everywhere: the output is needed on all ranks, not on rank 0 only."""
         batch = self._batch(inputs, kwargs, None)
         call, ranks = self._call(batch, training=False), self._ranks()
-        outputs = ranks.call(rank_calls.forward, call.inputs.bind(batch), ranks.in_place, call.key)
+        outputs = ranks.call(rank_calls.forward, call.inputs.bind(batch), everywhere, call.key)
         return rebuild_output(call.trace, outputs)
 
     def measure(
@@ -302,7 +411,8 @@ class ParallelModel:
         `save`, `load` or `close`. keep: `path` is a directory of checkpoints by step, and the last `keep` of them stay.
         extra: JSON values of yours, given back by `load`. Raises CheckpointError on every rank.
         """
-        facts = {"model": self.plan.model, "extra": encodable(extra)}
+        places = [sampler.state() for sampler in self._samplers]
+        facts = {"model": self.plan.model, "extra": encodable(extra), "samplers": places}
         return self._checkpoints.save(path, facts, wait, keep)
 
     def save_weights(self, path: str | os.PathLike[str], max_shard: int | str = "5 GB") -> None:
@@ -340,15 +450,44 @@ class ParallelModel:
         return self._take(*self._checkpoints.load_if_any(path))[0]
 
     def _take(self, steps: int, facts: Facts) -> tuple[int, Any]:
+        self._steps = steps
+        self._places = facts.get("samplers", [])
+        for sampler, place in zip(self._samplers, self._places, strict=False):
+            sampler.restore(place)
         return steps, facts.get("extra")
 
-    # -- of later versions ---------------------------------------------------------------------------------------------
+    # -- serving -------------------------------------------------------------------------------------------------------
 
-    def sampler(self, dataset: Any) -> Any:
-        raise NotSupported("sampler()", hints=["pass the global batch to train_step; every rank takes its part"])
+    def engine(
+        self,
+        max_batch: int = 32,
+        max_wait_ms: float = 5.0,
+        *,
+        max_queue: int = 1024,
+        sizes: Sequence[int] | None = None,
+    ) -> Server:
+        """Answer single requests in batches, in evaluation mode: ``engine.submit(x)`` gives a future of the output for
+        one sample (inputs without their batch dim).
 
-    def engine(self, **settings: Any) -> Any:
-        raise NotSupported("engine()", hints=["call the model with whole batches"])
+        A batch is run when `max_batch` requests are there, or `max_wait_ms` after its first one came; rows that are
+        missing are filled up to the next of `sizes` (None: only `max_batch`). At most `max_queue` requests wait. Until
+        the engine is closed the model takes no other calls. Under torchrun every rank calls this; rank 0 takes
+        requests, the others call ``engine.serve()``, which returns when rank 0 closes its engine.
+        """
+        found, ranks, mode = (
+            check_settings(max_batch, max_wait_ms, max_queue, sizes),
+            self._ranks(),
+            self._model.training,
+        )
+        self.eval()
+
+        def ended() -> None:
+            self._server = None
+            self.train(mode)
+
+        everyone = Followers(ranks, lambda call: self._forward(*call, everywhere=False))
+        self._server = Server(everyone, found, max_wait_ms / 1000, max_queue, ended)
+        return self._server
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
@@ -357,6 +496,10 @@ class ParallelModel:
         the second time. Raises CheckpointError where it could not be written."""
         if self._closed:
             return
+        if self._server is not None:
+            self._server.close(drain=False)
+        if self._metrics is not None:
+            self._metrics.close()
         if self._planned is None or self._planned.ranks is None:
             self._closed = True
             return

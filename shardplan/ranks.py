@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from shardplan.errors import WorkerFailed, WorkerTimeout
 from shardplan.runtime import rank_calls
 from shardplan.runtime.launch import Workers
 from shardplan.runtime.rank_calls import Job
@@ -17,6 +18,8 @@ class Ranks(Protocol):
     """The ranks of a job. A call runs on all of them; `call` gives this process's result (rank 0's in a driver)."""
 
     in_place: bool
+    hint: Callable[[], list[str]]
+    """What to say besides where the job ends."""
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any: ...
 
@@ -32,6 +35,7 @@ class InPlace:
 
     def __init__(self, session: Session) -> None:
         self.session = session
+        self.hint: Callable[[], list[str]] = list
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return self._watched(function, *arguments)
@@ -47,7 +51,7 @@ class InPlace:
         try:
             return function(self.session, *arguments)
         except Exception as error:
-            explained = watch.explained(error)
+            explained = told(watch.explained(error), self.hint)
             if explained is error:
                 raise
             raise explained from error
@@ -61,6 +65,13 @@ class InPlace:
             self.session.watch.close()
 
 
+def told(error: Exception, hint: Callable[[], list[str]]) -> Exception:
+    """The error, with the hint if it ends the job."""
+    if isinstance(error, (WorkerFailed, WorkerTimeout)):
+        error.hints = (*error.hints, *hint())
+    return error
+
+
 class Spawned:
     """The ranks are workers that this process drives."""
 
@@ -68,9 +79,14 @@ class Spawned:
 
     def __init__(self, workers: Workers) -> None:
         self.workers = workers
+        self.hint: Callable[[], list[str]] = list
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return self.workers.call(function, *arguments)[0]
+        try:
+            return self.workers.call(function, *arguments)[0]
+        except (WorkerFailed, WorkerTimeout) as error:
+            told(error, self.hint)
+            raise
 
     def load(self, job: Job, supply: Supply) -> None:
         needed = names_by_rank(job.programs, len(self.workers))

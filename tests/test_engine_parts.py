@@ -413,7 +413,7 @@ def test_checkpoint_of_sections_loads_as_plain_shards(tmp_path):
     for rank, (_, kept, rate, facts, steps) in enumerate(loaded):
         assert torch.equal(kept["momentum_buffer"], momentum.chunk(2)[rank])
         assert kept["seen"] == 3 and kept["flag"].dtype == torch.bool
-        assert (rate, facts, steps) == (0.25, {"epoch": 3}, 1)
+        assert (rate, facts, steps) == (0.25, (1, {"epoch": 3}), 1)
     (tmp_path / "saved" / "rank-00001.safetensors").write_bytes(b"torn")
     for text in pool(2).run(loading, two_ranks(SECTIONS), zeros, path):  # only rank 1 needs that file
         assert "cannot load" in text and "rank 1" in text and "torn" in text

@@ -45,14 +45,23 @@ def session_of(pid: int) -> list[int]:
 
 
 def job(tmp_path: Path, launcher: list[str], plan: str, how: str, devices: str) -> tuple[int, str, float]:
-    """Run `targets.train` in a script; -> exit status, output, seconds. Checks that no process is left."""
-    script = tmp_path / "train.py"
-    script.write_text(
-        textwrap.dedent(f"""
+    """As `run`, of `targets.train`."""
+    body = f"""
         from tests import targets
         targets.train({plan!r}, {how!r}, {devices})
-        """)
-    )
+        """
+    return run(tmp_path, body, launcher)
+
+
+def torchrun(tmp_path: Path, body: str, *options: str) -> tuple[int, str, float]:
+    """As `run`, under torchrun with two ranks."""
+    return run(tmp_path, body, [*TORCHRUN, *options])
+
+
+def run(tmp_path: Path, body: str, launcher: list[str]) -> tuple[int, str, float]:
+    """Run a script; -> exit status, output, seconds. Checks that no process is left."""
+    script = tmp_path / "train.py"
+    script.write_text(textwrap.dedent(body))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     started = time.monotonic()
     process = subprocess.Popen(

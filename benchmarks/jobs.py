@@ -1,4 +1,4 @@
-"""Training jobs of different shape for the benchmarks that run: small enough for one core a rank, large enough to time."""
+"""Training jobs of different shape for benchmarks that run: small enough for one core a rank, large enough to time."""
 
 from __future__ import annotations
 

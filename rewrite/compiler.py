@@ -274,11 +274,11 @@ class _Compiler:
                     [f"store {source.name} whole"],
                 )
             master = self.trace.masters.get(source.name) if kind == "param" else None
-            if master is not None and stored is not None:
+            if master is not None and stored is not None and stored.level == 1:
                 raise NotSupported(
-                    f"{source.name} is split for storage and used in {info(node).dtype}",
+                    f"of {source.name}, which is used in {info(node).dtype}, only the optimizer state is split",
                     [],
-                    ["precision=None, or storage=0"],
+                    ["level 2 splits its gradient as well"],
                 )
             done = {MICROBATCH_AXIS, stored.axis if stored is not None else ""}
             reduce_axes = tuple(a for a, p in zip(mesh.axes, layout, strict=True) if p == D and a not in done)

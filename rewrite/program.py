@@ -93,13 +93,14 @@ class TensorSpec:
     storage: Storage | None = None
     used: torch.dtype | None = None
 
-    def place(self, mesh: Mesh) -> tuple[str, int, int, bool]:
+    def place(self, mesh: Mesh) -> tuple[str, int, int, bool, torch.dtype | None]:
         """Of a parameter that is split for storage: the axis, the dim, that dim's extent as the stage uses the
-        parameter, and whether a rank has only a summand of its gradient there (see `rewrite.storage`)."""
+        parameter, whether a rank has only a summand of its gradient there, and the dtype in which it is used where that
+        is not the one in which it is stored (see `rewrite.storage`)."""
         assert self.storage is not None
         axis, dim = self.storage.axis, self.storage.dim
         extent = local_shape(self.shape, self.layout, mesh)[dim]
-        return axis, dim, extent, self.layout[mesh.axes.index(axis)] == D
+        return axis, dim, extent, self.layout[mesh.axes.index(axis)] == D, self.used
 
 
 @dataclass(frozen=True, slots=True)

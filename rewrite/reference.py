@@ -83,7 +83,7 @@ class _Run:
             split = [s for s in held if s.storage is not None and s.storage.level > 1]
             self.shards.append(
                 {
-                    c: {s.name: self._shard(s, self.tensors[stage][c], comm) for s in split}
+                    c: {s.name: self._shard(s, state[s.name], self.tensors[stage][c], placement, comm) for s in split}
                     for c, comm in self.comms[stage].items()
                 }
             )
@@ -110,14 +110,17 @@ class _Run:
         self.masters[leaf] = gradient if master is None else master + gradient
         leaf.grad = None
 
-    def _shard(self, spec: TensorSpec, held: Tensors, comm: ThreadComm) -> torch.Tensor:
+    def _shard(
+        self, spec: TensorSpec, whole: torch.Tensor, held: Tensors, placement: StageRanks, comm: ThreadComm
+    ) -> torch.Tensor:
         """The stored part of a parameter; the whole one of level 3 is not kept."""
         assert spec.storage is not None
         axis, dim = spec.storage.axis, spec.storage.dim
-        whole = held[spec.name].detach()
-        held[spec.name] = whole if spec.storage.level < 3 else whole[:0]
-        low, high = span(whole.shape[dim], comm.size(axis), comm.index(axis))
-        part = whole.narrow(dim, low, high - low).clone()
+        used = held[spec.name].detach()
+        held[spec.name] = used if spec.storage.level < 3 else used[:0]
+        low, high = span(used.shape[dim], comm.size(axis), comm.index(axis))
+        stored = part_of(whole.detach(), spec.layout, placement.mesh, comm.coordinate)
+        part = stored.narrow(dim, low, high - low).clone()
         return part.requires_grad_(spec.trainable and self.program.kind == "train")
 
     def argument(

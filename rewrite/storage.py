@@ -24,8 +24,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from shardplan.planner.storage import Storage, part_extent, span
 from shardplan.rewrite.comm import Comm
 
-Place = tuple[str, int, int, bool]
-"""(axis, dim, extent of that dim of the whole, whether every rank of the axis has only a summand of the gradient)."""
+Place = tuple[str, int, int, bool, torch.dtype | None]
+"""(axis, dim, extent of that dim of the whole, whether every rank of the axis has only a summand of the gradient, dtype
+of the whole where it is not that of the parts)."""
 
 
 class Gathering:
@@ -198,6 +199,7 @@ def in_backward() -> bool:
 
 def gather(comm: Comm, places: Sequence[Place], shards: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
     """Begin to gather parts, one message for each axis and dtype. -> what waits for the whole tensors."""
+    shards = [shard.to(place[4] or shard.dtype) for shard, place in zip(shards, places, strict=True)]
     buckets: dict[tuple[str, torch.dtype], list[int]] = {}
     for i, shard in enumerate(shards):
         buckets.setdefault((places[i][0], shard.dtype), []).append(i)
@@ -229,7 +231,8 @@ def scatter(
     for i, (shard, gradient) in enumerate(zip(shards, gradients, strict=True)):
         if gradient is None or not shard.requires_grad:
             continue
-        axis, _, _, summand = places[i]
+        axis, summand = places[i][0], places[i][3]
+        gradient = gradient.to(shard.dtype)
         if summand:
             buckets.setdefault((axis, gradient.dtype), []).append((i, gradient))
         else:
@@ -255,7 +258,7 @@ def scatter(
 
 def part_of_local(local: torch.Tensor, place: Place, size: int, index: int) -> torch.Tensor:
     """A rank's part of a whole local tensor, a view."""
-    _, dim, extent, _ = place
+    _, dim, extent, *_ = place
     low, high = span(extent, size, index)
     return local.narrow(dim, low, high - low)
 
@@ -274,7 +277,7 @@ def joined(
 
 def _largest(shard: torch.Tensor, place: Place, size: int) -> tuple[int, ...]:
     """Shape of the largest part."""
-    _, dim, extent, _ = place
+    _, dim, extent, *_ = place
     return (*shard.shape[:dim], part_extent(extent, size), *shard.shape[dim + 1 :])
 
 
@@ -290,14 +293,14 @@ def _padded(shard: torch.Tensor, place: Place, size: int) -> torch.Tensor:
 
 def _joined(rows: torch.Tensor, place: Place, shape: tuple[int, ...]) -> torch.Tensor:
     """rows: [ranks, elements of the largest part], parts of that shape. -> the whole, in memory of its own."""
-    _, dim, extent, _ = place
+    _, dim, extent, *_ = place
     whole = torch.cat(rows.unflatten(1, shape).unbind(), dim)
     return whole if whole.shape[dim] == extent else whole.narrow(dim, 0, extent).clone()
 
 
 def _by_rank(whole: torch.Tensor, place: Place, size: int) -> torch.Tensor:
     """-> [ranks, elements of the largest part]."""
-    _, dim, extent, _ = place
+    _, dim, extent, *_ = place
     rows = part_extent(extent, size)
     if rows * size != extent:
         padded = whole.new_zeros((*whole.shape[:dim], rows * size, *whole.shape[dim + 1 :]))

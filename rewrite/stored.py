@@ -127,4 +127,6 @@ class StoredParameters:
         mesh = self._lowering.mesh
         kept = self._lowering.stored[parameter.name]
         summand = self._lowering.layout(parameter)[mesh.axes.index(kept.axis)] == D
-        return kept.axis, kept.dim, self._lowering.local_shape(parameter)[kept.dim], summand
+        trace = self._lowering.trace
+        used = info(parameter).dtype if trace.sources[parameter.name].name in trace.masters else None
+        return kept.axis, kept.dim, self._lowering.local_shape(parameter)[kept.dim], summand, used

@@ -50,7 +50,7 @@ class Distributed:
         stored = spec.storage
         if any(state.is_shard and state.sections for state in states.values()) or not self._rising:
             if stored is not None:
-                place = spec.place(self._placement.mesh)
+                place = (*spec.place(self._placement.mesh)[:4], None)
                 local = storage.gather(self._comm, [place], [local])()[0]
             if any(state.is_shard for state in states.values()):
                 local = self._whole(spec, local)

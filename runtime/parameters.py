@@ -91,12 +91,14 @@ class Shards:
                 if held is not None:
                     held.copy_(value)
                     if resident:
-                        self.parameters[spec.name].copy_(self._part(spec, held))
+                        self.parameters[spec.name].copy_(self._part(spec, value))
                 elif spec.name not in names:
                     self.buffers[spec.name] = value
                 elif resident:
-                    self.wholes[spec.name] = value.requires_grad_(spec.storage.level == 1)
-                    part = self._part(spec, value.detach()).contiguous()
+                    part = self._part(spec, value).contiguous()
+                    whole = value if spec.used is None else value.to(spec.used)
+                    part = part if spec.used is None else part.clone()  # lest the whole of higher precision stay
+                    self.wholes[spec.name] = whole.requires_grad_(spec.storage.level == 1)
                     self.parameters[spec.name] = nn.Parameter(part, requires_grad=spec.trainable)
                 else:
                     self.parameters[spec.name] = nn.Parameter(value, requires_grad=spec.trainable)
@@ -117,7 +119,7 @@ class Shards:
         if spec.storage is None:
             return part
         assert self.comm is not None
-        place = spec.place(self.program.placement[self.stage].mesh)
+        place = (*spec.place(self.program.placement[self.stage].mesh)[:4], None)
         return storage.gather(self.comm, [place], [part.detach()])()[0]
 
     def owns(self, spec: TensorSpec) -> bool:

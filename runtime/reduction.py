@@ -200,7 +200,7 @@ class GradientSums:
         self._counted_elsewhere: list[torch.Tensor] = []
         for stage, spec in _last_used_first(program, stages):
             leaf = tensors[spec.name]
-            if spec.used is not None and used is not None:
+            if spec.used is not None and spec.storage is None and used is not None:
                 self._rounded[leaf] = used[spec.name]
             ranks = program.placement[stage].group(rank, spec.reduce_axes)
             tied = [ranks for ranks in twins(program, spec) if rank in ranks]

@@ -182,3 +182,23 @@ def test_state_moves_between_levels_and_plans(tmp_path):
     assert shapes["first.weight"][1] == "(Shard(dim=1),)"  # 7 rows of 2 waste less than 5
     for key, value in after.items():
         assert_near(whole[key], value, 1e-4, 1e-6, key)
+
+
+def test_rounded_parameters_are_stored_whole_in_float32_and_sent_rounded():
+    """precision="bf16": masters are split, and what is gathered of them is bfloat16."""
+    case, _, state = traced("bytegpt")
+    trace = trace_model(case.model, (), case.kwargs, loss_fn=case.loss_fn, target=case.target, precision="bf16")
+    plain = random_plan(trace, dp=2, microbatches=2, seed=1)
+    whole = pool(2).run(train, {"train": compile(trace, plain)}, state, inputs(case, trace), 2)[0]
+    for level in (2, 3):
+        program = compile(trace, stored(trace, plain, level))
+        assert "torch.bfloat16" in program.stages[0].source
+        reference = run_program(program, state, inputs(case, trace))
+        mine = pool(2).run(train, {"train": program}, state, inputs(case, trace), 2)[0]
+        assert mine["losses"] == pytest.approx(whole["losses"], rel=1e-3)
+        for name, gradient in whole["gradients"].items():
+            assert mine["gradients"][name].dtype == torch.float32
+            assert_near(mine["gradients"][name], gradient, 1e-2, 1e-3, name)
+            assert_near(reference.gradients[name], gradient, 1e-2, 1e-3, name)
+        for name, value in whole["state"].items():
+            assert_near(mine["state"][name], value, 1e-2, 1e-2, name)

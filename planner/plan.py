@@ -113,7 +113,8 @@ class Alternative:
 class StageLink:
     """What one microbatch carries between two stages: an activation from source to target (skip connections are links
     of their own) and, where grad_nbytes > 0, its gradient back. Bytes are those of one rank's message, seconds what
-    the cost model says for it."""
+    the cost model says for it, latency_seconds the part of them in which the next message can already be sent. sending,
+    receiving: share of its speed that compute loses at either end meanwhile."""
 
     source: int
     target: int
@@ -121,6 +122,9 @@ class StageLink:
     seconds: float
     grad_nbytes: int = 0
     grad_seconds: float = 0.0
+    latency_seconds: float = 0.0
+    sending: float = 0.0
+    receiving: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

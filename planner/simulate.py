@@ -1,9 +1,10 @@
 """Event simulation of an instruction list: step time, spans, bubble, memory over time.
 
 The semantics are those of `planner.instructions`. A receive and a send take no time of their own. A message travels
-once both are posted; between two positions one message travels at a time in each direction, in the order in which they
-became ready; compute goes on meanwhile. A forward or backward starts when its position is free and its messages have
-arrived.
+once both are posted; between two positions one message is on the link at a time in each direction, in the order in
+which they became ready, and the next may follow while its latency passes. Compute goes on meanwhile; on CPU ranks, where
+the thread that moves a message shares the core, it is slower by the message's `Message.sending` and `receiving`. A
+forward or backward starts when its position is free and its messages have arrived.
 """
 
 from __future__ import annotations
@@ -12,14 +13,19 @@ import heapq
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from shardplan.errors import Deadlock
 from shardplan.planner.deadlock import check, grid
 from shardplan.planner.instructions import Instruction, Op, Schedule
 from shardplan.planner.timeline import Counter, Event, Timeline, Track
 
-__all__ = ["Reductions", "Simulation", "Span", "StageTimes", "Transfer", "check", "simulate"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from shardplan.planner.plan import StageLink
+
+__all__ = ["Message", "Reductions", "Simulation", "Span", "StageTimes", "Transfer", "check", "messages_of", "simulate"]
 
 
 Reductions = tuple[tuple[float, float], ...]
@@ -34,7 +40,8 @@ class StageTimes:
     forward_seconds, backward_seconds: per microbatch. weight_seconds: the part of the backward that a separate
         ``BACKWARD_WEIGHT`` takes (``BACKWARD_INPUT`` takes the rest).
     reduce_seconds, optimizer_seconds: once a step. reductions: sums that go on during the last backward, one after
-        another; ``REDUCE_GRADS`` waits for the last of them and takes reduce_seconds after that.
+        another; ``REDUCE_GRADS`` waits for the last of them and takes reduce_seconds after that. reducing: share of its
+        speed that the backward loses while one of them goes on.
     activation_nbytes: kept from a microbatch's forward to the end of its backward; fixed_nbytes: all the time.
     """
 
@@ -46,19 +53,30 @@ class StageTimes:
     activation_nbytes: int = 0
     fixed_nbytes: int = 0
     reductions: Reductions = ()
+    reducing: float = 0.0
 
     def __post_init__(self) -> None:
         if min(self.forward_seconds, self.backward_seconds, self.reduce_seconds, self.optimizer_seconds) < 0:
             raise ValueError(f"negative seconds in {self}")
         if not 0 <= self.weight_seconds <= self.backward_seconds:
             raise ValueError(f"weight_seconds must be a part of backward_seconds in {self}")
+        if not 0 <= self.reducing <= 1:
+            raise ValueError(f"reducing must be a share in {self}")
 
-    def summed(self, start: float, end: float) -> float:
-        """When the last of the reductions is done, given the span of the backward that makes the gradients final."""
-        now = start
-        for share, seconds in self.reductions:
-            now = max(now, start + share * (end - start)) + seconds
-        return now
+    def summed(self, start: float, end: float) -> tuple[float, float]:
+        """When the backward that makes the gradients final and the last of the reductions are done, given the span of
+        that backward by itself."""
+        now, done, free = start, 0.0, start  # `done` seconds of the backward are behind it; a sum goes on until `free`
+        for share, seconds in (*self.reductions, (1.0, 0.0)):
+            left = max(share * (end - start) - done, 0.0)
+            done += left
+            slow = min(left, max(free - now, 0.0) * (1.0 - self.reducing))
+            now = (
+                (max(free, now) if slow < left else now + (slow / (1.0 - self.reducing) if slow else 0.0)) + left - slow
+            )
+            if seconds:
+                free = max(free, now) + seconds
+        return now, free
 
     def seconds(self, op: Op) -> float:
         """Duration of an instruction of that kind (0 for messages)."""
@@ -76,6 +94,34 @@ class StageTimes:
             case Op.OPTIMIZER_STEP:
                 return self.optimizer_seconds
         return 0.0
+
+
+class Message(NamedTuple):
+    """What a message between two stages costs.
+
+    seconds: until it has arrived; latency: the part of them in which the link can already carry the next one. sending,
+    receiving: share of its speed that compute loses meanwhile at either end.
+    """
+
+    seconds: float
+    latency: float = 0.0
+    sending: float = 0.0
+    receiving: float = 0.0
+
+
+_NOTHING = Message(0.0)
+
+
+def messages_of(links: Iterable[StageLink]) -> dict[tuple[int, int], Message]:
+    """(sending stage, receiving stage) -> its message, activations and gradients."""
+    found: dict[tuple[int, int], Message] = {}
+    for link in links:
+        shares = link.sending, link.receiving
+        found[link.source, link.target] = Message(link.seconds, min(link.latency_seconds, link.seconds), *shares)
+        found[link.target, link.source] = Message(
+            link.grad_seconds, min(link.latency_seconds, link.grad_seconds), *shares
+        )
+    return found
 
 
 class Span(NamedTuple):
@@ -136,6 +182,7 @@ class Simulation:
         return Timeline(name, tuple(tracks))
 
 
+_FINAL = (Op.BACKWARD, Op.BACKWARD_WEIGHT)
 _CATEGORIES = {
     Op.FORWARD: "forward",
     Op.BACKWARD: "backward",
@@ -150,22 +197,43 @@ def _event(span: Span) -> Event:
     return Event(str(span.instruction), _CATEGORIES[span.instruction.op], span.start_seconds, span.end_seconds)
 
 
-class _Link:
-    """One direction between two positions: when it is free, and the transfers it has carried."""
+class _Core:
+    """The compute of one position, and what its messages take of it.
 
-    __slots__ = ("free",)
+    ended: when it last computed; since: from when on without a pause. slowed: (start, end, share of speed lost) of
+    messages whose effect has not been counted yet.
+    """
+
+    __slots__ = ("ended", "since", "slowed")
 
     def __init__(self) -> None:
-        self.free = 0.0
+        self.ended = self.since = 0.0
+        self.slowed: list[tuple[float, float, float]] = []
+
+    def run(self, now: float, seconds: float) -> tuple[float, float]:
+        """Start and end of `seconds` of compute that can begin `now`. Messages that became known only after the compute
+        that they slowed are counted here; a pause before `now` absorbs them."""
+        if not self.slowed:
+            start, end = now, now + seconds
+        else:
+            late = sum(s * max(min(e, self.ended) - max(b, self.since), 0.0) for b, e, s in self.slowed)
+            start = max(self.ended + late, now)
+            stop = start + seconds
+            end = stop + sum(s * max(min(e, stop) - max(b, start), 0.0) for b, e, s in self.slowed)
+            self.slowed = [(max(b, stop), e, s) for b, e, s in self.slowed if e > stop]
+        if start > self.ended:
+            self.since = start
+        self.ended = end
+        return start, end
 
 
 def simulate(
-    schedule: Schedule, times: Sequence[StageTimes], links: Mapping[tuple[int, int], float] | None = None
+    schedule: Schedule, times: Sequence[StageTimes], links: Mapping[tuple[int, int], Message] | None = None
 ) -> Simulation:
     """Runs the schedule in virtual time.
 
-    times: one per stage. links: (sending stage, receiving stage) -> seconds of one message; activations and gradients
-    are two entries, (s, t) and (t, s); a pair not named takes no time, nor does one of the same position.
+    times: one per stage. links: (sending stage, receiving stage) -> one message; activations and gradients are two
+    entries, (s, t) and (t, s); a pair not named takes no time, nor does one of the same position.
 
     Raises Deadlock where the list cannot finish. Takes about a second for 16 stages x 1,024 microbatches.
     """
@@ -180,11 +248,13 @@ def simulate(
     sends: dict[tuple[int, int], list[tuple[float, Instruction]]] = defaultdict(list)
     recvs: dict[tuple[int, int], list[tuple[float, Instruction]]] = defaultdict(list)
     matched: dict[tuple[int, int], int] = defaultdict(int)
-    free: dict[tuple[int, int], _Link] = defaultdict(_Link)
+    free: dict[tuple[int, int], float] = defaultdict(float)
+    cores = [_Core() for _ in schedule]
     arrivals: dict[tuple[int, bool, int], float] = {}
     expected: dict[tuple[int, bool, int], int] = defaultdict(int)
     parked: dict[tuple[int, bool, int], int] = {}
-    final: dict[int, tuple[float, float]] = {}  # span of a stage's latest backward
+    last = {(p, i.stage): n for p, line in enumerate(schedule) for n, i in enumerate(line) if i.op in _FINAL}
+    summed: dict[int, float] = {}  # when a stage's reductions are done
     # Positions advance in the order of their clocks, so that messages become ready in order of time and a link that
     # several pairs of stages share serves them first come, first served.
     heap = [(0.0, position) for position in range(len(schedule))]
@@ -195,10 +265,14 @@ def simulate(
             return
         matched[pair] = n + 1
         receive = recvs[pair][n][1]
-        link = free[home[pair[0]], home[pair[1]]]
-        start = max(now, link.free)
-        local = home[pair[0]] == home[pair[1]]
-        link.free = end = start + (0.0 if local else links.get(pair, 0.0))
+        here, there = home[pair[0]], home[pair[1]]
+        message = _NOTHING if here == there else links.get(pair, _NOTHING)
+        start = max(now, free[here, there])
+        end = start + message.seconds
+        free[here, there] = end - message.latency
+        for position, share in ((here, message.sending), (there, message.receiving)):
+            if share and message.seconds:
+                cores[position].slowed.append((start, end, share))
         activation = receive.op is Op.RECV_ACT
         transfers.append(Transfer(*pair, receive.microbatch, activation, start, end))
         key = (receive.stage, activation, receive.microbatch)
@@ -235,12 +309,16 @@ def simulate(
                 if arrived > now:
                     heapq.heappush(heap, (arrived, position))
                     break
-            end = now + durations[stage][op]
-            if op in (Op.BACKWARD, Op.BACKWARD_WEIGHT):
-                final[stage] = now, end
-            elif op is Op.REDUCE_GRADS and stage in final:
-                end = max(now, times[stage].summed(*final[stage])) + durations[stage][op]
-            spans[position].append(Span(instruction, now, end))
+            seconds = durations[stage][op]
+            if op in _FINAL and times[stage].reductions and last[position, stage] == cursors[position]:
+                alone, done = times[stage].summed(0.0, seconds)
+                start, end = cores[position].run(now, alone)
+                summed[stage] = start + done + (end - start - alone)
+            else:
+                if op is Op.REDUCE_GRADS:
+                    now = max(now, summed.get(stage, now))
+                start, end = cores[position].run(now, seconds)
+            spans[position].append(Span(instruction, start, end))
             cursors[position] += 1
             if end > now:
                 clocks[position] = end

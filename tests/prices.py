@@ -48,6 +48,9 @@ class SimplePrices:
     def p2p(self, nbytes: int, source: int, target: int) -> float:
         return self.links.p2p(nbytes, source, target)
 
+    def slowdown(self, kind: str, ranks: tuple[int, ...]) -> tuple[float, float]:
+        return self.links.slowdown(kind, ranks)
+
     def copy(self, nbytes: int, device: int) -> float:
         return 2 * nbytes / self.bytes_per_s
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from shardplan.planner.analytic import pipeline
 from shardplan.planner.analytic.layer import Seconds
 from shardplan.planner.schedules import build
-from shardplan.planner.simulate import StageTimes, simulate
+from shardplan.planner.simulate import Message, StageTimes, simulate
 
 KINDS = ("1f1b", "gpipe", "interleaved", "zb")
 
@@ -35,7 +35,7 @@ def simulated(kind: str, positions: int, microbatches: int, stages: list[Seconds
         StageTimes(s.forward, s.backward, s.backward_weight, activation_nbytes=2**index)
         for index, s in enumerate(stages)
     ]
-    links = {pair: send for a, b in chain(len(stages)) for pair in ((a, b), (b, a))}
+    links = {pair: Message(send) for a, b in chain(len(stages)) for pair in ((a, b), (b, a))}
     return simulate(schedule, times, links)
 
 

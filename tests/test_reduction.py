@@ -200,7 +200,7 @@ def test_the_bucket_size_is_worth_it(latency, bandwidth, nbytes, backward):
     def end(size):
         count = min(max(round(nbytes / size), 1), 64)
         whole = count * (latency + nbytes / count / bandwidth)
-        return StageTimes(1.0, backward, reductions=spread([(backward, whole, nbytes)], size)).summed(0.0, backward)
+        return StageTimes(1.0, backward, reductions=spread([(backward, whole, nbytes)], size)).summed(0.0, backward)[1]
 
     found = bucket_nbytes([(nbytes, backward)], lambda size: latency + size / bandwidth)
     if nbytes / found < 64 and nbytes / BUCKET_NBYTES < 64:  # more are taken together

@@ -14,7 +14,7 @@ from shardplan.errors import Deadlock, UsageError
 from shardplan.planner.deadlock import check
 from shardplan.planner.instructions import Instruction, Op, Schedule, parse_schedule, schedule_text
 from shardplan.planner.schedules import build, in_flight
-from shardplan.planner.simulate import StageTimes, simulate
+from shardplan.planner.simulate import Message, StageTimes, simulate
 
 
 def chain(stages: int) -> set[tuple[int, int]]:
@@ -135,7 +135,7 @@ def test_zero_bubble_keeps_the_memory_of_1f1b_and_a_third_of_its_bubble() -> Non
 def test_zero_bubble_with_published_times() -> None:
     """Qi et al. 2023, table 4 (1.5B on 8 stages, 24 microbatches): bubble 0.2431 under 1F1B, 0.1585 under ZB-H1."""
     forward, by_input, by_weight, send = 18.522, 18.086, 9.337, 0.601
-    links = {pair: send for s in range(7) for pair in ((s, s + 1), (s + 1, s))}
+    links = {pair: Message(send) for s in range(7) for pair in ((s, s + 1), (s + 1, s))}
     for kind, bubble in (("1f1b", 0.2431), ("zb", 0.1585)):
         times = [StageTimes(forward, by_input + by_weight, by_weight)] * 8
         found = simulate(build(kind, 8, 24, chain(8)), times, links)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from shardplan.errors import Deadlock
 from shardplan.planner.instructions import Instruction, Op, Schedule, parse_schedule
 from shardplan.planner.schedules import build
-from shardplan.planner.simulate import Simulation, StageTimes, simulate
+from shardplan.planner.simulate import Message, Simulation, StageTimes, simulate
 from shardplan.planner.timeline import chrome_trace
 from tests.test_schedules import chain, pipelines
 
@@ -39,7 +39,7 @@ def fixpoint(
         for line in schedule:
             now = 0.0
             for i in line:
-                if i.op in (Op.FORWARD, Op.BACKWARD):
+                if i.op in (Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT):
                     kind = Op.RECV_ACT if i.op is Op.FORWARD else Op.RECV_GRAD
                     now = max([now, *(arrivals[r] for r in line if r.op is kind and r.microbatch == i.microbatch)])
                 now += times[i.stage].seconds(i.op)
@@ -58,7 +58,7 @@ def test_equals_the_fixpoint(case: tuple, rng: object) -> None:
         StageTimes(pick([0.0, 1.0, 2.5]), pick([0.0, 2.0, 4.5]), 0.0, pick([0.0, 3.0]), 1.0) for _ in range(stages)
     ]
     links = {pair: pick([0.0, 0.5, 6.0]) for edge in edges for pair in (edge, edge[::-1])}
-    found = simulate(schedule, times, links)
+    found = simulate(schedule, times, {pair: Message(seconds) for pair, seconds in links.items()})
     ends = fixpoint(schedule, times, links)
     assert {s.instruction: s.end_seconds for line in found.spans for s in line} == pytest.approx(
         {i: end for i, end in ends.items() if i.peer < 0}
@@ -83,7 +83,9 @@ def test_slow_stage_sets_the_pace() -> None:
 
 
 def test_a_link_carries_one_message_at_a_time_and_overlaps_compute() -> None:
-    found = simulate(build("gpipe", 2, 3, {(0, 1)}, training=False), [StageTimes(1.0), StageTimes(1.0)], {(0, 1): 4.0})
+    found = simulate(
+        build("gpipe", 2, 3, {(0, 1)}, training=False), [StageTimes(1.0), StageTimes(1.0)], {(0, 1): Message(4.0)}
+    )
     assert [(t.start_seconds, t.end_seconds) for t in found.transfers] == [(1.0, 5.0), (5.0, 9.0), (9.0, 13.0)]
     assert found.step_seconds == 14.0
     assert [s.end_seconds for s in found.spans[0]] == [1.0, 2.0, 3.0]
@@ -91,15 +93,49 @@ def test_a_link_carries_one_message_at_a_time_and_overlaps_compute() -> None:
 
 def test_a_message_starts_when_both_sides_are_there() -> None:
     """Stage 1 posts receive 2 only after its first forward."""
-    found = simulate(build("gpipe", 2, 3, {(0, 1)}, training=False), [StageTimes(1.0), StageTimes(10.0)], {(0, 1): 1.0})
+    found = simulate(
+        build("gpipe", 2, 3, {(0, 1)}, training=False), [StageTimes(1.0), StageTimes(10.0)], {(0, 1): Message(1.0)}
+    )
     assert [t.start_seconds for t in found.transfers] == [1.0, 2.0, 12.0]
 
 
 def test_directions_do_not_disturb_each_other() -> None:
     schedule = parse_schedule("0RECV_GRAD0<1 0F0 0SEND_ACT0>1 0B0\n1RECV_ACT0<0 1F0 1B0 1SEND_GRAD0>0")
-    found = simulate(schedule, [StageTimes(1.0, 1.0)] * 2, {(0, 1): 2.0, (1, 0): 3.0})
+    found = simulate(schedule, [StageTimes(1.0, 1.0)] * 2, {(0, 1): Message(2.0), (1, 0): Message(3.0)})
     assert found.step_seconds == 1 + 2 + 1 + 1 + 3 + 1
     assert [(t.source, t.activation) for t in found.transfers] == [(0, True), (1, False)]
+
+
+def test_the_next_message_follows_while_the_latency_passes() -> None:
+    links = {(0, 1): Message(4.0, latency=3.0)}
+    found = simulate(build("gpipe", 2, 3, {(0, 1)}, training=False), [StageTimes(1.0), StageTimes(0.5)], links)
+    assert [(t.start_seconds, t.end_seconds) for t in found.transfers] == [(1.0, 5.0), (2.0, 6.0), (5.5, 9.5)]
+
+
+def test_messages_slow_the_compute_beside_them() -> None:
+    """Message 0 travels from 1 to 5 and takes a quarter of the sender's speed while it computes, and half of the
+    receiver's, which waits for it and loses nothing."""
+    schedule = parse_schedule("0F0 0SEND_ACT0>1 0F1\n1RECV_ACT0<0 1F0")
+    found = simulate(schedule, [StageTimes(2.0), StageTimes(1.0)], {(0, 1): Message(4.0, 0.0, 0.25, 0.5)})
+    assert [s.end_seconds for s in found.spans[0]] == [2.0, 4.5]
+    assert [(s.start_seconds, s.end_seconds) for s in found.spans[1]] == [(6.0, 7.0)]
+    # Both compute while messages arrive: what came in during the first forward is paid by the second.
+    schedule = parse_schedule("0F0 0SEND_ACT0>1 0F1 0SEND_ACT1>1\n1RECV_ACT0<0 1RECV_ACT1<0 1F0 1F1")
+    found = simulate(schedule, [StageTimes(1.0), StageTimes(4.0)], {(0, 1): Message(1.0, 0.0, 0.0, 0.5)})
+    assert [(t.start_seconds, t.end_seconds) for t in found.transfers] == [(1.0, 2.0), (2.0, 3.0)]
+    assert [(s.start_seconds, s.end_seconds) for s in found.spans[1]] == [(2.0, 6.5), (6.5, 10.5)]
+
+
+def test_sums_slow_the_backward_beside_them() -> None:
+    schedule = parse_schedule("0F0 0B0 0REDUCE_GRADS")
+
+    def step(reducing: float, *reductions: tuple[float, float]) -> float:
+        return simulate(schedule, [StageTimes(1.0, 4.0, reductions=reductions, reducing=reducing)]).step_seconds
+
+    assert step(0.5, (0.25, 2.0), (1.0, 1.0)) == 1 + 1 + 2 + 2 + 1  # 3 s of backward: 2 at half speed, 2 alone
+    assert step(1.0, (0.25, 2.0)) == 1 + 4 + 2
+    assert step(0.5, (0.25, 20.0)) == 1 + 1 + 20
+    assert step(0.5) == 5.0
 
 
 def test_memory_over_time() -> None:
@@ -153,7 +189,7 @@ def test_times_are_checked() -> None:
 def test_large_pipelines_are_quick() -> None:
     schedule = build("1f1b", 16, 1024, chain(16))
     start = time.process_time()
-    found = simulate(schedule, [StageTimes(1.0, 2.0)] * 16, {(s, s + 1): 0.1 for s in range(15)})
+    found = simulate(schedule, [StageTimes(1.0, 2.0)] * 16, {(s, s + 1): Message(0.1) for s in range(15)})
     assert time.process_time() - start < 5
     assert found.peak_microbatches[0] == 16
     assert found.step_seconds > (1024 + 15) * 3.0
@@ -161,7 +197,7 @@ def test_large_pipelines_are_quick() -> None:
 
 def example() -> Simulation:
     times = [StageTimes(0.001, 0.002, 0.0, 0.0005, 0.0, 10, 100)] * 2
-    return simulate(build("1f1b", 2, 2, {(0, 1)}), times, {(0, 1): 0.0001, (1, 0): 0.0001})
+    return simulate(build("1f1b", 2, 2, {(0, 1)}), times, {(0, 1): Message(0.0001), (1, 0): Message(0.0001)})
 
 
 def test_chrome_trace() -> None:

@@ -88,6 +88,11 @@ class Costs(Protocol):
         """Seconds until `nbytes` sent by one rank have arrived at another."""
         ...
 
+    def slowdown(self, kind: str, ranks: tuple[int, ...]) -> tuple[float, float]:
+        """Shares of its speed that compute loses on the first of `ranks` and on the others while a message ("p2p",
+        source and target) or a collective goes on beside it."""
+        ...
+
     def copy(self, nbytes: int, device: int) -> float:
         """Seconds to read and write `nbytes` once on the device (slices, pads, gradient accumulation)."""
         ...

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from shardplan.planner.costs.calibration import Evidence, Pair
 from shardplan.planner.plan import Plan
 from shardplan.planner.report.measured import Measured
-from shardplan.planner.simulate import StageTimes, simulate
+from shardplan.planner.simulate import StageTimes, messages_of, simulate
 
 COLLECTIVES, GRADIENTS, START = "collectives", "gradients", "start"
 _MESSAGE = (0.4, 2.5)
@@ -160,11 +160,12 @@ def _closed(plan: Plan, measured: Measured) -> tuple[float | None, float]:
     used = plan.calibration.get("message", 1.0)
 
     def step(factor: float) -> float:
-        links: dict[tuple[int, int], float] = {}
-        for link in plan.links:
-            links[link.source, link.target] = link.seconds * factor / used
-            links[link.target, link.source] = link.grad_seconds * factor / used
-        return simulate(plan.instructions, times, links).step_seconds
+        links = messages_of(plan.links)
+        slower = {
+            pair: link._replace(seconds=link.seconds * factor / used, latency=link.latency * factor / used)
+            for pair, link in links.items()
+        }
+        return simulate(plan.instructions, times, slower).step_seconds
 
     message = None
     if plan.links:

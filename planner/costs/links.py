@@ -42,7 +42,7 @@ from dataclasses import dataclass
 from shardplan.planner.cluster import Cluster, Link
 from shardplan.planner.costs.tables import LinkTables, Points, clean, interpolate
 
-_NOISE = 2.0
+_NOISE = 1.25
 
 COLLECTIVE_KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 
@@ -176,14 +176,26 @@ class LinkModel:
         by a measured group of another shape), or "modelled"."""
         return self._lookup(kind, tuple(ranks))[0]
 
+    def slowdown(self, kind: str, ranks: Sequence[int]) -> tuple[float, float]:
+        """See `Costs.slowdown`. The median of the groups of that size where this one was not measured; none where
+        nothing was: a GPU's adapters move bytes by themselves."""
+        known = self.tables.slowdowns if self.tables is not None else {}
+        own = known.get((kind, tuple(ranks)))
+        if own is not None:
+            return own
+        shares = [pair for (name, group), pair in known.items() if name == kind and len(group) == len(ranks)]
+        if not shares:
+            return 0.0, 0.0
+        return statistics.median(pair[0] for pair in shares), statistics.median(pair[1] for pair in shares)
+
     # -- measured -------------------------------------------------------------------------------------------------
 
     def _lookup(self, kind: str, ranks: tuple[int, ...]) -> tuple[str, Points | None, tuple[int, ...] | None]:
         """(source, points, group that stands in).
 
         Groups alike (devices and nodes, no links of their own) share the median of their tables, so that noise does not
-        make one of them look faster; a group that differs from it by more than `_NOISE` keeps its own table. Without a
-        table for it or its like, the nearest measured group stands in.
+        make one of them look faster; only those within `_NOISE` of a group's own table count, since links may differ
+        that nobody described. Without a table for it or its like, the nearest measured group stands in.
         """
         key = (kind, ranks)
         if key not in self._measured:
@@ -199,11 +211,11 @@ class LinkModel:
         known = [g for g in self.tables.groups(kind) if max(g) < len(self.cluster.devices)]
         wanted = self._signature(ranks)
         alike = [] if self.cluster.has_overrides() else [g for g in known if self._signature(g) == wanted]
-        pooled = self._median(kind, alike) if alike else None
         if exact is not None:
-            return "measured", pooled if pooled and _close(exact, pooled) else exact, None
-        if pooled is not None:
-            return "measured", pooled, None
+            near = [g for g in alike if _close(exact, self.tables.entries[kind, g])]
+            return "measured", self._median(kind, near) if near else exact, None
+        if alike:
+            return "measured", self._median(kind, alike), None
         if not known:
             return "modelled", None, None
         crosses = self._node_count(ranks) > 1

@@ -222,6 +222,10 @@ class CostModel:
         factor = self._corrections_on(self.cluster.devices[source].kind).message
         return self.links.p2p(nbytes, source, target) * factor
 
+    def slowdown(self, kind: str, ranks: tuple[int, ...]) -> tuple[float, float]:
+        """See `Costs.slowdown`."""
+        return self.links.slowdown(kind, ranks)
+
     def copy(self, nbytes: int, device: int) -> float:
         """See `Costs.copy`."""
         kind = self.cluster.devices[device].kind

@@ -39,6 +39,14 @@ class RecordingCosts:
         """See `Costs.p2p`."""
         return self._keep(f"p2p|{nbytes}|{source}|{target}", lambda: self.costs.p2p(nbytes, source, target))
 
+    def slowdown(self, kind: str, ranks: tuple[int, ...]) -> tuple[float, float]:
+        """See `Costs.slowdown`. Records made before it was asked say that there is none."""
+        first, others = self._keep(f"slowdown|{kind}|{list(ranks)}", lambda: list(self._slowdown(kind, ranks)))
+        return first, others
+
+    def _slowdown(self, kind: str, ranks: tuple[int, ...]) -> tuple[float, float]:
+        return self.costs.slowdown(kind, ranks)
+
     def copy(self, nbytes: int, device: int) -> float:
         """See `Costs.copy`."""
         return self._keep(f"copy|{nbytes}|{device}", lambda: self.costs.copy(nbytes, device))
@@ -96,6 +104,9 @@ class RecordedCosts(RecordingCosts):
 
     def _overheads(self, device: int) -> Overheads:
         return Overheads()
+
+    def _slowdown(self, kind: str, ranks: tuple[int, ...]) -> tuple[float, float]:
+        return 0.0, 0.0
 
     def _keep(self, key: str, ask: Callable[[], Any]) -> Any:
         if key not in self._answers:

@@ -77,10 +77,12 @@ def interpolate(points: Points, nbytes: int) -> float:
 @dataclass(frozen=True, slots=True)
 class LinkTables:
     """Measured times. entries: (kind, ranks) -> points. kind: one of `KINDS`; ranks: the group, or (source, target)
-    for "p2p". backend: "gloo", "nccl" or "" where unknown. Raises ValueError on points that `clean` refuses."""
+    for "p2p". backend: "gloo", "nccl" or "" where unknown. slowdowns: (kind, ranks) -> shares of its speed that compute
+    loses on the first rank and on the others while it goes on. Raises ValueError on points that `clean` refuses."""
 
     entries: Mapping[tuple[str, tuple[int, ...]], Points] = field(hash=False)
     backend: str = ""
+    slowdowns: Mapping[tuple[str, tuple[int, ...]], tuple[float, float]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         cleaned: dict[tuple[str, tuple[int, ...]], Points] = {}
@@ -94,6 +96,10 @@ class LinkTables:
             except ValueError as error:
                 raise ValueError(f"{kind} among {ranks}: {error}") from None
         object.__setattr__(self, "entries", cleaned)
+        for key, shares in self.slowdowns.items():
+            if key not in cleaned or not all(0 <= share <= 1 for share in shares):
+                raise ValueError(f"slowdowns {shares} of {key[0]} among {key[1]}")
+        object.__setattr__(self, "slowdowns", dict(sorted(self.slowdowns.items())))
 
     def seconds(self, kind: str, nbytes: int, ranks: tuple[int, ...]) -> float | None:
         """Interpolated seconds for exactly this group, None where it was not measured."""
@@ -109,18 +115,27 @@ class LinkTables:
         if not factor > 0:
             raise ValueError(f"times cannot be multiplied by {factor}")
         scaled = {key: tuple((n, s * factor) for n, s in points) for key, points in self.entries.items()}
-        return LinkTables(scaled, self.backend)
+        return LinkTables(scaled, self.backend, self.slowdowns)
 
     def merged(self, other: LinkTables) -> LinkTables:
         """Both; where a group is in both, the other's points replace these."""
-        return LinkTables({**self.entries, **other.entries}, other.backend or self.backend)
+        return LinkTables(
+            {**self.entries, **other.entries},
+            other.backend or self.backend,
+            {**self.slowdowns, **other.slowdowns},
+        )
 
     # -- text -----------------------------------------------------------------------------------------------------
 
     def to_json(self) -> str:
         """JSON text, the same for equal tables."""
         rows = [
-            {"kind": kind, "ranks": list(ranks), "points": [list(point) for point in points]}
+            {
+                "kind": kind,
+                "ranks": list(ranks),
+                "points": [list(point) for point in points],
+                **({"slowdown": self.slowdowns[kind, ranks]} if (kind, ranks) in self.slowdowns else {}),
+            }
             for (kind, ranks), points in self.entries.items()
         ]
         return json.dumps({"schema": SCHEMA, "backend": self.backend, "tables": rows}, sort_keys=True)
@@ -136,8 +151,13 @@ class LinkTables:
                 (row["kind"], tuple(row["ranks"])): tuple((int(n), float(s)) for n, s in row["points"])
                 for row in data["tables"]
             }
-            return LinkTables(entries, data["backend"])
-        except (KeyError, TypeError) as error:
+            slowdowns = {
+                (row["kind"], tuple(row["ranks"])): (float(row["slowdown"][0]), float(row["slowdown"][1]))
+                for row in data["tables"]
+                if "slowdown" in row
+            }
+            return LinkTables(entries, data["backend"], slowdowns)
+        except (KeyError, TypeError, IndexError) as error:
             raise ValueError(f"not link tables: {type(error).__name__}: {error}") from None
 
     def __str__(self) -> str:

@@ -23,7 +23,7 @@ from shardplan.planner.report.words import (
     share_text,
 )
 from shardplan.planner.rules.strategy import Strategy
-from shardplan.planner.simulate import Simulation, simulate
+from shardplan.planner.simulate import Simulation, messages_of, simulate
 from shardplan.planner.timeline import Timeline
 
 SUMMED = "copies+sum"
@@ -159,11 +159,7 @@ def simulate_plan(plan: Plan) -> Simulation:
         # What the stage holds at its peak is min(m, S - s) microbatches under 1F1B and all of them under GPipe.
         alive = held if plan.schedule == "gpipe" else min(held, len(plan.stages) - index)
         times.append(times_of(stage, memory.activations // max(alive, 1), memory.peak_nbytes - memory.activations))
-    links: dict[tuple[int, int], float] = {}
-    for link in plan.links:
-        links[link.source, link.target] = link.seconds
-        links[link.target, link.source] = link.grad_seconds
-    return simulate(plan.instructions, times, links)
+    return simulate(plan.instructions, times, messages_of(plan.links))
 
 
 def axis_sizes(plan: Plan) -> dict[str, tuple[int, ...]]:

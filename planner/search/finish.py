@@ -29,7 +29,7 @@ from shardplan.planner.propagate import norm_notes, placed
 from shardplan.planner.rules import Strategy, has_rule, is_discovered, strategies, why_whole
 from shardplan.planner.search.runs import held_by, ops_of
 from shardplan.planner.search.storing import Window, ways_to_store
-from shardplan.planner.simulate import Simulation, StageTimes, simulate
+from shardplan.planner.simulate import Simulation, StageTimes, messages_of, simulate
 from shardplan.planner.stages import StageSplit, split_stages
 from shardplan.planner.storage import Storage
 from shardplan.planner.trace import info, infos, leaf_of, resolve
@@ -219,12 +219,9 @@ def finish(search: Search, candidate: Candidate) -> Finished:
         grad_edges=split.grad_edges(),
     )
     times = [StageTimes(s.forward_seconds, s.backward_seconds, reduce_seconds=s.once_seconds) for s in stages]
-    seconds = {(link.source, link.target): link.seconds for link in links}
-    seconds |= {(link.target, link.source): link.grad_seconds for link in links}
     storage = {search.trace.sources[node].name: found for node, found in sorted(stored.items())}
-    return Finished(
-        candidate, chosen, storage, split, stages, links, instructions, simulate(instructions, times, seconds)
-    )
+    simulation = simulate(instructions, times, messages_of(links))
+    return Finished(candidate, chosen, storage, split, stages, links, instructions, simulation)
 
 
 def _chosen(search: Search, candidate: Candidate) -> tuple[dict[str, Strategy], dict[str, Storage]]:
@@ -271,6 +268,8 @@ def _links(
             search.costs.p2p(round(there), source * width, target * width),
             round(back),
             search.costs.p2p(round(back), target * width, source * width),
+            search.costs.p2p(1, source * width, target * width),
+            *search.costs.slowdown("p2p", (source * width, target * width)),
         )
         for (source, target), (there, back) in sorted(nbytes.items())
     )

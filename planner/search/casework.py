@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _TIED_OPTIONS = 8
 """Up to so many combinations of placements of tied parameters are all tried."""
 _ROUNDS = 4
-_PRICES = 6
+_PRICES = 8
 """Prices of a byte between what the fastest columns pay and what the leanest do."""
 _LEANEST = 1e6
 
@@ -47,6 +47,7 @@ _LEANEST = 1e6
 class Sketch:
     """A prepared case and what is proven of it. known: weightings for which its columns are the best there are. bound:
     on every plan of the case with these tied placements (inf: none fits). wanted: prices of a byte that may raise it.
+    refined: whether the columns are those to solve it with.
     """
 
     prepared: Prepared
@@ -54,6 +55,7 @@ class Sketch:
     known: Known
     bound: float
     wanted: tuple[float, ...] = ()
+    refined: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,11 +327,11 @@ class Cases:
     def _limit(self, case: Case) -> float:
         return max(min(self.cluster.memory_limit(r) for r in range(case.devices)), 1)
 
-    def _few_flights(self, case: Case) -> tuple[int, ...]:
-        """Microbatches in flight for which columns are made: powers of two between the fewest and the most."""
+    def _few_flights(self, case: Case, between: bool = True) -> tuple[int, ...]:
+        """Microbatches in flight for which columns are made: the fewest, the most, and powers of two between them."""
         flights = sorted(set(self._flights(case, self.search.schedule)))
-        between = [q for q in flights if q & (q - 1) == 0]
-        return tuple(sorted({flights[0], *between, flights[-1]}))
+        inner = [q for q in flights if q & (q - 1) == 0] if between else []
+        return tuple(sorted({flights[0], *inner, flights[-1]}))
 
     def _weighing(self, case: Case, price: float, flight: int) -> Weights:
         return Weights(once=self.once(case).once, nbytes=price, in_flight=flight)
@@ -341,29 +343,41 @@ class Cases:
 
     def sketch(self, prepared: Prepared, bound: float, best: float) -> Sketch:
         """The case with columns that weigh memory, and what they prove. bound: proven already."""
-        flights = self._few_flights(prepared.case)
+        case = prepared.case
+        flights = self._few_flights(case, between=False)
         found = Sketch(prepared, self.problem(prepared, self.search.schedule), Known((), flights, True), bound)
-        self._priced(found, (), best)
-        if found.bound < math.inf:
-            self._priced(found, self._first_prices(found), best)
+        self._make(found)
+        self._priced(found, self._spread(found, _PRICES // 3), best)
         return found
 
-    def _priced(self, sketch: Sketch, prices: tuple[float, ...], best: float) -> None:
-        """Add the columns of these prices of a byte, and raise the bound by them."""
+    def refine(self, sketch: Sketch, best: float) -> None:
+        """More prices of a byte, for more numbers of microbatches in flight: what it takes to solve the case well."""
+        sketch.refined = True
+        prices = self._spread(sketch, _PRICES)
+        sketch.known = Known((), self._few_flights(sketch.prepared.case), True)
+        self._priced(sketch, prices, best)
+
+    def _make(self, sketch: Sketch) -> None:
+        """The columns that are known to be among the sketch's, and its program."""
         case, known = sketch.prepared.case, sketch.known
-        known = sketch.known = replace(known, prices=(*known.prices, *prices))
-        weights = [self.once(case), *self.memory_weights(case)]
+        weights = [self.once(case)]
+        weights += [self._weighing(case, _LEANEST / self._limit(case), flight) for flight in known.flights]
         weights += [self._weighing(case, price, flight) for price in known.prices for flight in known.flights]
         prepared = self._prepared(case, sketch.prepared.columns, sketch.prepared.forced, weights)
         assert prepared is not None
         sketch.prepared, sketch.problem = prepared, self.problem(prepared, self.search.schedule)
-        proven = prepared.columns.proven
+
+    def _priced(self, sketch: Sketch, prices: tuple[float, ...], best: float) -> None:
+        """Add the columns of these prices of a byte, and raise the bound by them."""
+        known = sketch.known = replace(sketch.known, prices=(*sketch.known.prices, *prices))
+        self._make(sketch)
+        proven = sketch.prepared.columns.proven
         certificate = certified(sketch.problem, known, self.budget.gap, best / proven)
         sketch.bound = max(sketch.bound, certificate.bound * proven)
         sketch.wanted = certificate.prices
 
-    def _first_prices(self, sketch: Sketch) -> tuple[float, ...]:
-        """Between the least and the most that the columns at hand pay for a byte, evenly."""
+    def _spread(self, sketch: Sketch, count: int) -> tuple[float, ...]:
+        """Prices between the least and the most that the columns at hand pay for a byte, evenly."""
         steps: list[float] = []
         kappa = self.once(sketch.prepared.case)
         for columns in {id(c): c for c in sketch.problem.columns}.values():
@@ -373,23 +387,24 @@ class Cases:
                 steps += hull_steps(cost, held)
         if not steps:
             return ()
-        return tuple(float(price) for price in np.geomspace(min(steps) / 2, max(steps) * 2, _PRICES))
+        ends = np.geomspace(min(steps) / 2, max(steps) * 2, count + 2)
+        return tuple(float(price) for price in ends[1:-1])
 
     def solve(self, sketch: Sketch, best: float) -> Candidate | None:
         """The best choice found for a case; the sketch's bound is raised on the way."""
-        gap = self.budget.gap
-        found: Candidate | None = None
-        for number in range(_ROUNDS):
+        choice = self._try(sketch.problem, best)
+        found = None if choice is None else self._candidate(sketch, choice)
+        best = best if choice is None else min(best, choice.objective)
+        asked = False
+        for _ in range(_ROUNDS):
+            if sketch.bound >= best * (1 - self.budget.gap) or not sketch.wanted or self.budget.left() <= 0:
+                break
+            self._priced(sketch, sketch.wanted, best)
+            asked = True
+        if asked and sketch.bound < best * (1 - self.budget.gap):
             choice = self._try(sketch.problem, best)
             if choice is not None and (found is None or choice.objective < found.choice.objective):
                 found = self._candidate(sketch, choice)
-                best = min(best, choice.objective)
-            within = found is not None and found.choice.objective - sketch.bound <= gap * found.choice.objective
-            if within or sketch.bound >= best * (1 - gap) or not sketch.wanted or number == _ROUNDS - 1:
-                break
-            if self.budget.left() <= 0:
-                break
-            self._priced(sketch, sketch.wanted, best)
         if found is not None:
             sketch.bound = min(sketch.bound, found.choice.objective)
         return found

@@ -193,7 +193,14 @@ class Search:
                 self.tally.timed_out = True
                 self.tally.bound = min(self.tally.bound, bound)
                 break
-            if isinstance(work, Sketch):
+            if isinstance(work, Sketch) and not work.refined:
+                self.work.refine(work, best)
+                if work.bound < math.inf:
+                    heapq.heappush(queue, (max(bound, work.bound), devices, text, work, case))
+                else:
+                    self.tally.infeasible += 1
+                    unfit.append(case)
+            elif isinstance(work, Sketch):
                 candidate = self.work.solve(work, best)
                 self.tally.bound = min(self.tally.bound, max(bound, work.bound))
                 if candidate is not None:

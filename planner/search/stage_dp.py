@@ -42,7 +42,7 @@ _PRICES = 10
 """Prices of a byte for which `solve_quickly` bounds cells."""
 _COUNTED = 16
 """Numbers of recomputed segments that are told apart at least."""
-_ENTRIES = 1 << 20
+_ENTRIES = 1 << 18
 """Of the table of bounds: up to this size, more are."""
 _CLOSE = 0.02
 """Prices that differ less are one."""

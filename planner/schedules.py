@@ -20,9 +20,12 @@ from functools import lru_cache
 
 from shardplan.errors import Deadlock, UsageError
 from shardplan.planner.instructions import Instruction, Op, Schedule, schedule_text
+from shardplan.planner.v_schedule import v_orders, v_position
 
-KINDS = ("gpipe", "1f1b", "interleaved", "zb")
+KINDS = ("gpipe", "1f1b", "interleaved", "zb", "zbv")
 """What can be built, simulated and run."""
+CHUNKED = ("interleaved", "zbv")
+"""Those of several stages a position."""
 _BACKWARDS = (Op.BACKWARD, Op.BACKWARD_INPUT)
 
 Edge = tuple[int, int]
@@ -38,12 +41,13 @@ def build(
     grad_edges: Collection[Edge] | None = None,
     chunks: int = 1,
 ) -> Schedule:
-    """The instruction list of a step, one line per position; stage s is at position s mod (stages / chunks).
+    """The instruction list of a step, one line per position; where a stage stands says `position_of`.
 
     kind: one of `KINDS`; without training all are the same list of forwards, "interleaved" excepted. edges: which
     stages send activations to which, skip edges included; a message carries every tensor of one microbatch between two
     stages. grad_edges: those whose gradients go back (target to source), default all. chunks: stages of a position,
-    more than one only under "interleaved". In training every stage ends with ``REDUCE_GRADS`` and ``OPTIMIZER_STEP``.
+    any number under "interleaved", two under "zbv", else one. In training every stage ends with ``REDUCE_GRADS`` and
+    ``OPTIMIZER_STEP``.
 
     Raises UsageError on a kind, count or edge that makes no sense.
     """
@@ -62,6 +66,10 @@ def build(
 
 
 def _check_chunks(kind: str, stages: int, chunks: int) -> None:
+    if kind == "zbv":
+        if chunks != 2 or stages % 2:
+            raise UsageError(f"schedule 'zbv' has two stages a position, not {stages} stages in {chunks} chunks")
+        return
     if chunks == 1:
         return
     if kind != "interleaved":
@@ -89,9 +97,17 @@ def _build(
         return lines
     once = (Op.REDUCE_GRADS, Op.OPTIMIZER_STEP)
     return tuple(
-        (*line, *(Instruction(op, stage) for op in once for stage in range(position, stages, positions)))
+        (
+            *line,
+            *(Instruction(op, s) for op in once for s in range(stages) if position_of(kind, s, positions) == position),
+        )
         for position, line in enumerate(lines)
     )
+
+
+def position_of(kind: str, stage: int, positions: int) -> int:
+    """Where a stage stands: in turn, or down and back up."""
+    return v_position(stage, positions) if kind == "zbv" else stage % positions
 
 
 def in_flight(kind: str, stage: int, stages: int, microbatches: int) -> int:
@@ -105,6 +121,8 @@ def compute_orders(
     kind: str, positions: int, microbatches: int, chunks: int = 1, training: bool = True
 ) -> list[tuple[Instruction, ...]]:
     """The compute order of every position."""
+    if kind == "zbv":
+        return v_orders(positions, microbatches, training)
     if chunks > 1 and training and microbatches % positions:
         return _uneven_interleaved(positions, chunks, microbatches)
     if chunks > 1:

@@ -23,10 +23,11 @@ from shardplan.planner.placement import Mesh
 from shardplan.planner.plan import Plan
 from shardplan.planner.precision import compute_dtype
 from shardplan.planner.rules import local_call
-from shardplan.planner.schedules import KINDS
+from shardplan.planner.schedules import CHUNKED, KINDS
 from shardplan.planner.trace import Trace, infos, resolve
 
-SCHEDULES = ("auto", *KINDS)
+SCHEDULES = ("auto", *(kind for kind in KINDS if kind not in CHUNKED))
+"""What the search plans; plans of all kinds are run."""
 
 Say = Callable[[str], None]
 

@@ -104,12 +104,13 @@ def random_plan(
             splits["tp"][buffer.name] = str(Strategy("-", (), (placement,)))
     ends = [*bounds[1:], len(trace.segments)]
     starts = [sum(d * t for d, t in degrees[:position]) for position in range(positions)]
+    at = [schedules.position_of(schedule, stage, positions) for stage in range(pp)]
     stages = tuple(
         StagePlan(
             first,
             last,
             tuple(s.name for s in trace.segments[first:last]),
-            tuple(range(starts[stage % positions], starts[stage % positions] + degrees[stage][0] * degrees[stage][1])),
+            tuple(starts[at[stage]] + i for i in range(degrees[stage][0] * degrees[stage][1])),
             Mesh(("dp", "tp"), degrees[stage]),
             0.0,
             0.0,

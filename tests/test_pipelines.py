@@ -26,8 +26,14 @@ UNEQUAL = [
     ("vit", ((1, 1), (1, 2), (1, 1)), 2),
 ]
 SPLIT = [("bytegpt", ((1, 1), (1, 1)), 4), ("gpt2", ((1, 2), (1, 2)), 2), ("t5", ((1, 1), (2, 1), (1, 1)), 4)]
-INTERLEAVED = [("bytegpt", 2, 2, 4), ("t5", 3, 2, 4), ("mlp", 2, 3, 2)]
-"""name, positions, chunks, microbatches."""
+CHUNKED = [
+    ("interleaved", "bytegpt", (1, 1), 2, 2, 4),
+    ("interleaved", "t5", (1, 1), 3, 2, 4),
+    ("interleaved", "mlp", (1, 1), 2, 3, 2),
+    ("zbv", "t5", (1, 1), 2, 2, 4),
+    ("zbv", "gpt2", (1, 2), 2, 2, 2),
+]
+"""schedule, name, mesh of a position, positions, chunks, microbatches."""
 
 
 @pytest.mark.parametrize(("name", "meshes", "microbatches"), UNEQUAL)
@@ -35,13 +41,13 @@ def test_stages_of_unequal_meshes(name, meshes, microbatches):
     compare(name, random_plan(traced(name)[1], meshes=meshes, microbatches=microbatches, seed=3))
 
 
-@pytest.mark.parametrize(("name", "positions", "chunks", "microbatches"), INTERLEAVED)
-def test_several_stages_a_rank(name, positions, chunks, microbatches):
-    meshes = ((1, 1),) * (positions * chunks)
+@pytest.mark.parametrize(("schedule", "name", "mesh", "positions", "chunks", "microbatches"), CHUNKED)
+def test_several_stages_a_rank(schedule, name, mesh, positions, chunks, microbatches):
+    meshes = (mesh,) * (positions * chunks)
     plan = random_plan(
-        traced(name)[1], meshes=meshes, microbatches=microbatches, seed=3, schedule="interleaved", chunks=chunks
+        traced(name)[1], meshes=meshes, microbatches=microbatches, seed=3, schedule=schedule, chunks=chunks
     )
-    assert len(plan.devices) == positions
+    assert len(plan.devices) == positions * mesh[0] * mesh[1]
     compare(name, plan)
 
 
@@ -109,12 +115,13 @@ def by_rank(program):
 def test_lists_of_single_ranks_are_sound(data):
     """A stage's list is sound, so are those of its ranks: whichever of them send and receive."""
     trace = traced("t5")[1]
-    schedule = data.draw(st.sampled_from(["gpipe", "1f1b", "zb", "interleaved"]))
+    schedule = data.draw(st.sampled_from(["gpipe", "1f1b", "zb", "interleaved", "zbv"]))
     count = data.draw(st.integers(2, 5))
     mesh = st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)])
     meshes, chunks = data.draw(st.lists(mesh, min_size=count, max_size=count)), 1
-    if schedule == "interleaved":
-        meshes, chunks = [meshes[0], meshes[1]] * 2, 2
+    if schedule in ("interleaved", "zbv"):
+        down = meshes[:2]
+        meshes, chunks = [*down, *(down if schedule == "interleaved" else reversed(down))], 2
     plan = random_plan(
         trace, meshes=meshes, microbatches=data.draw(st.sampled_from([1, 2])), seed=data.draw(st.integers(0, 9)),
         schedule=schedule, chunks=chunks,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from shardplan.errors import Deadlock, UsageError
 from shardplan.planner.deadlock import check
 from shardplan.planner.instructions import Instruction, Op, Schedule, parse_schedule, schedule_text
-from shardplan.planner.schedules import build, in_flight
+from shardplan.planner.schedules import build, in_flight, position_of
 from shardplan.planner.simulate import Message, StageTimes, simulate
 
 
@@ -112,7 +112,27 @@ def test_interleaved_pipelines_of_any_microbatches_and_edges_are_sound(
     back = {edge for edge in edges if rng.random() < 0.7}
     check(build("interleaved", stages, microbatches, edges, grad_edges=back, chunks=chunks), edges, back)
     check(build("interleaved", stages, microbatches, edges, training=False, chunks=chunks), edges)
+    if chunks == 2:
+        check(build("zbv", stages, microbatches, edges, grad_edges=back, chunks=2), edges, back)
+        check(build("zbv", stages, microbatches, edges, training=False, chunks=2), edges)
     check(build("interleaved", stages, microbatches, chain(stages), chunks=chunks), chain(stages))
+
+
+def test_v_shaped_zero_bubble() -> None:
+    """Hardly any bubble, with the activations of 1F1B: no position holds more than 2p half-sized stages at once."""
+    for positions, microbatches in itertools.product((1, 2, 3, 4, 6), (1, 2, 5, 8, 17)):
+        stages = 2 * positions
+        schedule = build("zbv", stages, microbatches, chain(stages), chunks=2)
+        check(schedule, chain(stages))
+        check(build("zbv", stages, microbatches, chain(stages), chunks=2, training=False), chain(stages))
+        found = simulate(schedule, [StageTimes(1.0, 2.0, 1.0)] * stages)
+        if microbatches >= positions:
+            assert found.step_seconds <= 6 * microbatches + positions + 2
+        for line, spans in zip(schedule, found.spans, strict=True):
+            assert {position_of("zbv", i.stage, positions) for i in line} == {schedule.index(line)}
+            starts = [s.start_seconds for s in spans if s.instruction.op is Op.FORWARD]
+            ends = [s.end_seconds for s in spans if s.instruction.op is Op.BACKWARD_WEIGHT]
+            assert all(sum(s <= at for s in starts) - sum(e <= at for e in ends) <= stages for at in starts)
 
 
 def test_golden_interleaved() -> None:
@@ -147,6 +167,8 @@ def test_wrong_arguments() -> None:
         build("zb", 4, 2, chain(4), chunks=2)
     with pytest.raises(UsageError, match="two positions"):
         build("interleaved", 2, 2, chain(2), chunks=2)
+    with pytest.raises(UsageError, match="two stages a position"):
+        build("zbv", 4, 2, chain(4))
     with pytest.raises(UsageError, match="unknown schedule"):
         build("1f2b", 2, 2, {(0, 1)})
     with pytest.raises(UsageError, match="later stages"):

@@ -29,7 +29,7 @@ UNEQUAL = (
     ((2, 2), (1, 2)), ((1, 2), (4, 1)), ((1, 1), (3, 1)), ((2, 1), (1, 1), (1, 2)), ((1, 1), (2, 2), (1, 1)),
     ((1, 3), (2, 1)), ((1, 2), (1, 4)), ((4, 1), (2, 1)),
 )  # fmt: skip
-SCHEDULES = ("1f1b", "gpipe", "zb", "interleaved")
+SCHEDULES = ("1f1b", "gpipe", "zb", "interleaved", "zbv")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +94,15 @@ def draw_plan(trace: Trace, choice: Choice) -> Plan | None:
     if trace.batch_size % (dp * microbatches) or not _exact(trace, dp, microbatches):
         microbatches = 1
     # Two stages a rank where the stages are equal and enough.
-    chunks = 2 if choice.schedule == "interleaved" and len(meshes) > 2 and len(meshes) % 2 == 0 else 1
-    chunks = 1 if len(set(meshes)) > 1 else chunks
+    even = len(set(meshes)) == 1 and len(meshes) % 2 == 0
+    chunks = 2 if even and (choice.schedule == "zbv" or (choice.schedule == "interleaved" and len(meshes) > 2)) else 1
+    schedule = "zb" if choice.schedule == "zbv" and chunks == 1 else choice.schedule
     names = [s.name for s in trace.segments]
     starts = sorted(rng.sample(range(1, len(trace.segments)), len(meshes) - 1))
     recomputed = [[], names, [n for n in names if rng.random() < 0.5]][choice.recompute]
     return random_plan(
         trace, microbatches=microbatches, seed=choice.seed, split_bias=choice.split, bounds=(0, *starts),
-        rematerialize=recomputed, meshes=meshes, schedule=choice.schedule, chunks=chunks,
+        rematerialize=recomputed, meshes=meshes, schedule=schedule, chunks=chunks,
     )  # fmt: skip
 
 

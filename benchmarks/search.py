@@ -1,13 +1,12 @@
 """How long the search takes, and what it proves: models on clusters that are only described (H100 presets).
 
-    python benchmarks/search.py [NAME ...] [--time-limit 60] [--profile]
+    python benchmarks/search.py [NAME ...] [--time-limit 60] [--profile] [--json FILE]
 
 NAME: "8b@8", "70b@512", ... (default: all). A row is a process of its own: seconds of the processor for trace and
 solve, peak memory, the plan, its bound and gap. --profile: where the time of the search goes, by function. Needs the
 package transformers.
 
-Shapes: Llama 3 as in ``benchmarks/tracing.py``; GPT-3 175B: "Language Models are Few-Shot Learners", arXiv 2005.14165,
-table 2.1.
+The models are in ``benchmarks/search_models.py``. --json FILE: keep the rows' figures.
 """
 
 from __future__ import annotations
@@ -21,66 +20,19 @@ import subprocess
 import sys
 import time
 import warnings
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
-from tracing import SHAPES, build
+from search_models import ROWS, inputs_of, model_of
 
 from shardplan.planner.cluster import Cluster
 from shardplan.planner.costs.links import LinkModel
 from shardplan.planner.costs.model import CostModel
 from shardplan.planner.export import trace_model
 from shardplan.planner.search import SolveOptions, solve
-from shardplan.runtime.meta import meta_model
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """batch: sequences a step."""
-
-    model: str
-    devices: int
-    batch: int
-    seq: int
-
-
-ROWS = {
-    f"{row.model}@{row.devices}": row
-    for row in (
-        Row("8b", 8, 64, 8192),
-        Row("8b", 64, 512, 8192),
-        Row("70b", 64, 512, 8192),
-        Row("70b", 512, 2048, 8192),
-        Row("405b", 512, 2048, 8192),
-        Row("405b", 4096, 2048, 8192),
-        Row("405b", 16384, 2048, 8192),
-        Row("gpt3", 1024, 1536, 2048),
-    )
-}
-
-
-def model_of(row: Row) -> nn.Module:
-    if row.model in SHAPES:
-        return meta_model(lambda: build(SHAPES[row.model], row.seq))
-
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        vocab_size=50257,
-        n_positions=row.seq,
-        n_embd=12288,
-        n_layer=96,
-        n_head=96,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        use_cache=False,
-    )
-    return meta_model(lambda: GPT2LMHeadModel(config).bfloat16())
 
 
 def measure(name: str, time_limit: float, profiled: bool) -> dict[str, Any]:
@@ -88,10 +40,9 @@ def measure(name: str, time_limit: float, profiled: bool) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     row = ROWS[name]
-    model = model_of(row).train()
-    ids = torch.empty((row.batch, row.seq), dtype=torch.int64, device="meta")
+    model, inputs = model_of(row), inputs_of(row)
     began = time.process_time()
-    trace = trace_model(model, (), {"input_ids": ids, "labels": ids})
+    trace = trace_model(model, (), inputs)
     found: dict[str, Any] = {"trace": time.process_time() - began, "segments": len(trace.segments)}
     cluster = Cluster.preset("dgx-h100", nodes=row.devices // 8)
     costs = CostModel(cluster, LinkModel(cluster, None), None, measure=False)
@@ -121,6 +72,7 @@ def main() -> int:
     parser.add_argument("rows", nargs="*", default=list(ROWS))
     parser.add_argument("--time-limit", type=float, default=60.0, help="seconds for the search")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the figures")
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if unknown := set(given.rows) - set(ROWS):
@@ -131,6 +83,7 @@ def main() -> int:
     table = Table(title="Search on H100 presets")
     for column in ("model@devices", "trace CPU s", "solve CPU s", "GiB", "plan", "step s", "bound s", "gap", "cases"):
         table.add_column(column, justify="left" if column == "plan" else "right")
+    rows: dict[str, dict[str, Any]] = {}
     for name in given.rows:
         command = [sys.executable, __file__, name, "--in-process", "--time-limit", str(given.time_limit)]
         command += ["--profile"] if given.profile else []
@@ -138,7 +91,7 @@ def main() -> int:
         if done.returncode:
             table.add_row(name, "failed")
             continue
-        found = json.loads(done.stdout.splitlines()[-1])
+        found = rows[name] = json.loads(done.stdout.splitlines()[-1])
         table.add_row(
             name,
             f"{found['trace']:.1f}",
@@ -151,6 +104,8 @@ def main() -> int:
             "/".join(str(count) for count in found["searched"].values()),
         )
     Console(width=160).print(table)
+    if given.json is not None:
+        given.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 0
 
 

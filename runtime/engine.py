@@ -17,6 +17,7 @@ from shardplan.planner.placement import D, Layout, R
 from shardplan.planner.storage import Storage
 from shardplan.rewrite.program import Program, TensorSpec
 from shardplan.runtime import checkpoint, measuring, optim, state, weight_files
+from shardplan.runtime.compiled import FunctionalComm, compiled
 from shardplan.runtime.dtensors import Distributed, whole_of
 from shardplan.runtime.executor import Executor
 from shardplan.runtime.groups import Groups
@@ -37,7 +38,8 @@ class Engine:
     under keys of their own. In all of them parameters and buffers lie alike. optimizer_factory: makes an optimizer of
     this rank's local parameters; scheduler_factory: a torch learning-rate scheduler of that optimizer, moved by every
     `train_step`. clip: largest global norm of the gradients, or None. seed: of random ops.
-    place: where its executors write which instruction they run (see `runtime.pulse`).
+    place: where its executors write which instruction they run (see `runtime.pulse`). backend: of `torch.compile`, to
+    which stages go; None: to none.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Engine:
         seed: int = 0,
         scheduler_factory: SchedulerFactory | None = None,
         place: memoryview | None = None,
+        backend: str | None = None,
     ) -> None:
         self.programs = dict(programs)
         self.rank = rank
@@ -68,6 +71,7 @@ class Engine:
         self.scheduler: Any = None
         self.saver = Saver()
         self.place = place
+        self.backend = backend
         self._executors: dict[str, Executor] = {}
 
     # -- parameters ----------------------------------------------------------------------------------------------------
@@ -95,6 +99,7 @@ class Engine:
                     self.attached,
                     self.shards.parameters,
                 )
+                self._compile(self._executors[kind])
             self.shards.comm = next((e.comm for e in self._executors.values() if e.stage >= 0), None)
         self._show_places()
         if self.optimizer is None and self.optimizer_factory is not None:
@@ -122,8 +127,15 @@ class Engine:
                 self.attached,
                 self.shards.parameters,
             )
-
+            self._compile(self._executors[key])
         self._show_places()
+
+    def _compile(self, executor: Executor) -> None:
+        if self.backend is None:
+            return
+        for run in executor.runs:
+            comm = FunctionalComm(executor.placement, self.rank, self.groups)
+            run.function = compiled(run.function, run.code, comm, f"stage {run.stage}", self.backend)
 
     def _show_places(self) -> None:
         for executor in self._executors.values() if self.place is not None else ():

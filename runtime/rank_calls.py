@@ -39,6 +39,7 @@ class Job:
     clip: float | None
     seed: int
     scheduler_factory: Callable[[torch.optim.Optimizer], Any] | None = None
+    backend: str | None = None
 
 
 def join(device: str, timeout_seconds: float, heartbeat_seconds: float) -> Session:
@@ -96,6 +97,7 @@ def load(session: Session, job: Job, supply: Supply) -> None:
         seed=job.seed,
         scheduler_factory=job.scheduler_factory,
         place=session.slot.place,
+        backend=job.backend,
     )
     session.values[_ENGINE] = engine
     load_weights(session, supply)

@@ -71,6 +71,7 @@ def auto_parallel(
     init: Init | None = None,
     clip_norm: float | None = None,
     scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+    compile: bool | str = False,
     seed: int = 0,
     timeout_seconds: float = TIMEOUT_SECONDS,
     heartbeat_seconds: float = HEARTBEAT_SECONDS,
@@ -93,6 +94,8 @@ def auto_parallel(
         and gradient accumulation, so results depend on the plan. Running statistics then move once per microbatch, by
         the mean of the replicas.
     verbose: progress on stderr. clip_norm: largest global gradient norm. seed: of random ops, and of `init`.
+    compile: stages go through `torch.compile` with their collectives inside (True: "inductor", or the name of a
+        backend), each as one graph of static shapes; a stage that cannot be one runs as it is, with a warning.
     scheduler: optimizer -> torch learning-rate scheduler; every `train_step` moves it, and checkpoints have its state.
     weights: start from these: a safetensors file, a directory (one file, or several with an index), or a list of files;
         each rank reads its slices. Rounded to the model's dtypes. Raises CheckpointError unless they are its weights.
@@ -139,7 +142,9 @@ def auto_parallel(
             return Planned(found, trace, inputs, None)
         return _plan_and_spawn(module, cluster, batch, request, given, limits, say)
 
-    made = ParallelModel(module, Settings(loss_fn, optimizer, clip_norm, seed, weights, init, scheduler), prepare)
+    backend = "inductor" if compile is True else compile or None
+    settings = Settings(loss_fn, optimizer, clip_norm, seed, weights, init, scheduler, backend)
+    made = ParallelModel(module, settings, prepare)
     if example_inputs is not None:
         made.prepare(example_inputs)
     else:

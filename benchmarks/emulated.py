@@ -99,14 +99,15 @@ def measure(
     folder: str,
     repeats: int = 9,
     share: float = 1.0,
+    memory: bool = True,
     timeout_seconds: float = 400.0,
 ) -> list[Measured]:
     """Results in the order of `wanted`. folder: of the store that keeps measured ops between jobs. share: of a core,
-    that every rank gets."""
+    that every rank gets. memory: whether to measure it too, which takes several more steps a plan."""
     if cluster.links != links:
         cluster.change(links)
         time.sleep(0.2)
-    arguments = (links.name, job, list(wanted), folder, repeats, share)
+    arguments = (links.name, job, list(wanted), folder, repeats, share, memory)
     return cluster.run(_on_rank, *arguments, timeout_seconds=timeout_seconds)[0]
 
 
@@ -117,7 +118,7 @@ _traces: dict[str, tuple[Trace, Request]] = {}
 
 
 def _on_rank(
-    rank: int, links: str, job: str, wanted: list[Wanted], folder: str, repeats: int, share: float
+    rank: int, links: str, job: str, wanted: list[Wanted], folder: str, repeats: int, share: float, memory: bool
 ) -> list[Measured]:
     size = dist.get_world_size()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": "0", "SHARDPLAN_CACHE": folder}
@@ -135,7 +136,7 @@ def _on_rank(
     try:
         _steps([run for run in found if run is not None], repeats)
         return [
-            run.result(want.name) if run is not None else Measured(want.name, error=error)
+            run.result(want.name, memory) if run is not None else Measured(want.name, error=error)
             for want, run, (_, error) in zip(wanted, found, texts[0], strict=True)
         ]
     finally:
@@ -189,16 +190,16 @@ class _Run:
         self.pm.train_step(*self._args, target=self._target, **self._kwargs)
         return time.perf_counter() - started
 
-    def result(self, name: str) -> Measured:
-        seen = self.pm.measure(*self._args, target=self._target, steps=1, **self._kwargs)
+    def result(self, name: str, memory: bool) -> Measured:
+        seen = self.pm.measure(*self._args, target=self._target, steps=1, **self._kwargs) if memory else None
         return Measured(
             name,
             self.plan.degrees(),
             self.plan.step_seconds,
             statistics.median(self.samples),
             tuple(self.samples),
-            tuple(memory.peak_nbytes for memory in self.plan.memory()),
-            seen.peak_nbytes,
+            tuple(held.peak_nbytes for held in self.plan.memory()),
+            seen.peak_nbytes if seen else (),
             self.plan.status.outcome,
         )
 

@@ -203,7 +203,7 @@ def test_plan_moves_for_the_right_reason():
     tight = planned(cluster.slower_links(1000), memory(limit))
     assert sum(len(s.ranks) for s in tight.stages) == 2, "one device cannot hold it, whatever it recomputes"
     assert all(m.peak_nbytes <= limit for m in tight.memory())
-    recomputed = planned(cluster.slower_links(1000), memory(int(single.peak_nbytes * 0.7)), microbatches=1)
+    recomputed = planned(cluster.slower_links(1000), memory(int(single.peak_nbytes * 0.8)), microbatches=1)
     assert len(recomputed.stages[0].ranks) == 1
     assert recomputed.stages[0].rematerialized, "recomputing is cheaper than a bad link"
 
@@ -213,7 +213,7 @@ def test_certificate_and_baselines():
     assert plan.status.outcome == "optimal" and plan.status.gap <= 0.01
     assert 0 < plan.status.lower_bound <= plan.step_seconds
     seconds = [b.seconds for b in plan.baselines if b.seconds is not None]
-    assert len(seconds) == 4 and plan.step_seconds <= min(seconds)
+    assert len(seconds) == 6 and plan.step_seconds <= min(seconds)
     assert all(other.seconds >= plan.step_seconds for other in plan.runners_up)
 
 

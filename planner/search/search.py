@@ -33,6 +33,7 @@ from shardplan.planner.search.candidate import Candidate
 from shardplan.planner.search.casework import Cases, Lower, Sketch
 from shardplan.planner.search.columns import Case
 from shardplan.planner.search.decided import decide
+from shardplan.planner.search.even import NAME, even_stages
 from shardplan.planner.search.finish import Finished, finish
 from shardplan.planner.search.infeasible import explain_infeasible
 from shardplan.planner.search.options import SolveOptions
@@ -163,16 +164,21 @@ class Search:
         slowest = max(_least_maximum(lower.seconds, case.stages), total / case.stages) + lower.fixed
         return total + lower.fixed * case.stages + (case.microbatches - 1) * slowest
 
+    def can_hold(self, case: Case) -> bool:
+        """Whether the parameters of a case may fit."""
+        return self.memory_floor(case) <= max(self.cluster.memory_limit(r) for r in range(case.devices))
+
     def memory_floor(self, case: Case) -> float:
         """Bytes that the fullest device of a case holds at least: its share of the parameters with their gradients and
-        optimizer state, each split as far as the mesh can."""
+        optimizer state, each split as far as the mesh can, for its use and for storage."""
         total = 0.0
+        stored = case.dp if self.options.zero != 0 or self.decided.levels else 1
         for name, source in self.trace.sources.items():
             if source.kind == "param":
                 node = self.trace.node(name)
                 split = case.tp if any(extent % case.tp == 0 for extent in info(node).shape) else 1
                 held = 2 + self.options.optimizer_factor if source.trainable and self.options.training else 1
-                total += info(node).nbytes * held / split
+                total += info(node).nbytes * held / split / stored
         return total / case.stages
 
     # -- the search ----------------------------------------------------------------------------------------------------
@@ -211,7 +217,7 @@ class Search:
                 elif work.bound < best * (1 - self.options.gap / 2):
                     self.tally.infeasible += 1
                     unfit.append(case)
-            elif self.memory_floor(case) > max(self.cluster.memory_limit(r) for r in range(case.devices)):
+            elif not self.can_hold(case):
                 self.tally.infeasible += 1
                 unfit.append(case)
             elif not work:
@@ -268,6 +274,9 @@ class Search:
     def _finish(self, found: list[Candidate]) -> Plan:
         found.sort(key=lambda c: (c.choice.objective, str(c.case)))
         baselines = hand_made(self, found)
+        even = even_stages(self) if len(self.cluster) > 1 else None
+        if even is not None:
+            baselines[even.label] = even
         finished: list[Finished] = [finish(self, c) for c in (*found[: 2 + _RUNNERS_UP], *baselines.values())]
         finished.sort(key=lambda f: (f.seconds, str(f.candidate.case)))
         best = finished[0]
@@ -279,6 +288,8 @@ class Search:
         }
         for name in NAMES:
             shown.setdefault(name, Alternative(name, None, 0, why_missing(self, name)))
+        if len(self.cluster) > 1:
+            shown.setdefault(NAME, Alternative(NAME, None, 0, "does not fit into memory in equal stages"))
         runners = [
             Alternative(str(f.candidate.case), f.seconds, f.peak_nbytes, f.compared(best))
             for f in finished[1:]

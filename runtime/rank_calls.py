@@ -39,7 +39,6 @@ class Job:
     clip: float | None
     seed: int
     scheduler_factory: Callable[[torch.optim.Optimizer], Any] | None = None
-    backend: str | None = None
 
 
 def join(device: str, timeout_seconds: float, heartbeat_seconds: float) -> Session:
@@ -63,6 +62,13 @@ def share(session: Session, value: Any) -> Any:
     device = torch.device(session.device)
     dist.broadcast_object_list(held, 0, device=device if device.type == "cuda" else None)
     return held[0]
+
+
+def gather(session: Session, value: Any) -> list[Any]:
+    """Every rank's value, by rank."""
+    found: list[Any] = [None] * session.world_size
+    dist.all_gather_object(found, value)
+    return found
 
 
 def tables(session: Session) -> LinkTables:
@@ -97,7 +103,6 @@ def load(session: Session, job: Job, supply: Supply) -> None:
         seed=job.seed,
         scheduler_factory=job.scheduler_factory,
         place=session.slot.place,
-        backend=job.backend,
     )
     session.values[_ENGINE] = engine
     load_weights(session, supply)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from shardplan.batch import Batch, example_batch
-from shardplan.errors import ShardplanError, UsageError, WorldSizeMismatch
+from shardplan.errors import PlanMismatch, ShardplanError, UsageError, WorldSizeMismatch
 from shardplan.parallel_model import ParallelModel, Planned, Settings
 from shardplan.planner.cluster import Cluster
 from shardplan.planner.plan import Plan
@@ -33,6 +34,7 @@ from shardplan.planning import (
 from shardplan.ranks import InPlace, Spawned
 from shardplan.runtime import rank_calls
 from shardplan.runtime.launch import HEARTBEAT_SECONDS, TIMEOUT_SECONDS, Workers
+from shardplan.runtime.worker import Session
 from shardplan.values import Init, Weights
 
 Optimizer = Callable[..., torch.optim.Optimizer]
@@ -71,7 +73,6 @@ def auto_parallel(
     init: Init | None = None,
     clip_norm: float | None = None,
     scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
-    compile: bool | str = False,
     seed: int = 0,
     timeout_seconds: float = TIMEOUT_SECONDS,
     heartbeat_seconds: float = HEARTBEAT_SECONDS,
@@ -94,8 +95,6 @@ def auto_parallel(
         and gradient accumulation, so results depend on the plan. Running statistics then move once per microbatch, by
         the mean of the replicas.
     verbose: progress on stderr. clip_norm: largest global gradient norm. seed: of random ops, and of `init`.
-    compile: stages go through `torch.compile` with their collectives inside (True: "inductor", or the name of a
-        backend), each as one graph of static shapes; a stage that cannot be one runs as it is, with a warning.
     scheduler: optimizer -> torch learning-rate scheduler; every `train_step` moves it, and checkpoints have its state.
     weights: start from these: a safetensors file, a directory (one file, or several with an index), or a list of files;
         each rank reads its slices. Rounded to the model's dtypes. Raises CheckpointError unless they are its weights.
@@ -142,9 +141,7 @@ def auto_parallel(
             return Planned(found, trace, inputs, None)
         return _plan_and_spawn(module, cluster, batch, request, given, limits, say)
 
-    backend = "inductor" if compile is True else compile or None
-    settings = Settings(loss_fn, optimizer, clip_norm, seed, weights, init, scheduler, backend)
-    made = ParallelModel(module, settings, prepare)
+    made = ParallelModel(module, Settings(loss_fn, optimizer, clip_norm, seed, weights, init, scheduler), prepare)
     if example_inputs is not None:
         made.prepare(example_inputs)
     else:
@@ -275,6 +272,7 @@ def _plan_in_place(
     rank = int(os.environ["RANK"])
     device = cluster.devices[rank].local if rank < len(cluster) else ""
     session = rank_calls.join(device, limits.timeout_seconds, limits.heartbeat_seconds)
+    _check_alike(session, given)
     trace, inputs = make_trace(model, batch, request)
     tables = None
     if given is None and measures_links(cluster):
@@ -296,7 +294,34 @@ def _plan_in_place(
     text = rank_calls.share(session, text)
     if isinstance(text, ShardplanError):
         raise text
-    return Planned(check_plan(Plan.from_json(text), trace, inputs, cluster), trace, inputs, InPlace(session))
+    failure: ShardplanError | None = None
+    planned = Plan.from_json(text)
+    try:
+        planned = check_plan(planned, trace, inputs, cluster)
+    except ShardplanError as error:
+        failure = error
+    failures = rank_calls.gather(session, failure)
+    for other, found in enumerate(failures):
+        if found is not None:
+            raise failure or PlanMismatch(f"the plan does not fit on rank {other}", [found.title, *found.details])
+    return Planned(planned, trace, inputs, InPlace(session))
+
+
+def _check_alike(session: Session, given: Plan | None) -> None:
+    """All ranks run the same versions and were given the same plan; if not, all say so."""
+    import shardplan
+
+    plan = hashlib.sha256(given.to_json().encode()).hexdigest()[:12] if given is not None else "none"
+    mine = {"shardplan": shardplan.__version__, "torch": str(torch.__version__), "plan=": plan}
+    everyone = rank_calls.gather(session, mine)
+    wrong = [
+        f"{name}: {other[name]} on rank {rank}, {everyone[0][name]} on rank 0"
+        for rank, other in enumerate(everyone)
+        for name in mine
+        if other[name] != everyone[0][name]
+    ]
+    if wrong:
+        raise PlanMismatch("the ranks do not run the same job", wrong[:20])
 
 
 def _check_world(needed: int, shape: str) -> None:

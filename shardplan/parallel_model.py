@@ -6,43 +6,36 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import default_collate
 
-from shardplan.batch import Batch, Inputs, canonical, example_batch, move, rebuild_output
+from shardplan.batch import Batch, Inputs, canonical, example_batch, rebuild_output
 from shardplan.calibrating import keep_evidence, measured_of
 from shardplan.calls import Call, Calls
-from shardplan.checkpoints import Checkpoints, Facts, Saving, encodable
-from shardplan.errors import NotRunnableHere, NotSupported, UsageError
+from shardplan.errors import NotRunnableHere, UsageError
 from shardplan.metrics import Metrics, StepMetrics
+from shardplan.model_state import ModelState
 from shardplan.planner.plan import Plan
 from shardplan.planner.report.measured import Measured
 from shardplan.planner.trace import Trace
-from shardplan.planner.units import parse_nbytes
 from shardplan.ranks import InPlace, Ranks
 from shardplan.rewrite import compile as compile_program
 from shardplan.runtime import rank_calls
 from shardplan.runtime.loading import Drawn
 from shardplan.runtime.rank_calls import Job
-from shardplan.runtime.supply import Supply
-from shardplan.runtime.worker import Session
-from shardplan.sampling import Sampler, State, source_of
+from shardplan.sampling import Sampler, source_of
 from shardplan.serving import Followers, Server, check_settings
 from shardplan.values import (
     Init,
     Weights,
-    config_files,
-    first_names,
     names_by_rank,
-    state_dict_problems,
     supply_of,
     tensors_of,
-    to_write,
 )
 
 
@@ -67,10 +60,9 @@ class Settings:
     weights: Weights | None = None
     init: Init | None = None
     scheduler: Callable[[torch.optim.Optimizer], Any] | None = None
-    backend: str | None = None
 
 
-class ParallelModel:
+class ParallelModel(ModelState):
     """Made by `shardplan.auto_parallel`. Calls take the *global* batch, positional or by name, and the target by name.
 
     A call may differ from the planned one: fewer samples (a last batch), another length, other optional inputs, the
@@ -83,19 +75,13 @@ class ParallelModel:
     """
 
     def __init__(self, model: nn.Module, settings: Settings, planner: Callable[[Batch], Planned]) -> None:
-        self._model = model
+        super().__init__(model)
         self._settings = settings
         self._planner = planner
         self._planned: Planned | None = None
         self._calls: Calls | None = None
-        self._supply = Supply()
-        self._rest = Supply()  # of what no rank holds
-        self._checkpoints = Checkpoints(self._ranks)
-        self._samplers: list[Sampler] = []
-        self._places: list[State] = []  # of samplers, in the checkpoint that was loaded
         self._metrics: Metrics | None = None
         self._server: Server | None = None
-        self._steps = 0
         self._closed = False
 
     # -- planning and loading ------------------------------------------------------------------------------------------
@@ -127,7 +113,7 @@ class ParallelModel:
         kind = self._calls.planned.key
         programs = {kind: compile_program(planned.trace, planned.plan, kind)}
         settings = self._settings
-        job = Job(programs, settings.optimizer, settings.clip_norm, settings.seed, settings.scheduler, settings.backend)
+        job = Job(programs, settings.optimizer, settings.clip_norm, settings.seed, settings.scheduler)
         alike = len({device.kind for device in planned.plan.devices}) == 1
         self._supply = supply_of(self._model, settings.weights, settings.init, settings.seed, programs, alike)
         held = set().union(*names_by_rank(programs, len(planned.plan.devices)))
@@ -337,125 +323,6 @@ class ParallelModel:
             if not isinstance(ranks, InPlace) or ranks.session.rank == 0:
                 keep_evidence(call.plan, measured, found["places"])
         return measured
-
-    # -- parameters and state ------------------------------------------------------------------------------------------
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer | None:
-        """This rank's optimizer (under torchrun)."""
-        return rank_calls.engine_of(self._session("optimizer")).optimizer
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """This rank's local parameters by original name (under torchrun)."""
-        return rank_calls.engine_of(self._session("parameters")).named_parameters()
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """This rank's local parameters (under torchrun)."""
-        return (parameter for _, parameter in self.named_parameters())
-
-    def _session(self, what: str) -> Session:
-        ranks = self._ranks()
-        if not isinstance(ranks, InPlace):
-            raise NotSupported(
-                f"{what} of this model are held by its workers, not by this process",
-                hints=["full_state_dict() and full_gradients() bring whole tensors here"],
-            )
-        return ranks.session
-
-    def full_state_dict(self) -> dict[str, torch.Tensor]:
-        """What ``state_dict()`` of the unsplit model would hold now, on the CPU (rank 0 under torchrun, {} on the
-        others). Parameters that the loss does not use have the values they came with."""
-        found = self._ranks().call(rank_calls.full_state_dict)
-        if not found:
-            return {}
-        own = {name: v for name, v in self._model.state_dict().items() if isinstance(v, torch.Tensor)}
-        first = first_names(self._model)
-        with self._rest.open(torch.device("cpu")) as values:
-            for name, value in own.items():
-                if name not in found:
-                    found[name] = values.whole(first[name], tuple(value.shape), value.dtype)
-        return {name: found[name].detach().cpu() for name in own}
-
-    def full_gradients(self) -> dict[str, torch.Tensor]:
-        """Whole gradients by parameter name, on the CPU (rank 0 under torchrun, {} on the others)."""
-        return move(self._ranks().call(rank_calls.full_gradients), lambda t: t.detach().cpu())
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """This rank's parameters and buffers by original name, as distributed tensors, under torchrun
-        (torch.distributed.checkpoint reshards them); whole tensors in a process that drives workers."""
-        ranks = self._ranks()
-        if isinstance(ranks, InPlace):
-            return rank_calls.engine_of(ranks.session).state_dict()
-        return self.full_state_dict()
-
-    def load_state_dict(self, whole: Mapping[str, torch.Tensor]) -> None:
-        """Replace parameters and buffers by those of a state dict of the unsplit model, or (under torchrun) by those
-        that `state_dict` gave. Raises UsageError naming missing and unexpected entries and wrong shapes."""
-        ranks = self._ranks()
-        if isinstance(ranks, InPlace) and any(hasattr(value, "device_mesh") for value in whole.values()):
-            rank_calls.engine_of(ranks.session).load_state_dict(whole)
-            return
-        wrong = state_dict_problems(self._model, whole)
-        if wrong:
-            raise UsageError("this state dict is not of this model", wrong)
-        own = tensors_of(self._model)
-        given = {name: whole[name] for name in own if name in whole}
-        ranks.call(rank_calls.load_weights, replace(self._supply, whole={**self._supply.whole, **given}))
-        rest = {name: given[name] for name in self._rest.names() if name in given}
-        self._rest = replace(self._rest, whole={**self._rest.whole, **rest})
-
-    def save(self, path: str | os.PathLike[str], *, wait: bool = True, keep: int = 0, extra: Any = None) -> Saving:
-        """Write the whole training state into a directory; it loads under any plan.
-
-        It has its name once it is whole; an older one is replaced. wait: False returns as soon as the state is copied
-        and writes it while training goes on; what went wrong is raised by ``.wait()`` of the result, or by the next
-        `save`, `load` or `close`. keep: `path` is a directory of checkpoints by step, and the last `keep` of them stay.
-        extra: JSON values of yours, given back by `load`. Raises CheckpointError on every rank.
-        """
-        places = [sampler.state() for sampler in self._samplers]
-        facts = {"model": self.plan.model, "extra": encodable(extra), "samplers": places}
-        return self._checkpoints.save(path, facts, wait, keep)
-
-    def save_weights(self, path: str | os.PathLike[str], max_shard: int | str = "5 GB") -> None:
-        """Write the weights of the unsplit model into a directory of safetensors files, with its configuration if it
-        has one: what ``weights=`` and Hugging Face's ``from_pretrained`` read. Tied tensors are written once.
-
-        Tensors are gathered one at a time; no process holds the model. max_shard: bytes of a file. Raises
-        CheckpointError; a directory under that name is whole, and one that holds other files is left as it is.
-        """
-        try:
-            max_nbytes = parse_nbytes(max_shard)
-        except ValueError as error:
-            raise UsageError(f"max_shard: {error}") from None
-        others = config_files(self._model)
-        announced = to_write(self._model)
-        self._ranks().call(rank_calls.save_weights, os.path.abspath(path), announced, self._rest, max_nbytes, others)
-
-    def load(self, path: str | os.PathLike[str]) -> Any:
-        """Read what `save` wrote, under this or any other plan; of a directory of checkpoints the last whole one.
-
-        -> what was given as ``extra=``. Every byte is compared with its checksum. Raises CheckpointError.
-        """
-        return self._take(*self._checkpoints.load(path))[1]
-
-    def resume(self, path: str | os.PathLike[str]) -> int:
-        """As `load`, if there is a checkpoint. -> steps that are done: 0 at the first start.
-
-        With it a script that is started again goes on where its last checkpoint was::
-
-            for step in range(pm.resume("runs/a"), steps):
-                pm.train_step(...)
-                if step % 100 == 99:
-                    pm.save("runs/a", keep=3, wait=False)
-        """
-        return self._take(*self._checkpoints.load_if_any(path))[0]
-
-    def _take(self, steps: int, facts: Facts) -> tuple[int, Any]:
-        self._steps = steps
-        self._places = facts.get("samplers", [])
-        for sampler, place in zip(self._samplers, self._places, strict=False):
-            sampler.restore(place)
-        return steps, facts.get("extra")
 
     # -- serving -------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,1 @@
+"""Faults on purpose, in a loop: ``python -m tests.faults --rounds 20``."""

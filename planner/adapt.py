@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import lcm
 
 from torch import fx
 
@@ -37,8 +38,8 @@ def adapt(plan: Plan, trace: Trace) -> Plan:
     Raises InputMismatch where the call reads parameters on stages that do not hold them.
     """
     trace.batch_norm = plan.batch_norm
-    mesh = plan.stages[0].mesh
-    dp = mesh.size("dp") if trace.batch_size % mesh.size("dp") == 0 else 1
+    degrees = {axis: lcm(*(stage.mesh.size(axis) for stage in plan.stages)) for axis in ("dp", "tp")}
+    dp = degrees["dp"] if trace.batch_size % degrees["dp"] == 0 else 1
     microbatches = _microbatches(plan, trace, dp)
     followed = follow_batch(trace, Mesh(("mb", "dp"), (microbatches, dp)))
     if "mb" in followed and followed["mb"].reason is not None:
@@ -47,8 +48,9 @@ def adapt(plan: Plan, trace: Trace) -> Plan:
     bounds = _bounds(plan, trace)
     split = split_stages(trace, bounds)
     nodes = describe_nodes(trace, split)
-    if mesh.size("tp") > 1:
-        whole = Mesh(("mb", "dp", "tp"), (microbatches, mesh.size("dp"), mesh.size("tp")))
+    if degrees["tp"] > 1:
+        # Stages may differ in their degrees: what divides by all of them divides by each.
+        whole = Mesh(("mb", "dp", "tp"), (microbatches, degrees["dp"], degrees["tp"]))
         beside["tp"] = carry(trace, "tp", whole, lambda node: _planned(plan, nodes, node), dict(beside))
     _check_homes(plan, nodes)
     splits = {axis: {name: str(s) for name, s in sorted(of.items())} for axis, of in sorted(beside.items())}
@@ -76,7 +78,7 @@ def adapt(plan: Plan, trace: Trace) -> Plan:
 
 def _microbatches(plan: Plan, trace: Trace, dp: int) -> int:
     """The fewest that are no larger than planned and divide a replica's batch."""
-    planned = plan.batch_size // (plan.stages[0].mesh.size("dp") * plan.microbatches)
+    planned = plan.batch_size // (lcm(*(stage.mesh.size("dp") for stage in plan.stages)) * plan.microbatches)
     batch = trace.batch_size // dp
     if plan.microbatches == 1:
         return 1
@@ -180,4 +182,5 @@ def _instructions(plan: Plan, trace: Trace, split: StageSplit, microbatches: int
         split.edges(),
         training=trace.training,
         grad_edges=split.grad_edges(),
+        chunks=plan.chunks,
     )

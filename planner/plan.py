@@ -41,6 +41,18 @@ class Memory:
     reserve: int = 0
     limit: int = 0
 
+    def beside(self, other: Memory) -> Memory:
+        """Of two stages on one device, which have the reserve and the limit in common."""
+        return Memory(
+            self.parameters + other.parameters,
+            self.gradients + other.gradients,
+            self.optimizer + other.optimizer,
+            self.activations + other.activations,
+            self.buffers + other.buffers,
+            max(self.reserve, other.reserve),
+            max(self.limit, other.limit),
+        )
+
     @property
     def peak_nbytes(self) -> int:
         return self.parameters + self.gradients + self.optimizer + self.activations + self.buffers + self.reserve
@@ -223,8 +235,11 @@ class Plan:
         return len(self.stages) // len({stage.ranks for stage in self.stages})
 
     def memory(self) -> tuple[Memory, ...]:
-        """Predicted memory of every device, by rank."""
-        by_rank = {rank: stage.memory for stage in self.stages for rank in stage.ranks}
+        """Predicted memory of every device, by rank: the sum over its stages."""
+        by_rank: dict[int, Memory] = {}
+        for stage in self.stages:
+            for rank in stage.ranks:
+                by_rank[rank] = by_rank[rank].beside(stage.memory) if rank in by_rank else stage.memory
         return tuple(by_rank[rank] for rank in sorted(by_rank))
 
     def degrees(self) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import linecache
 import math
 import operator
+import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -201,7 +202,7 @@ class _Emitter:
             return repr(value)
         if isinstance(value, Bound):
             return value.name
-        if isinstance(value, torch._ops.OpOverload):
+        if isinstance(value, (torch._ops.OpOverload, types.FunctionType)):
             return self.target(value)
         if isinstance(value, float):
             return repr(value) if math.isfinite(value) else f'float("{value}")'

@@ -1,21 +1,25 @@
 """A pass on a stage graph: prepare it for backward in two parts (see `rewrite.later`).
 
 Every node gets a kind: of the chain, if it depends on a received value that needs a gradient; of weights, if it depends
-on parameters only; or neither. Products of the chain with weights are marked to be split; values of weights that the
-chain reads are held; in a segment that is recomputed, values of weights that are read outside are moved before it.
+on parameters only; or neither. Products of the chain with weights are marked to be split, linear maps written out;
+values of weights that the chain reads are held. In a segment that is recomputed, values of weights that are read
+outside are moved before it, and the linear maps are found whose values nothing keeps for backward.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import fx
 
-from shardplan.rewrite import later
+from shardplan.rewrite import collectives, later
 from shardplan.rewrite.emit import group_of, set_chain, set_group, set_split
 from shardplan.rewrite.program import Argument
+
+aten = torch.ops.aten
 
 CHAIN = "chain"
 WEIGHTS = "weights"
@@ -27,10 +31,19 @@ _PRODUCTS = frozenset(
 """Ops whose gradients of inputs and of weights are work of their own."""
 
 
+_PASSIVE = frozenset(
+    {aten.add.Tensor, aten.sub.Tensor, aten.neg.default, aten.view.default, aten.reshape.default, aten.t.default}
+    | {aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.flatten.using_ints}
+)
+"""Ops whose backward needs no values."""
+
+
 def split_backward(graph: fx.Graph, arguments: Sequence[Argument]) -> list[bool]:
     """Prepare a stage graph, whose placeholders are comm, device and the arguments. -> for every result of the stage,
     whether it depends on parameters only."""
     kinds = _kinds(graph, arguments)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"][2:]
+    dims = {node: len(argument.shape) for node, argument in zip(placeholders, arguments, strict=True)}
     _hold(graph, kinds)
     _move_out(graph, kinds)
     for node in graph.nodes:
@@ -38,7 +51,10 @@ def split_backward(graph: fx.Graph, arguments: Sequence[Argument]) -> list[bool]
             continue
         set_chain(node)
         weights = tuple(a for a in node.all_input_nodes if kinds.get(a) == WEIGHTS)
-        if weights and _is_product(node):
+        found = _linear_map(node, kinds, dims)
+        if found is not None:
+            _write_out(node, *found)
+        elif weights and _is_product(node):
             set_split(node, weights)
     values = next(node for node in graph.nodes if node.op == "output").args[0]
     assert isinstance(values, (tuple, list))
@@ -100,6 +116,68 @@ def _move_out(graph: fx.Graph, kinds: dict[fx.Node, str]) -> None:
             if node in moved and first is not None:
                 first.prepend(node)
                 set_group(node, None)
+
+
+def _linear_map(
+    node: fx.Node, kinds: dict[fx.Node, str], dims: dict[fx.Node, int]
+) -> tuple[fx.Node, fx.Node, Any, bool] | None:
+    """(chain value, weight, bias, whether the weight is [in, out]) of a linear map of the chain by weights. dims: of
+    placeholders."""
+    if node.kwargs:
+        return None
+    if node.target is aten.linear.default:
+        x, weight, bias = (*node.args, None)[:3]
+        transposed = False
+    elif node.target is aten.addmm.default:
+        bias, x, weight = node.args
+        transposed = dims.get(cast(Any, bias)) == 1
+    elif node.target in (aten.mm.default, aten.matmul.default):
+        (x, weight), bias = node.args, None
+        transposed = dims.get(cast(Any, weight)) == 2
+    else:
+        return None
+    if not transposed and node.target is not aten.linear.default:
+        return None
+    kind = [kinds.get(cast(Any, value)) for value in (x, weight, bias)]
+    if kind[:2] != [CHAIN, WEIGHTS] or kind[2] == CHAIN:
+        return None
+    return cast(fx.Node, x), cast(fx.Node, weight), bias, transposed
+
+
+def _write_out(node: fx.Node, x: fx.Node, weight: fx.Node, bias: Any, transposed: bool) -> None:
+    comm = next(iter(node.graph.nodes))
+    node.target = later.linear
+    node.args = (comm, x, weight, bias)
+    options: dict[str, Any] = {"transposed": True} if transposed else {}
+    sums = _unkept(node)
+    if sums is None:
+        node.kwargs = options
+        return
+    node.kwargs = {**options, "kept": False}
+    for reader in sums:
+        reader.args = (cast(Any, reader.target), *reader.args)
+        reader.target = later.summed
+
+
+def _unkept(node: fx.Node) -> list[fx.Node] | None:
+    """Where a segment is recomputed and none of its ops keeps the value for backward: the sums over ranks that it goes
+    through. Else None."""
+    group = group_of(node)
+    if group is None or not group.recomputed:
+        return None
+    sums: list[fx.Node] = []
+    pending, seen = [node], {node}
+    while pending:
+        for user in pending.pop().users:
+            if user in seen or group_of(user) != group:
+                continue
+            seen.add(user)
+            if user.target is collectives.all_reduce:
+                sums.append(user)
+            elif user.target is not later.summed and user.target not in _PASSIVE:
+                return None
+            pending.append(user)
+    return sums
 
 
 def _is_product(node: fx.Node) -> bool:

@@ -55,7 +55,7 @@ class _Marks(ast.NodeTransformer):
         if not isinstance(node.value, ast.Call) or not isinstance(target, ast.Name):
             return node
         called = ast.unparse(node.value.func)
-        if called == "checkpoint":  # its lines have marks of their own
+        if called in ("checkpoint", "later.recomputed"):  # its lines have marks of their own
             return node
         mark = ast.Call(
             ast.Name(self.NAME, ast.Load()), [ast.Constant(class_of(called)), ast.Name(target.id, ast.Load())], []

@@ -134,3 +134,18 @@ def test_a_call_that_reads_what_its_stage_does_not_hold(planned):
     smaller = with_batch(case, lambda t: t[:4])
     with pytest.raises(InputMismatch, match="carry over"):
         adapt(replace(plan, nodes=moved), traced(smaller))
+
+
+def test_stages_of_unequal_meshes_and_several_a_rank(planned):
+    case, trace = planned("t5")
+    plans = [
+        random_plan(trace, meshes=((2, 1), (1, 2)), microbatches=2, seed=1, schedule="zb"),
+        random_plan(trace, meshes=((1, 2),) * 4, microbatches=2, seed=1, schedule="interleaved", chunks=2),
+    ]
+    for plan in plans:
+        for count in (4, 3):
+            smaller = with_batch(case, lambda t, count=count: t[:count].clone())
+            call = traced(smaller)
+            adapted = adapt(plan, call)
+            assert [stage.mesh for stage in adapted.stages] == [stage.mesh for stage in plan.stages]
+            check_step(smaller, adapted, call, f"{plan.schedule}, {count} samples")

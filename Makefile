@@ -9,7 +9,7 @@ INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check -c constrain
 
 # make zoo: every architecture of tests/zoo (half an hour on two cores; resumes), then docs/zoo.md.
 
-.PHONY: demo zoo test browser fuzz rules lint setup setup-test clean
+.PHONY: demo faults soak zoo test browser fuzz rules lint setup setup-test clean
 
 demo: setup
 	$(RUN) examples/train_byte_gpt.py
@@ -22,6 +22,16 @@ fuzz: setup-test
 
 rules: setup-test
 	$(RUN) -m tests.op_database
+
+# make faults: every kind of fault ROUNDS times.  make soak: MINUTES of training with random kills and restarts.
+ROUNDS ?= 10
+MINUTES ?= 30
+
+faults: setup-test
+	$(RUN) -m tests.faults --rounds $(ROUNDS)
+
+soak: setup-test
+	$(RUN) -m tests.soak --minutes $(MINUTES)
 
 # make browser: the HTML report in a real browser (needs chromium).
 browser: setup-test

@@ -97,7 +97,7 @@ class Loader:
         return found
 
     def _samples(self, indices: Sequence[int]) -> list[Any]:
-        many = getattr(self._source.dataset, "__getitems__", None)
-        if callable(many):
+        many: Any = getattr(self._source.dataset, "__getitems__", None)
+        if many is not None:
             return list(many(indices))
         return [self._source.dataset[index] for index in indices]

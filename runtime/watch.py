@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from shardplan.errors import ShardplanError, WorkerFailed, WorkerTimeout
 from shardplan.runtime.blame import is_of_a_peer
@@ -224,11 +225,11 @@ def sample_of(batch: Mapping[str, Any]) -> int:
 def _own_connection() -> Any:
     """The job's store over a connection of its own: a blocked one would hold the signs of life back."""
     store = dist.distributed_c10d._get_default_store()
-    while isinstance(store, dist.PrefixStore):
+    while isinstance(store, PrefixStore):
         store = store.underlying_store
-    if not isinstance(store, dist.TCPStore):
+    if not isinstance(store, TCPStore):
         return store
-    return dist.TCPStore(store.host, store.port, None, False, wait_for_workers=False)
+    return TCPStore(store.host, store.port, None, False, wait_for_workers=False)
 
 
 def _error(kind: str, rank: int, title: str, details: list[str]) -> ShardplanError:

@@ -131,8 +131,8 @@ def main(arguments: Sequence[str]) -> None:
                 _prepare(message)
                 answer = _answer(start_session, (message,))
                 if answer[0] == "result":
+                    answer[1].slot = slot
                     session, answer = answer[1], ("result", None)
-                    session.slot = slot
             else:
                 function, values = message
                 slot.begin(getattr(function, "__name__", type(function).__name__))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 import textwrap
@@ -16,6 +17,8 @@ from torch.nn import functional as F
 import shardplan as sp
 from shardplan import cli, errors
 from tests import targets
+from tests.faults import scenarios
+from tests.faults import torchrun as torchrun_faults
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = str(ROOT / "tests" / "targets.py")
@@ -123,6 +126,22 @@ def test_torchrun_trains_as_one_device_does(tmp_path, plan_file):
         loss.backward()
         optimizer.step()
         assert float(found) == pytest.approx(loss.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["killed", "stopped", "full_disk", "killed_in_save"])
+def test_a_fault_of_each_kind(name, tmp_path):
+    """One of those that ``python -m tests.faults`` makes in a loop."""
+    scenarios.SCENARIOS[name](random.Random(name), tmp_path / "checkpoints")
+
+
+def test_starts_and_stops_leave_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(scenarios.many_starts, "count", 2)
+    scenarios.SCENARIOS["many_starts"](random.Random(0), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["elastic", "mismatch"])
+def test_a_fault_under_torchrun(name, tmp_path):
+    torchrun_faults.SCENARIOS[name](random.Random(name), tmp_path)
 
 
 # -- what cannot work is refused ---------------------------------------------------------------------------------------

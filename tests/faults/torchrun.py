@@ -11,17 +11,20 @@ import subprocess
 import sys
 import textwrap
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 from tests import jobs
+from tests.faults import sabotage
 
 ROOT = Path(__file__).resolve().parents[2]
 LONGEST_SECONDS = 240.0
+_MARK = "SHARDPLAN_TEST_JOB"
 
 
 class Job:
-    """A script under torchrun on this machine, in a session of its own."""
+    """A script under torchrun on this machine."""
 
     def __init__(self, path: Path, body: str, *options: str, ranks: int = 2) -> None:
         path.mkdir(parents=True, exist_ok=True)
@@ -30,37 +33,35 @@ class Job:
         self.output_file = path / "output"
         place = [] if any("rdzv" in option or "master" in option for option in options) else ["--standalone"]
         command = [sys.executable, "-m", "torch.distributed.run", *place, "--nproc-per-node", str(ranks), *options]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self.mark = uuid.uuid4().hex
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", _MARK: self.mark}
         with open(self.output_file, "w") as output:
-            self.process = subprocess.Popen(
-                [*command, str(script)], stdout=output, stderr=output, env=environment, start_new_session=True
-            )
+            self.process = subprocess.Popen([*command, str(script)], stdout=output, stderr=output, env=environment)
 
     def wait(self, seconds: float = LONGEST_SECONDS) -> tuple[int, str]:
-        """-> exit status, output. No process of the session is left."""
+        """-> exit status, output. No process of the job is left."""
         try:
             status = self.process.wait(seconds)
         finally:
             if self.process.poll() is None:
                 self.process.kill()
         deadline = time.monotonic() + 40.0
-        while left := session_of(self.process.pid):
+        while left := marked(self.mark):
             assert time.monotonic() < deadline, f"left behind: {left}\n{self.output_file.read_text()}"
             time.sleep(0.05)
         return status, self.output_file.read_text()
 
 
-def session_of(pid: int) -> list[int]:
-    """Live processes of the session that `pid` leads."""
+def marked(mark: str) -> list[int]:
+    """Live processes that have inherited the mark in their environment (torchrun gives ranks sessions of their own)."""
     found = []
-    for entry in Path("/proc").glob("[0-9]*/stat"):
+    for entry in Path("/proc").glob("[0-9]*/environ"):
         try:
-            fields = entry.read_text().rpartition(")")[2].split()
+            if f"{_MARK}={mark}".encode() in entry.read_bytes().split(b"\0"):
+                found.append(int(entry.parent.name))
         except OSError:
             continue
-        if fields[0] != "Z" and int(fields[3]) == pid:
-            found.append(int(entry.parent.name))
-    return found
+    return [pid for pid in found if sabotage.alive(pid)]
 
 
 def plan_file(rng: random.Random, path: Path) -> str:
@@ -85,7 +86,7 @@ def elastic(rng: random.Random, path: Path) -> str:
         assert time.monotonic() < deadline, job.output_file.read_text()
         time.sleep(0.01)
     assert job.process.poll() is None, job.output_file.read_text()
-    ranks = [pid for pid in session_of(job.process.pid) if b"train.py" in _command(pid) and pid != job.process.pid]
+    ranks = [pid for pid in marked(job.mark) if b"train.py" in _command(pid)]
     victim = rng.choice([pid for pid in ranks if b"torch.distributed.run" not in _command(pid)])
     os.kill(victim, how)
     status, output = job.wait()

@@ -172,11 +172,11 @@ class CellMaker:
         transients = self.way.transients or (0.0,) * self.count
         for first in range(self.count):
             least[first, first + 1 :] = np.maximum.accumulate(transients[first:])
-        received = np.array([[r[e] for r in self.way.received] for e in range(LAYOUTS)])  # [enters, first]
+        received = np.array([[*(r[e] for r in self.way.received), 0.0] for e in range(LAYOUTS)])  # [enters, first]
         for weights in self.way.known:
             if weights.nbytes == 0 or weights.in_flight > flight or weights.once != self.problem.once:
                 continue
-            room = self.way.limit - least[None, None] - flight * received[:, None, :, None][:, :, : self.count + 1]
+            room = self.way.limit - least[None, None] - flight * received[:, None, :, None]
             best = np.maximum(best, self._path(weights) - weights.nbytes * room)
         return best
 

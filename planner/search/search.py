@@ -36,6 +36,8 @@ from shardplan.planner.search.decided import decide
 from shardplan.planner.search.even import NAME, even_stages
 from shardplan.planner.search.finish import Finished, finish
 from shardplan.planner.search.infeasible import explain_infeasible
+from shardplan.planner.search.mixed import is_unequal
+from shardplan.planner.search.mixed_finish import solve_unequal
 from shardplan.planner.search.options import SolveOptions
 from shardplan.planner.search.solver import Budget
 from shardplan.planner.trace import Trace, info
@@ -60,7 +62,8 @@ def solve(trace: Trace, cluster: Cluster, costs: Costs, options: SolveOptions | 
 
     Raises NoFeasiblePlan, ConflictingConstraints, BatchNotDivisible, SolverTimeout, SolverUnavailable, NoMatch.
     """
-    return Search(trace, cluster, costs, options or SolveOptions()).solve()
+    search = Search(trace, cluster, costs, options or SolveOptions())
+    return solve_unequal(search) if is_unequal(search.cluster) else search.solve()
 
 
 class Search:
@@ -74,8 +77,6 @@ class Search:
         self.budget = Budget(options.solver, options.gap / 2, options.time_limit)
         self.tally = Tally()
         self.schedule = "1f1b" if options.schedule == "auto" else options.schedule
-        if len(self.cluster.kinds()) > 1:
-            self.tally.notes.append("the devices differ; compute is priced as on the first of them")
         if len(self.cluster) > self.most_tensor and "tp" not in self.decided.degrees:
             self.tally.notes.append(f"tensor parallelism was searched up to {self.most_tensor} devices")
         self.work = Cases(self)

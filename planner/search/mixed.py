@@ -1,0 +1,542 @@
+"""The search for unequal devices: stages on groups of devices of their own size, kind and mesh.
+
+Devices of one node, kind and limit form a unit; units that look alike are of one kind. A stage runs on some devices of
+one unit, on several whole units of a kind, on a whole node of several kinds, or on everything; each such group with
+every mesh (dp, tp) is a way (`mixed_problem`). Which ways in which order, where the cuts are and how every segment runs
+is decided together (`mixed_dp`), once per number of microbatches and placement of tied parameters. Numbers of
+microbatches are taken by a bound from the fastest split of every op:
+
+    step >= m * (least slowest stage, where nothing is converted, sent or held).
+
+Prices of a way are those of its first devices; where units of a kind have several nodes, a message between two stages
+on them is bounded as if it stayed in the node, and the plan is priced on its own ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from shardplan.errors import ConflictingConstraints, SolverTimeout
+from shardplan.planner.cluster import Cluster
+from shardplan.planner.placement import Placement, R
+from shardplan.planner.schedules import in_flight
+from shardplan.planner.search.columns import Case, Columns, SegmentColumns
+from shardplan.planner.search.mixed_dp import Programs, solve_mixed
+from shardplan.planner.search.mixed_problem import LAYOUTS, MixedProblem, MixedStage, Take, Way
+from shardplan.planner.search.placed_costs import PlacedCosts
+from shardplan.planner.search.problem import Price, Weights
+from shardplan.planner.search.runs import held_by, ops_of
+from shardplan.planner.search.stage_ilp import Column
+from shardplan.planner.trace import info
+from shardplan.planner.transfers import Side, traffic, transfers
+
+if TYPE_CHECKING:
+    from shardplan.planner.search.search import Search
+
+_MOST_STAGES = 16
+_MOST_STATES = 3000
+_LEANEST = 1e6
+_PRICES = (0.01, 0.05, 0.2, 1.0, 5.0)
+"""Prices of a byte, as the share of the model's seconds that all of a device's memory is worth."""
+Traffic = dict[tuple[int, int], int]
+
+
+def is_unequal(cluster: Cluster) -> bool:
+    """Whether devices or nodes differ so that stages should, too."""
+    sizes = {len(node) for node in cluster.nodes}
+    return len(cluster.kinds()) > 1 or len(sizes) > 1 or cluster.has_overrides()
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Devices of one node, kind and limit."""
+
+    node: int
+    devices: tuple[int, ...]
+    limit: int
+
+
+@dataclass(slots=True)
+class Group:
+    """A way before it is priced: what it takes, and its mesh. dp_inside: replicas, not parts of tensors, are
+    neighbours."""
+
+    takes: Take
+    dp: int
+    tp: int
+    dp_inside: bool = False
+
+    def __str__(self) -> str:
+        return f"dp{self.dp} tp{self.tp}" + (" (dp inside)" if self.dp_inside else "")
+
+
+@dataclass(slots=True)
+class MixedCandidate:
+    """A choice with what it was made from. ranks, groups, columns, segments: per stage; every, makers, made: per way."""
+
+    microbatches: int
+    problem: MixedProblem
+    stages: tuple[MixedStage, ...]
+    ranks: tuple[tuple[int, ...], ...]
+    groups: list[Group]
+    columns: list[Columns]
+    segments: list[list[SegmentColumns]]
+    forced: dict[str, Placement]
+    objective: float
+    every: list[Group]
+    makers: list[Columns]
+    made: list[list[SegmentColumns]]
+    label: str = ""
+
+
+@dataclass(slots=True)
+class _Priced:
+    """The ways of one number of microbatches."""
+
+    groups: list[Group] = field(default_factory=list)
+    columns: list[Columns] = field(default_factory=list)
+
+
+class MixedSearch:
+    """See module docstring."""
+
+    def __init__(self, search: Search) -> None:
+        self.search = search
+        self.trace, self.cluster, self.costs = search.trace, search.cluster, search.costs
+        self.work, self.options, self.decided = search.work, search.options, search.decided
+        self.count = len(self.trace.segments)
+        self.kinds = self._unit_kinds()
+        self.units = tuple(tuple(len(unit.devices) for unit in units) for units in self.kinds)
+        self.groups = self._groups()
+        most = min(self.count, len(self.cluster), _MOST_STAGES)
+        self.most_stages = min(most, self.decided.degrees.get("pp", most))
+        if most == _MOST_STAGES < min(self.count, len(self.cluster)):
+            self._note(f"pipelines of unequal devices were searched up to {_MOST_STAGES} stages")
+        self._traffic: dict[object, tuple[Traffic, Traffic] | None] = {}
+
+    def _note(self, text: str) -> None:
+        if text not in self.search.tally.notes:
+            self.search.tally.notes.append(text)
+
+    # -- devices -------------------------------------------------------------------------------------------------------
+
+    def _unit_kinds(self) -> list[list[Unit]]:
+        found: dict[object, list[Unit]] = {}
+        for node, devices in enumerate(self.cluster.nodes):
+            parts: dict[object, list[int]] = {}
+            for device in devices:
+                key = self.cluster.devices[device].kind.name, self.cluster.memory_limit(device)
+                parts.setdefault(key, []).append(device)
+            for (kind, limit), held in parts.items():  # type: ignore[misc]
+                own = node if self.cluster.has_overrides() else -1
+                wires = self.cluster.wiring[node]
+                key = kind, limit, len(held), len(parts), wires.link, wires.uplink, own
+                found.setdefault(key, []).append(Unit(node, tuple(held), limit))
+        return list(found.values())
+
+    def _groups(self) -> list[Group]:
+        """All groups, or where these lead to too many states, groups of fewer sizes."""
+        for sizes in ("all", "powers of two", "whole nodes"):
+            takes = self._takes(sizes)
+            if self._states(takes) <= _MOST_STATES:
+                break
+        if sizes != "all":
+            self._note(f"groups of unequal devices were searched by {sizes}")
+        found = []
+        for take in takes:
+            width = sum(count for _, count in take)
+            nodes = {self.kinds[k][0].node for k, _ in take} if len({k for k, _ in take}) > 1 else set(range(len(take)))
+            for tp in (d for d in range(1, width + 1) if width % d == 0 and d <= self.search.most_tensor):
+                dp = width // tp
+                for dp_inside in (False, True) if len(nodes) > 1 and tp > 1 and dp > 1 else (False,):
+                    group = Group(take, dp, tp, dp_inside)
+                    if self._allowed(group):
+                        found.append(group)
+        return found
+
+    def _takes(self, sizes: str) -> list[Take]:
+        found: dict[Take, None] = {}
+        for kind, units in enumerate(self.kinds):
+            size = len(units[0].devices)
+            for used in range(1, size + 1):
+                if used == size or sizes == "all" or (sizes == "powers of two" and used & (used - 1) == 0):
+                    found[((kind, used),)] = None
+            for several in range(2, len(units) + 1):
+                found[((kind, size),) * several] = None
+        for node in range(len(self.cluster.nodes)):
+            inside = tuple((k, len(u.devices)) for k, units in enumerate(self.kinds) for u in units if u.node == node)
+            found[inside] = None
+        found[tuple((k, len(u.devices)) for k, units in enumerate(self.kinds) for u in units)] = None
+        return list(found)
+
+    def _states(self, takes: Sequence[Take]) -> int:
+        """At most so many sets of used devices."""
+        total = 1
+        for kind, units in enumerate(self.units):
+            steps = len({0, *(count for take in takes for k, count in take if k == kind)})
+            reach = units[0] + 1 if steps > 2 else steps
+            total *= math.comb(len(units) + reach - 1, len(units))
+        return total
+
+    def _allowed(self, group: Group) -> bool:
+        degrees = self.decided.degrees
+        if degrees.get("dp", group.dp) != group.dp or degrees.get("tp", group.tp) != group.tp:
+            return False
+        ranks = self.ranks([group])[0]
+        for axis, groups in (("tp", _tensor_groups(ranks, group.tp)), ("dp", _data_groups(ranks, group.tp))):
+            if axis in self.decided.within:
+                if any(len({self.cluster.devices[r].node for r in members}) > 1 for members in groups):
+                    return False
+        return True
+
+    def ranks(self, groups: Sequence[Group]) -> list[tuple[int, ...]]:
+        """Devices for groups that run side by side; [] where there are not enough. Fuller units come first, so that
+        neighbours share nodes."""
+        placed = self._place([list(g.takes) for g in groups], {}, [[]])
+        if placed is None:
+            return []
+        found = []
+        for group, devices in zip(groups, placed, strict=True):
+            if group.dp_inside:
+                devices = [devices[t * group.dp + d] for d in range(group.dp) for t in range(group.tp)]
+            found.append(tuple(devices))
+        return found
+
+    def _place(
+        self, rest: list[list[tuple[int, int]]], used: dict[tuple[int, int], int], placed: list[list[int]]
+    ) -> list[list[int]] | None:
+        if not rest:
+            return placed[:-1]
+        takes, *others = rest
+        if not takes:
+            return self._place(others, used, [*placed, []])
+        (kind, count), *left = takes
+        units = self.kinds[kind]
+        order = sorted(range(len(units)), key=lambda u: (-used.get((kind, u), 0), u))
+        tried: set[int] = set()
+        for unit in order:
+            begin = used.get((kind, unit), 0)
+            if begin in tried or begin + count > len(units[unit].devices):
+                continue
+            tried.add(begin)
+            devices = [*placed[-1], *units[unit].devices[begin : begin + count]]
+            found = self._place([left, *others], {**used, (kind, unit): begin + count}, [*placed[:-1], devices])
+            if found is not None:
+                return found
+        return None
+
+    # -- ways ----------------------------------------------------------------------------------------------------------
+
+    def microbatches(self) -> list[int]:
+        batch = self.trace.batch_size
+        wanted = self.options.microbatches
+        return [m for m in range(1, batch + 1) if batch % m == 0 and (wanted == "auto" or m == wanted)]
+
+    def priced(self, m: int) -> _Priced:
+        """Groups whose replicas divide the batch and compute exactly, with the makers of their columns."""
+        found = _Priced()
+        for group in self.groups:
+            case = Case(1, group.dp, group.tp, m)
+            if self.trace.batch_size % (m * group.dp) or self.search.exact(case) is not None:
+                continue
+            found.groups.append(group)
+            found.columns.append(self._columns(case, group))
+        return found
+
+    def _columns(self, case: Case, group: Group) -> Columns:
+        ranks = self.ranks([group])[0]
+        placed = PlacedCosts(self.costs, self.cluster, ranks, group.dp, group.tp)
+        made = self.work.columns(case)
+        columns = Columns(
+            self.trace,
+            case,
+            placed,
+            made.follows,
+            made.keeps,
+            made.boundaries,
+            made.budget,
+            made.optimizer_factor,
+            made.training,
+            made.rematerialize,
+            {**made.levels, **{name: (0,) for name in self.work.tied}},
+            made.any_level,
+        )
+        return columns
+
+    def floor(self, m: int, priced: _Priced) -> float:
+        """See module docstring."""
+        ways = []
+        for group, columns in zip(priced.groups, priced.columns, strict=True):
+            known: dict[int, tuple[Column, ...]] = {}
+            for index, segment in enumerate(self.trace.segments):
+                known.setdefault(segment.kind, (Column(Price(forward_seconds=columns.floor(index))),))
+            each = tuple(known[segment.kind] for segment in self.trace.segments)
+            received = ((0.0,) * LAYOUTS,) * self.count
+            ways.append(Way(group.takes, math.inf, each, received, Price(self._shared(columns).seconds)))
+        problem = self._problem(m, ways, ())
+        programs = Programs(problem)
+        return m * programs.least_slowest(programs.low) if ways else math.inf
+
+    def _shared(self, columns: Columns) -> Price:
+        """`casework.shared` with the prices of the way."""
+        return self.work.shared(columns)
+
+    def ways(
+        self, m: int, priced: _Priced, forced: dict[str, Placement], prices: Sequence[float]
+    ) -> tuple[list[Way], list[list[SegmentColumns]]]:
+        ways, made = [], []
+        once = 1.0 / (self.most_stages + m - 1)
+        flights = self._flights(m)
+        for group, columns in zip(priced.groups, priced.columns, strict=True):
+            ranks = self.ranks([group])[0]
+            limit = float(min(self.cluster.memory_limit(r) for r in ranks))
+            seconds = sum(columns.floor(index) for index in range(self.count))
+            weights = [Weights(once=once)]
+            for flight in sorted({flights[0], flights[-1]}):
+                weights.append(Weights(once=once, nbytes=_LEANEST / limit, in_flight=flight))
+                weights += [Weights(once=once, nbytes=p * seconds / limit, in_flight=flight) for p in prices]
+            mine = forced if group.tp > 1 else {n: R for n in forced if n in self.work.tied}
+            segments = columns.of_all(range(self.count), mine, weights)
+            blocked = self._blocked(group)
+            same = {id(s): tuple(s.columns) for s in segments}
+            each = tuple(() if i in blocked else same[id(s)] for i, s in enumerate(segments))
+            received = [(0.0,) * LAYOUTS]
+            for boundary in range(self.count - 1):
+                layouts = columns.boundary_layouts(boundary)
+                sizes = [self.crossing_nbytes(columns, boundary, p) for p in layouts]
+                received.append((sizes[0], sizes[-1]))
+            transients = tuple(columns.least_transient(index) for index in range(self.count))
+            fixed = self._shared(columns)
+            ways.append(Way(group.takes, limit, each, tuple(received), fixed, tuple(weights), False, transients))
+            made.append(segments)
+        return ways, made
+
+    def crossing_nbytes(self, columns: Columns, boundary: int, placement: Placement) -> float:
+        """Bytes of all tensors that cross behind a segment, on one rank."""
+        free = self.work.boundaries.free[boundary]
+        crossing = self.work.boundaries.crossing[boundary]
+        return sum(columns.local_nbytes(node, placement if node is free else R) for node in crossing)
+
+    def _blocked(self, group: Group) -> set[int]:
+        """Segments that hold a parameter which the user splits in a way that the group cannot."""
+        found: set[int] = set()
+        wanted = {
+            name: placement
+            for name, placement in self.decided.placements.items()
+            if placement.is_shard
+            and (group.tp == 1 or info(self.trace.node(name)).shape[placement.dim] % group.tp)
+        }
+        for index, segment in enumerate(self.trace.segments) if wanted else ():
+            if any(node.name in wanted for node in held_by(self.trace, ops_of(self.trace, segment))):
+                found.add(index)
+        return found
+
+    def _flights(self, m: int) -> tuple[int, ...]:
+        if not self.options.training:
+            return (1,) * self.most_stages
+        schedule = self.search.schedule
+        return tuple(in_flight(schedule, 0, behind, m) for behind in range(1, self.most_stages + 1))
+
+    def _problem(self, m: int, ways: list[Way], sends: tuple[np.ndarray, ...]) -> MixedProblem:
+        degree = self.decided.degrees.get("pp")
+        return MixedProblem(
+            tuple(ways),
+            self.units,
+            sends,
+            m,
+            self.most_stages,
+            1.0 / (self.most_stages + m - 1),
+            self._flights(m),
+            frozenset() if degree is None else frozenset({degree}),
+            tuple(sorted(self.decided.pinned.items())),
+            tuple(self.decided.together),
+        )
+
+    # -- messages ------------------------------------------------------------------------------------------------------
+
+    def sends(self, priced: _Priced) -> tuple[np.ndarray, ...]:
+        size = len(priced.groups) * LAYOUTS
+        nothing = np.full((size, size), math.inf)
+        known: dict[object, np.ndarray] = {}
+        found = [nothing]
+        for boundary in range(self.count - 1):
+            key = self._signature(boundary)
+            if key not in known:
+                known[key] = self._send(priced, boundary)
+            found.append(known[key])
+        return tuple(found)
+
+    def _signature(self, boundary: int) -> object:
+        free = self.work.boundaries.free[boundary]
+        follows = tuple(self.work.follows.values())
+        return tuple(
+            (info(n).shape, info(n).dtype, info(n).needs_grad, n is free, *(str(f[a].strategies.get(n.name)) for f in follows for a in f))
+            for n in self.work.boundaries.crossing[boundary]
+        )
+
+    def _send(self, priced: _Priced, boundary: int) -> np.ndarray:
+        size = len(priced.groups) * LAYOUTS
+        made = np.full((size, size), math.inf)
+        for i, left in enumerate(priced.groups):
+            for j, right in enumerate(priced.groups):
+                ranks = self.ranks([left, right])
+                if not ranks:
+                    continue
+                for leaves in range(len(priced.columns[i].boundary_layouts(boundary))):
+                    for enters in range(len(priced.columns[j].boundary_layouts(boundary))):
+                        sent = self.crossing(boundary, priced.columns[i], priced.columns[j], leaves, enters)
+                        if sent is not None:
+                            there = {(ranks[0][s], ranks[1][t]): n for (s, t), n in sent[0].items()}
+                            back = {(ranks[1][s], ranks[0][t]): n for (s, t), n in sent[1].items()}
+                            seconds = self.seconds(there) + self.seconds(back)
+                            made[i * LAYOUTS + leaves, j * LAYOUTS + enters] = seconds
+        return made
+
+    def crossing(
+        self, boundary: int, left: Columns, right: Columns, leaves: int, enters: int
+    ) -> tuple[Traffic, Traffic] | None:
+        """Bytes by (sender, receiver) of a microbatch, and of its gradient; ranks count within their stage. None: the
+        layouts cannot follow each other. Between equal meshes a tensor stays as it is, else it arrives whole."""
+        same = left.mesh == right.mesh
+        if (same and leaves != enters) or (not same and enters):
+            return None
+        key = self._signature(boundary), left.mesh, right.mesh, leaves, enters
+        if key not in self._traffic:
+            there: Traffic = {}
+            back: Traffic = {}
+            free = self.work.boundaries.free[boundary]
+            for node in self.work.boundaries.crossing[boundary]:
+                out = left.boundary_layouts(boundary)[leaves] if node is free else R
+                into = right.boundary_layouts(boundary)[enters] if node is free else R
+                source = Side(left.layout(node, out), left.mesh, tuple(range(left.width)))
+                target = Side(right.layout(node, into), right.mesh, tuple(range(left.width, left.width + right.width)))
+                item = info(node).dtype.itemsize
+                _add(there, transfers(info(node).shape, source, target), item, left.width)
+                if info(node).needs_grad and self.options.training:
+                    _add(back, transfers(info(node).shape, target.dual(), source.dual()), item, -left.width)
+            self._traffic[key] = there, back
+        return self._traffic[key]
+
+    def seconds(self, sent: Mapping[tuple[int, int], int]) -> float:
+        """Until all has arrived, by (rank, rank): a rank sends and receives one message after another, ranks side by
+        side."""
+        busy: dict[tuple[str, int], float] = {}
+        for (source, target), nbytes in sent.items():
+            took = self.costs.p2p(nbytes, source, target)
+            for end in (("out", source), ("in", target)):
+                busy[end] = busy.get(end, 0.0) + took
+        return max(busy.values(), default=0.0)
+
+    # -- the search ----------------------------------------------------------------------------------------------------
+
+    def solve(self) -> list[MixedCandidate]:
+        """The candidates, best first; the tally says what is proven. Empty: nothing fits."""
+        tally, gap = self.search.tally, self.options.gap / 2
+        queue = []
+        for m in self.microbatches():
+            priced = self.priced(m)
+            if priced.groups:
+                queue.append((self.floor(m, priced), m, priced))
+        if not queue:
+            raise ConflictingConstraints(
+                f"no arrangement of {len(self.cluster)} devices satisfies "
+                + (", ".join(map(str, self.options.constraints)) or "the settings")
+            )
+        found: list[MixedCandidate] = []
+        best = math.inf
+        for bound, m, priced in sorted(queue, key=lambda entry: entry[:2]):
+            if bound >= best * (1 - gap):
+                tally.pruned += 1
+                tally.bound = min(tally.bound, bound)
+                continue
+            if self.search.budget.left() < 0.1 * self.options.time_limit and found:
+                tally.timed_out = True
+                tally.bound = min(tally.bound, bound)
+                continue
+            for forced in self._forced(m, priced):
+                made, proven = self._solve(m, priced, forced, best)
+                tally.bound = min(tally.bound, max(bound, proven))
+                if made is None:
+                    tally.infeasible += math.isinf(proven)
+                    tally.pruned += not math.isinf(proven)
+                    continue
+                tally.solved += 1
+                found.append(made)
+                best = min(best, made.objective)
+                self.search._say(f"m{m}: {made.objective * 1e3:.2f} ms, best {best * 1e3:.2f} ms")
+        if not found and tally.timed_out:
+            raise SolverTimeout(f"no plan within {self.options.time_limit:g} s", [], ["raise time_limit"])
+        tally.bound = min(tally.bound, best)
+        return sorted(found, key=lambda candidate: candidate.objective)
+
+    def why_missing(self, name: str) -> str:
+        """Why a baseline is not among the alternatives."""
+        if name == "single device":
+            return "does not fit into memory" if not self.decided.degrees else "excluded by the constraints"
+        return "excluded by the constraints, the batch or memory"
+
+    def _forced(self, m: int, priced: _Priced) -> Iterator[dict[str, Placement]]:
+        """Placements of the tied parameters that all groups with tensor parallelism can have."""
+        options: list[dict[str, Placement]] | None = None
+        for group, columns in zip(priced.groups, priced.columns, strict=True):
+            if group.tp > 1:
+                mine = self.work._forced(Case(1, group.dp, group.tp, m), columns)
+                options = mine if options is None else [option for option in options if option in mine]
+        yield from options or [{}]
+
+    def _solve(
+        self, m: int, priced: _Priced, forced: dict[str, Placement], best: float
+    ) -> tuple[MixedCandidate | None, float]:
+        """With few columns, and where the gap stays too large, with those for more prices of a byte."""
+        gap, sends = self.options.gap / 2, self.sends(priced)
+        found: MixedCandidate | None = None
+        bound = 0.0
+        for prices in ((), _PRICES):
+            ways, segments = self.ways(m, priced, forced, prices)
+            problem = self._problem(m, ways, sends)
+            choice, proven = solve_mixed(problem, gap, best, self.search.budget.left)
+            bound = max(bound, proven)
+            if choice is not None:
+                groups = [priced.groups[s.way] for s in choice.stages]
+                ranks = tuple(self.ranks(groups))
+                assert len(ranks) == len(groups)
+                columns = [priced.columns[s.way] for s in choice.stages]
+                made = [segments[s.way] for s in choice.stages]
+                found = MixedCandidate(
+                    m,
+                    problem,
+                    choice.stages,
+                    ranks,
+                    groups,
+                    columns,
+                    made,
+                    forced,
+                    choice.objective,
+                    priced.groups,
+                    priced.columns,
+                    segments,
+                )
+                best = choice.objective
+            if bound >= best * (1 - gap) or self.search.budget.left() <= 0:
+                break
+        return found, bound
+
+
+def _add(into: Traffic, boxes: Sequence[object], itemsize: int, shift: int) -> None:
+    for (source, target), numel in traffic(boxes).items():  # type: ignore[arg-type]
+        pair = (source, target - shift) if shift > 0 else (source + shift, target)
+        into[pair] = into.get(pair, 0) + numel * itemsize
+
+
+def _tensor_groups(ranks: Sequence[int], tp: int) -> list[Sequence[int]]:
+    return [ranks[start : start + tp] for start in range(0, len(ranks), tp)]
+
+
+def _data_groups(ranks: Sequence[int], tp: int) -> list[Sequence[int]]:
+    return [ranks[start::tp] for start in range(tp)]
+

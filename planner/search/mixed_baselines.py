@@ -1,0 +1,62 @@
+"""Hand-made arrangements of unequal devices: the fastest single device, all devices as replicas or as one tensor group,
+and a pipeline of all in their order with as many segments each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from shardplan.planner.search.mixed_cells import CellMaker
+from shardplan.planner.search.mixed_problem import MixedProblem, MixedStage, fits, objective
+
+if TYPE_CHECKING:
+    from shardplan.planner.search.mixed import Group, MixedCandidate, MixedSearch
+
+
+def hand_made(search: MixedSearch, found: list[MixedCandidate]) -> dict[str, MixedCandidate]:
+    """By name, with the ways of the candidates; what the constraints exclude or memory forbids is absent."""
+    total = len(search.cluster)
+    best: dict[str, MixedCandidate] = {}
+    for candidate in found:
+        for name, ways in _wanted(candidate.every, total):
+            for way in ways:
+                made = _alone(candidate.problem, way)
+                if made is None:
+                    continue
+                value = objective(candidate.problem, [made])
+                if name not in best or value < best[name].objective:
+                    group = candidate.every[way]
+                    best[name] = replace(
+                        candidate,
+                        stages=(made,),
+                        ranks=tuple(search.ranks([group])),
+                        groups=[group],
+                        columns=[candidate.makers[way]],
+                        segments=[candidate.made[way]],
+                        objective=value,
+                        label=name,
+                    )
+    return best
+
+
+def _wanted(groups: list[Group], total: int) -> Iterator[tuple[str, list[int]]]:
+    def ways(dp: int, tp: int) -> list[int]:
+        return [i for i, group in enumerate(groups) if (group.dp, group.tp) == (dp, tp)]
+
+    yield "single device", ways(1, 1)
+    if total > 1:
+        yield "data parallel", ways(total, 1)
+        yield "tensor parallel", ways(1, total)
+
+
+def _alone(problem: MixedProblem, way: int) -> MixedStage | None:
+    """The whole model on one way, by its fastest columns that fit."""
+    maker = CellMaker(problem, problem.ways[way])
+    cells = maker.make()
+    number = maker.flights.index(problem.flight(1))
+    if not cells.real[number][0, 0, 0, problem.count] < float("inf"):
+        return None
+    columns = maker.columns(cells, (number, 0, 0, 0, problem.count), float("inf"), 0.0)
+    made = MixedStage(way, 0, problem.count, columns)
+    return made if fits(problem, [made]) else None

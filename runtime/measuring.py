@@ -75,7 +75,7 @@ def measure(
     run.once()
     dist.barrier()
     around.clear()
-    peak = peak_of(run.once, executor.device, around.held())
+    peak = peak_of(run.once, executor.device, [*around.held(), *executor.sums.standing()])
     seconds = [run.timed_once() for _ in range(steps)]
     spans: list[list[Span]] = []
     rests: list[tuple[float, float]] = []

@@ -226,6 +226,11 @@ class GradientSums:
         held = [(group, [leaf for leaf in leaves if id(leaf) in uneven]) for group, leaves in self._late]
         self._uneven = [(group, leaves) for group, leaves in held if leaves]
 
+    def standing(self) -> list[torch.Tensor]:
+        """What the buckets hold between steps."""
+        buckets = (bucket for sums in self._stages.values() for bucket in sums.buckets)
+        return [bucket.flat for bucket in buckets if bucket.flat is not None]
+
     # -- hooks ---------------------------------------------------------------------------------------------------------
 
     def attach(self) -> None:

@@ -21,7 +21,7 @@ from shardplan.planner.rules import LocalCall, Strategy, groups_fit, local_call,
 from shardplan.planner.search.boundaries import Boundaries
 from shardplan.planner.search.builder import Builder
 from shardplan.planner.search.elimination import eliminate
-from shardplan.planner.search.memory import Keeps, copies
+from shardplan.planner.search.memory import Keeps, copies, root
 from shardplan.planner.search.problem import Price, SegmentProblem, Weights, total_price
 from shardplan.planner.search.runs import Run, held_by, ops_of
 from shardplan.planner.search.segment_ilp import solve_segment
@@ -140,6 +140,11 @@ class Columns:
     def others(self, node: fx.Node) -> dict[str, Strategy]:
         """Strategies on the axes that follow the batch."""
         return {axis: f.strategies[node.name] for axis, f in self.follows.items() if node.name in f.strategies}
+
+    def placement(self, chosen: Mapping[str, Strategy], value: fx.Node) -> Placement:
+        """How a value lies on tp under strategies by node."""
+        maker, index = resolve(value)
+        return placed(chosen.get(maker.name), index)
 
     def layout(self, value: fx.Node, tp: Placement) -> tuple[Placement, ...]:
         maker, index = resolve(value)
@@ -415,7 +420,11 @@ class Columns:
         for position, result in enumerate(call.outputs):
             if self.training and self.keeps.is_kept(node, position):
                 kept += result.nbytes
-        transient = out + sum(argument.nbytes for argument in call.inputs)
+        transient = out + sum(
+            argument.nbytes
+            for argument, given in zip(call.inputs, tensor_args(node), strict=True)
+            if root(given)[0].name not in self.trace.sources  # parameters and inputs lie there anyway
+        )
         return Price(forward, backward, 0.0, 0.0, kept, transient)
 
     def _implementation_seconds(

@@ -28,6 +28,7 @@ from shardplan.planner.plan import (
 from shardplan.planner.propagate import norm_notes, placed
 from shardplan.planner.rules import Strategy, has_rule, is_discovered, strategies, why_whole
 from shardplan.planner.search.runs import held_by, ops_of
+from shardplan.planner.search.stage_memory import with_memory
 from shardplan.planner.search.storing import Window, ways_to_store
 from shardplan.planner.simulate import Simulation, StageTimes, messages_of, simulate
 from shardplan.planner.stages import StageSplit, split_stages
@@ -208,7 +209,7 @@ def finish(search: Search, candidate: Candidate) -> Finished:
     chosen, stored = _chosen(search, candidate)
     split = split_stages(search.trace, candidate.choice.bounds)
     links = _links(search, candidate, chosen, split)
-    stages = _stages(search, candidate, chosen, stored, links)
+    stages = _stages(search, candidate, chosen, stored)
     case = candidate.case
     instructions = schedules.build(
         candidate.schedule,
@@ -218,6 +219,7 @@ def finish(search: Search, candidate: Candidate) -> Finished:
         training=search.options.training,
         grad_edges=split.grad_edges(),
     )
+    stages = with_memory(search, candidate, chosen, links, instructions, stages)
     times = [StageTimes(s.forward_seconds, s.backward_seconds, reduce_seconds=s.once_seconds) for s in stages]
     storage = {search.trace.sources[node].name: found for node, found in sorted(stored.items())}
     simulation = simulate(instructions, times, messages_of(links))
@@ -280,7 +282,6 @@ def _stages(
     candidate: Candidate,
     chosen: dict[str, Strategy],
     stored: dict[str, Storage],
-    links: tuple[StageLink, ...],
 ) -> tuple[StagePlan, ...]:
     problem, choice, case = candidate.problem, candidate.choice, candidate.case
     ends = [*choice.bounds[1:], len(candidate.segments)]
@@ -294,9 +295,6 @@ def _stages(
             for segment, column, i in zip(segments, columns, range(first, last), strict=True)
             if candidate.segments[i].runs[column.index].rematerialized
         )
-        received = sum(link.nbytes for link in links if link.target == stage)
-        flight = problem.in_flight[stage]
-        activations = flight * (sum(p.activation_nbytes for p in prices) + received)
         parameters, gradients, optimizer, optimizing, adding = _parameters(
             search, candidate, chosen, stored, first, last
         )
@@ -314,8 +312,6 @@ def _stages(
                     parameters=round(parameters),
                     gradients=round(gradients),
                     optimizer=round(optimizer),
-                    activations=round(activations + problem.fixed.activation_nbytes),
-                    buffers=round(max(p.transient_nbytes for p in prices)),
                     limit=round(problem.limits[stage]),
                 ),
                 rematerialized=recomputed,

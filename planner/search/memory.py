@@ -41,6 +41,10 @@ class Keeps:
                 if kept:
                     self._kept.add(root_of(node, position))
 
+    def saves_of(self, node: fx.Node) -> OpSaves | None:
+        """What the op keeps by itself; None where it is none that computes."""
+        return self._saves.get(node)
+
     def is_kept(self, node: fx.Node, position: int) -> bool:
         """Whether result `position` of the op stays until backward (views never: what they look at does)."""
         return (node, position) in self._kept

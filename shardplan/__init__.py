@@ -25,6 +25,7 @@ _WHERE = {
     "degrees": "shardplan.planner.constraints",
     "within_node": "shardplan.planner.constraints",
     "memory": "shardplan.planner.constraints",
+    "zero": "shardplan.planner.constraints",
     "Rows": "shardplan.runtime.inputs",
     "ShardplanError": "shardplan.errors",
 }
@@ -46,6 +47,7 @@ __all__ = [
     "split",
     "together",
     "within_node",
+    "zero",
 ]
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ if TYPE_CHECKING:
     from shardplan.errors import ShardplanError
     from shardplan.parallel_model import ParallelModel
     from shardplan.planner.cluster import Cluster
-    from shardplan.planner.constraints import degrees, leaf, memory, pin, replicate, split, together, within_node
+    from shardplan.planner.constraints import degrees, leaf, memory, pin, replicate, split, together, within_node, zero
     from shardplan.planner.plan import Plan
     from shardplan.runtime.inputs import Rows
     from shardplan.runtime.meta import meta_model

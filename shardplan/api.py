@@ -69,10 +69,12 @@ def auto_parallel(
     verbose: bool | None = None,
     *,
     batch_norm: str = "global",
+    zero: int | str = "auto",
     weights: Weights | None = None,
     init: Init | None = None,
     clip_norm: float | None = None,
     scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+    compile: bool | str = False,
     seed: int = 0,
     timeout_seconds: float = TIMEOUT_SECONDS,
     heartbeat_seconds: float = HEARTBEAT_SECONDS,
@@ -87,14 +89,18 @@ def auto_parallel(
     loss_fn: ``loss_fn(output, target)`` -> scalar; None: the model returns the loss, or an object with ``.loss``.
     optimizer: params -> torch.optim.Optimizer; called on every rank with its local parameters.
     plan: a Plan or the path of one: skips planning; refused (PlanMismatch) where it does not fit.
-    constraints: `pin`, `split`, `replicate`, `together`, `leaf`, `degrees`, `within_node`, `memory`.
+    constraints: `pin`, `split`, `replicate`, `together`, `leaf`, `degrees`, `within_node`, `memory`, `zero`.
     memory_limit: bytes or text ("20 GiB") per device, or a list with one per device.
     time_limit: seconds for the solver; gap: relative, where it may stop. cache: keep measurements on disk.
     batch_norm: "global": batch normalisation in training sees the whole batch, as on one device, which rules out
         microbatches; "replica": every replica and microbatch has statistics of its own, as under plain data parallelism
         and gradient accumulation, so results depend on the plan. Running statistics then move once per microbatch, by
         the mean of the replicas.
+    zero: what is stored of parameters that replicas have in common (docs/zero.md): 0: everything on each; 1: parts of
+        the optimizer state; 2: of gradients too; 3: of the parameters too; "auto": whatever is best for each of them.
     verbose: progress on stderr. clip_norm: largest global gradient norm. seed: of random ops, and of `init`.
+    compile: stages go through `torch.compile` with their collectives inside (True: "inductor", or the name of a
+        backend), each as one graph of static shapes; a stage that cannot be one runs as it is, with a warning.
     scheduler: optimizer -> torch learning-rate scheduler; every `train_step` moves it, and checkpoints have its state.
     weights: start from these: a safetensors file, a directory (one file, or several with an index), or a list of files;
         each rank reads its slices. Rounded to the model's dtypes. Raises CheckpointError unless they are its weights.
@@ -123,6 +129,7 @@ def auto_parallel(
         cache,
         verbose,
         batch_norm,
+        zero,
     )
     module = resolve_model(model)
     given = load_plan(plan) if plan is not None else None
@@ -141,7 +148,9 @@ def auto_parallel(
             return Planned(found, trace, inputs, None)
         return _plan_and_spawn(module, cluster, batch, request, given, limits, say)
 
-    made = ParallelModel(module, Settings(loss_fn, optimizer, clip_norm, seed, weights, init, scheduler), prepare)
+    backend = "inductor" if compile is True else compile or None
+    settings = Settings(loss_fn, optimizer, clip_norm, seed, weights, init, scheduler, backend)
+    made = ParallelModel(module, settings, prepare)
     if example_inputs is not None:
         made.prepare(example_inputs)
     else:
@@ -169,6 +178,7 @@ def plan(
     verbose: bool | None = None,
     *,
     batch_norm: str = "global",
+    zero: int | str = "auto",
 ) -> Plan:
     """Only plan; the arguments are those of `auto_parallel`. Devices of this machine are measured, others modelled; no
     device and no process group has to be there."""
@@ -188,6 +198,7 @@ def plan(
         cache,
         verbose,
         batch_norm,
+        zero,
     )
     if example_inputs is None:
         raise UsageError("plan needs example_inputs", hints=["a global batch; tensors on the meta device will do"])

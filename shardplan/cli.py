@@ -55,6 +55,7 @@ Pin = Annotated[list[str] | None, typer.Option(help='GLOB=STAGE, such as "*.laye
 Degree = Annotated[int | None, typer.Option(help="force this degree")]
 Microbatches = Annotated[int | None, typer.Option(help="force this number of microbatches")]
 BatchNorm = Annotated[str, typer.Option(help="statistics of batch normalisation: global, or of each replica")]
+Zero = Annotated[str, typer.Option(help="split what replicas store: 0 nothing, 1 optimizer, 2 gradients, 3 all, auto")]
 Solver = Annotated[str, typer.Option(help="highs or cbc")]
 TimeLimit = Annotated[float, typer.Option(help="seconds for the solver")]
 Gap = Annotated[float, typer.Option(help="relative gap at which the solver may stop")]
@@ -120,6 +121,7 @@ def plan_command(
     pp: Degree = None,
     microbatches: Microbatches = None,
     batch_norm: BatchNorm = "global",
+    zero: Zero = "auto",
     solver: Solver = "highs",
     time_limit: TimeLimit = 60.0,
     gap: Gap = 0.01,
@@ -190,6 +192,7 @@ def run_command(
     pp: Degree = None,
     microbatches: Microbatches = None,
     batch_norm: BatchNorm = "global",
+    zero: Zero = "auto",
     plan: Annotated[Path | None, typer.Option(help="use this plan file instead of planning")] = None,
     steps: Annotated[int, typer.Option(min=1, help="training steps")] = 10,
     lr: Annotated[float, typer.Option(help="learning rate (AdamW)")] = 3e-4,
@@ -330,6 +333,7 @@ def _job(flags: dict[str, Any], progress: bool = False) -> Any:
         degrees=_degrees(flags["dp"], flags["tp"], flags["pp"]),
         microbatches=flags["microbatches"],
         batch_norm=flags.get("batch_norm", "global"),
+        zero=flags.get("zero", "auto"),
         solver=flags["solver"],
         time_limit=flags["time_limit"],
         gap=flags["gap"],

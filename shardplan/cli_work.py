@@ -39,6 +39,7 @@ class Job:
     degrees: dict[str, int]
     microbatches: int | None
     batch_norm: str
+    zero: str
     solver: str
     time_limit: float
     gap: float
@@ -68,6 +69,7 @@ class Job:
             "gap": self.gap,
             "cache": self.cache,
             "batch_norm": self.batch_norm,
+            "zero": int(self.zero) if self.zero.isdecimal() else self.zero,
         }
 
     def limit(self) -> Any:

@@ -51,6 +51,7 @@ class Request:
     cache: bool = True
     verbose: bool | None = None
     batch_norm: str = "global"
+    zero: int | str = "auto"
 
     def __post_init__(self) -> None:
         compute_dtype(self.precision)
@@ -65,6 +66,8 @@ class Request:
             raise UsageError(f"microbatches={count!r}", hints=['"auto" or a number of at least 1'])
         if self.rematerialize not in ("auto", True, False):
             raise UsageError(f"rematerialize={self.rematerialize!r}", hints=['"auto", True or False'])
+        if self.zero != "auto" and (isinstance(self.zero, bool) or self.zero not in (0, 1, 2, 3)):
+            raise UsageError(f"zero={self.zero!r}", hints=['"auto", 0, 1, 2 or 3'])
         if self.batch_norm not in ("global", "replica"):
             raise UsageError(
                 f"batch_norm={self.batch_norm!r}",
@@ -193,6 +196,7 @@ def find_plan(trace: Trace, cluster: Cluster, request: Request, tables: LinkTabl
         microbatches=request.microbatches,
         schedule=request.schedule,
         rematerialize=request.rematerialize,
+        zero=request.zero,
         solver=request.solver,
         time_limit=request.time_limit,
         gap=request.gap,

@@ -22,6 +22,16 @@ _WORDS = {
 }
 
 
+_STORED = {
+    1: "whole on every device; optimizer state in parts of dim {dim}: once a step the gradient is reduce-scattered and "
+    "the updated parts are all-gathered",
+    2: "whole on every device; gradient and optimizer state in parts of dim {dim}: the gradient is reduce-scattered in "
+    "every backward, the updated parts are all-gathered once a step",
+    3: "in parts of dim {dim}: all-gathered for every forward and backward of its segment, the gradient is "
+    "reduce-scattered",
+}
+
+
 def explain(plan: Plan, pattern: str) -> str:
     """See `Plan.explain`. Raises NoMatch; UsageError for a plan without node summaries."""
     return "\n".join(line for item in matching(plan, pattern) for line in _node(plan, *item)) + "\n"
@@ -71,6 +81,8 @@ def _axis(plan: Plan, node: str, axis: str, size: int) -> Iterable[str]:
             yield f"dim {placement.dim} cut into {size} microbatches"
         elif placement.is_shard and summary.outputs:
             yield f"{placement_words(placement, summary.op)} split: {_local(summary.outputs[0], placement, size)} each"
+        elif (stored := plan.storage.get(summary.name)) is not None and stored.axis == axis:
+            yield _STORED[stored.level].format(dim=stored.dim)
         else:
             words = placement_words(placement, summary.op)
             yield "whole on every device, the gradient is summed once a step" if words == SUMMED else words

@@ -24,6 +24,7 @@ from shardplan.planner.report.words import (
 )
 from shardplan.planner.rules.strategy import Strategy
 from shardplan.planner.simulate import Simulation, messages_of, simulate
+from shardplan.planner.storage import Storage
 from shardplan.planner.timeline import Timeline
 
 SUMMED = "copies+sum"
@@ -196,6 +197,12 @@ def placement_words(placement: Placement, kind: str) -> str:
     return "copies"
 
 
+def storage_words(stored: Storage) -> str:
+    """What is split of a parameter whose use is not."""
+    what = {1: "optimizer state", 2: "gradient, optimizer state", 3: "stored"}[stored.level]
+    return f"{what} in parts of dim {stored.dim}"
+
+
 def parameter_splits(plan: Plan) -> tuple[SplitFacts, ...]:
     """One entry for all parameters and buffers that have name pattern, shape and placements in common."""
     axes = axis_sizes(plan)
@@ -214,7 +221,12 @@ def parameter_splits(plan: Plan) -> tuple[SplitFacts, ...]:
             placement = _output(strategy)
             if placement and placement.is_shard:
                 nbytes //= size
-            words.append((axis, placement_words(placement, summary.op) if placement else "copies"))
+            text = placement_words(placement, summary.op) if placement else "copies"
+            stored = plan.storage.get(summary.name)
+            if stored is not None and stored.axis == axis and size > 1:
+                text = storage_words(stored)
+                nbytes = -(-nbytes // size) if stored.level == 3 else nbytes
+            words.append((axis, text))
         groups[pattern(summary.name), summary.op, summary.outputs[0], tuple(words), nbytes].append(summary.name)
     return tuple(
         SplitFacts(text, tuple(sorted(names, key=lambda n: (numbers(n), n))), kind, tensor, dict(words), nbytes)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shardplan.errors import SolverTimeout
+from shardplan.errors import NotSupported, SolverTimeout
 from shardplan.planner.placement import Layout, Mesh, Placement, R, fits
 from shardplan.planner.propagate import Follow, follow_batch, parts_of
 from shardplan.planner.rules import strategies
@@ -88,6 +88,12 @@ class Cases:
         self._cheapest: dict[tuple[int, ...], Lower] = {}
         self._twins: dict[tuple[int, int], bool] = {}
         self.tied = self._tied()
+        rounded = {node for node, source in search.trace.sources.items() if source.name in search.trace.masters}
+        if rounded and (self.options.zero == 1 or any(self.decided.levels.get(node) == (1,) for node in rounded)):
+            raise NotSupported(
+                "level 1 for parameters that are used in a lower precision than they are stored in",
+                hints=["zero=2 splits their gradients as well"],
+            )
 
     def _tied(self) -> list[str]:
         """Parameters that more than one segment reads: they get one placement, tried in turn."""

@@ -443,10 +443,12 @@ class Columns:
 
     def parameter_price(self, node: fx.Node, tp: Placement) -> Price:
         """Memory of a parameter with its gradient and optimizer state, and its share of the work once a step."""
-        nbytes = self.local_nbytes(node, tp)
+        used = self.local_nbytes(node, tp)
+        nbytes = self.stored_nbytes(node, used)
+        rounded = used if self.trace.sources[node.name].name in self.trace.masters else 0.0
         trainable = self.trace.sources[node.name].trainable and self.training
         if not trainable:
-            return Price(parameter_nbytes=nbytes)
+            return Price(parameter_nbytes=nbytes + rounded)
         once = self.costs.optimizer(round(nbytes), 0)
         ranks = self.reduce_ranks(self.layout(node, tp))
         if len(ranks) > 1:
@@ -454,7 +456,13 @@ class Columns:
             sample = self.costs.collective("all_reduce", _REDUCE_SAMPLE_NBYTES, ranks)
             reduce = sample * nbytes / _REDUCE_SAMPLE_NBYTES + self.costs.copy(round(nbytes), 0)
             once += reduce * self.costs.overheads(0).reduce
-        return Price(0.0, self.adding_seconds(nbytes), once, nbytes * (2 + self.optimizer_factor))
+        held = nbytes * (2 + self.optimizer_factor) + rounded
+        return Price(0.0, self.adding_seconds(nbytes), once, held)
+
+    def stored_nbytes(self, node: fx.Node, used_nbytes: float) -> float:
+        """Bytes of a parameter as the optimizer has it, where the ops have it in so many (see `planner.precision`)."""
+        master = self.trace.masters.get(self.trace.sources[node.name].name)
+        return used_nbytes if master is None else used_nbytes * master.itemsize / info(node).dtype.itemsize
 
     def adding_seconds(self, nbytes: float) -> float:
         """Seconds of a microbatch: all but the first add to a gradient that is there."""

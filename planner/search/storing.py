@@ -12,8 +12,10 @@ level  once a step                         every microbatch                     
 3      opt b'                              as 2; forward and backward: AG b + copy b    (2 + f) b'
 =====  ==================================  ===========================================  ===============
 
-A sum that is to be taken over "tp" as well comes once a step, of the parts. A frozen parameter is whole or of level 3,
-without anything that concerns gradients.
+A sum that is to be taken over "tp" as well comes once a step, of the parts. Parameters that are stored in a higher
+precision than they are used in (`planner.precision`) are gathered as they are used; gradients and the optimizer have
+them as they are stored, and at level 2 the part is held besides; level 1 is not for them. A frozen parameter is whole
+or of level 3, without anything that concerns gradients.
 
 Messages of a microbatch run while a segment computes: its gather while the one before it does, its reduce-scatter while
 the one behind it in backward does. Segments are alike, so of their seconds counts what exceeds the computing of the
@@ -45,8 +47,8 @@ AUTO = (0, 1, 2, 3)
 """Levels among which a parameter's may be chosen; 0: stored as it is used."""
 _SAMPLE_NBYTES = 4 << 20
 """Messages of once a step travel in buckets, so a parameter costs its share of a large one."""
-_GATHERED = {2: 3, 3: 4}
-"""Whole tensors of a segment's parameters at once, see module docstring."""
+_SENT = {2: 3, 3: 2}
+"""Gradients of a segment's parameters at once, beside (level 3) twice the parameters, see module docstring."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,10 @@ def ways_to_store(
     source = columns.trace.sources[node.name]
     nbytes = columns.local_nbytes(node, tp)
     trainable = source.trainable and columns.training
-    whole = Stored(None, columns.parameter_price(node, tp), nbytes, nbytes * trainable, nbytes * trainable)
+    rounded = source.name in columns.trace.masters
+    stored = columns.stored_nbytes(node, nbytes)
+    held = stored + nbytes * rounded
+    whole = Stored(None, columns.parameter_price(node, tp), held, stored * trainable, stored * trainable)
     replicas = len(columns.dp_ranks)
     layout = columns.layout(node, tp)
     shape = local_shape(info(node).shape, layout, columns.mesh)
@@ -87,41 +92,45 @@ def ways_to_store(
     at = columns.mesh.axes.index("dp")
     if source.kind != "param" or replicas == 1 or dim is None or layout[at].is_shard:
         return [whole]
-    part = float(math.prod(part_shape(shape, dim, replicas)) * info(node).dtype.itemsize)
-    copied = part * (dim > 0 and math.prod(shape[:dim]) > 1)  # such a part is no view of the whole
-    made = _Maker(columns, nbytes, part, copied, window, len(columns.tp_ranks) > 1 and layout[-1] == D)
+    part = columns.stored_nbytes(node, float(math.prod(part_shape(shape, dim, replicas)) * info(node).dtype.itemsize))
+    apart = rounded or (dim > 0 and math.prod(shape[:dim]) > 1)  # the part is no view of the whole
+    made = _Maker(columns, nbytes, stored, part, apart, window, len(columns.tp_ranks) > 1 and layout[-1] == D)
     found = [whole] if 0 in levels or (not trainable and 3 not in levels) else []
     for level in (1, 2, 3) if trainable else (3,):
-        if level in levels:
+        if level in levels and not (rounded and level == 1):
             found.append(made.stored(Storage(level, "dp", dim), trainable))
-    return found
+    return found or [whole]
 
 
 @dataclass(slots=True)
 class _Maker:
+    """Bytes of the parameter as it is used and as it is stored, and of its stored part."""
+
     columns: Columns
     nbytes: float
+    stored_nbytes: float
     part: float
-    copied: float
+    apart: bool
     window: Window
     tensor_summand: bool
 
     def stored(self, storage: Storage, trainable: bool) -> Stored:
         level = storage.level
         copy = self.columns.costs.copy(round(self.nbytes), 0)
+        sent = self.columns.costs.copy(round(self.stored_nbytes), 0)
         forward = backward = again = once = 0.0
-        parameter, gradient = (self.part if level == 3 else self.nbytes + self.copied), self.part
+        parameter, gradient = (self.part if level == 3 else self.nbytes + self.part * self.apart), self.part
         if trainable:
             once = self.columns.costs.optimizer(round(self.part), 0) + self._tensor_sum()
             if level == 1:
                 gradient = self.nbytes
-                once += self._bucketed("reduce_scatter") + copy
+                once += self._bucketed("reduce_scatter", self.stored_nbytes) + sent
                 backward += self.columns.adding_seconds(self.nbytes)
             else:
-                backward += self._exposed("reduce_scatter", self._shown(level)) + copy
+                backward += self._exposed("reduce_scatter", self._shown(level)) * self._widening() + sent
                 backward += self.columns.adding_seconds(self.part)
             if level < 3:
-                once += self._bucketed("all_gather") + copy
+                once += self._bucketed("all_gather", self.nbytes) + copy
         if level == 3:
             gathering = self._seconds("all_gather")
             hidden = min(self.window.forward_seconds / gathering, 1.0) if gathering else 1.0
@@ -129,15 +138,19 @@ class _Maker:
             again = self._exposed("all_gather", self._shown(level)) + copy if self.columns.training else 0.0
         optimized = self.part * trainable
         held = parameter + gradient * trainable + self.columns.optimizer_factor * optimized
-        times = _GATHERED.get(level, 0) if trainable else 2 * (level == 3)
-        price = Price(forward, backward, once, held, 0.0, 0.0, again, times * self.nbytes)
+        gathered = 2 * self.nbytes * (level == 3) + trainable * _SENT.get(level, 0) * self.stored_nbytes
+        price = Price(forward, backward, once, held, 0.0, 0.0, again, gathered)
         return Stored(storage, price, parameter, gradient * trainable, optimized)
 
     def _tensor_sum(self) -> float:
         return self._share("all_reduce", self.part, self.columns.tp_ranks) if self.tensor_summand else 0.0
 
-    def _bucketed(self, kind: str) -> float:
-        return self._share(kind, self.nbytes, self.columns.dp_ranks)
+    def _bucketed(self, kind: str, nbytes: float) -> float:
+        return self._share(kind, nbytes, self.columns.dp_ranks)
+
+    def _widening(self) -> float:
+        """How much larger gradients are than what is gathered."""
+        return self.stored_nbytes / self.nbytes if self.nbytes else 1.0
 
     def _share(self, kind: str, nbytes: float, ranks: tuple[int, ...]) -> float:
         sample = self.columns.costs.collective(kind, _SAMPLE_NBYTES, ranks)
@@ -154,5 +167,7 @@ class _Maker:
 
     def _shown(self, level: int) -> float:
         """The share of backward's messages that exceeds its computing."""
-        total = self._seconds("reduce_scatter") + (self._seconds("all_gather") if level == 3 else 0.0)
+        total = self._seconds("reduce_scatter") * self._widening() + (
+            self._seconds("all_gather") if level == 3 else 0.0
+        )
         return max(total - self.window.backward_seconds, 0.0) / total if total else 0.0

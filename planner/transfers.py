@@ -23,7 +23,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from shardplan.planner.placement import MICROBATCH_AXIS, D, Layout, Mesh, P, Placement, R, S, fits, local_slices
+from shardplan.planner.placement import (
+    MICROBATCH_AXIS,
+    D,
+    Layout,
+    Mesh,
+    P,
+    Placement,
+    R,
+    S,
+    fits,
+    local_shape,
+    local_slices,
+)
 
 _DUAL = {P: D, D: P}
 
@@ -80,6 +92,10 @@ def transfers(shape: Sequence[int], source: Side, target: Side) -> tuple[Box, ..
     those that have it; a rank that has it itself takes its own. Boxes of one target overlap only where the source has
     summands, see `summed`.
     """
+    if _alike(source, target):
+        local = tuple(slice(0, extent) for extent in local_shape(shape, source.layout, source.mesh))
+        ranks = zip(source.ranks, target.ranks, strict=True)
+        return tuple(Box(a, b, local, local, _numel(local)) for a, b in ranks) if _numel(local) else ()
     kept = _kept(source, target)
     froms, tos = source.places(), target.places()
     have = [local_slices(shape, source.layout, source.mesh, place) for place in froms]
@@ -113,6 +129,12 @@ def summed(source: Side, target: Side) -> bool:
     """Whether a receiver adds up what it gets (the source has summands) instead of putting it in place."""
     kept = _kept(source, target)
     return any(axis not in kept for axis in source.on("P"))
+
+
+def _alike(source: Side, target: Side) -> bool:
+    """Whether every rank sends all it has to the rank at its place."""
+    same = source.mesh == target.mesh and source.layout == target.layout
+    return same and (source.ranks == target.ranks or set(source.ranks).isdisjoint(target.ranks))
 
 
 def _kept(source: Side, target: Side) -> list[str]:

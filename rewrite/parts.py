@@ -8,7 +8,6 @@ from itertools import product
 import torch
 
 from shardplan.planner.placement import Layout, Mesh, local_slices
-from shardplan.planner.transfers import overlaps as overlaps
 
 
 def part_of(whole: torch.Tensor, layout: Layout, mesh: Mesh, coordinate: Mapping[str, int]) -> torch.Tensor:

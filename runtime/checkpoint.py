@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from shardplan.errors import CheckpointError
 from shardplan.planner.plan import write_atomically
-from shardplan.rewrite.parts import overlaps
+from shardplan.planner.transfers import overlaps
 from shardplan.runtime.tensor_files import OpenFiles
 
 FORMAT = 2

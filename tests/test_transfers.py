@@ -116,6 +116,19 @@ def test_who_sends_what(one, two, expected):
     assert traffic(transfers((8, 12), source, target)) == expected
 
 
+@given(st.integers(0, 10_000))
+@settings(deadline=None, max_examples=60)
+def test_alike_sides_send_to_their_twins(seed: int):
+    """What is said without looking at slices is what the slices say."""
+    shape, source, _ = sides(seed)
+    target = Side(source.layout, source.mesh, tuple(rank + 100 for rank in source.ranks))
+    found = transfers(shape, source, target)
+    assert [(box.source, box.target) for box in found] == list(zip(source.ranks, target.ranks, strict=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shardplan.planner.transfers._alike", lambda *_: False)
+        assert transfers(shape, source, target) == found
+
+
 def test_summands_are_added_before_they_leave():
     one, two = Mesh(("mb", "dp", "tp"), (2, 2, 2)), Mesh(("mb", "dp", "tp"), (2, 1, 3))
     leaves, arrives = boundary((8, 12), (S(0), S(0), P), one, [(S(0), R, S(1)), (S(0), R, S(1))], two)

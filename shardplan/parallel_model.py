@@ -372,7 +372,8 @@ class ParallelModel(ModelState):
             self._closed = True
             return
         try:
-            self._checkpoints.finish()
+            if self._planned.ranks.alive:
+                self._checkpoints.finish()
         finally:
             self._closed = True
             self._planned.ranks.close()

@@ -21,6 +21,11 @@ class Ranks(Protocol):
     hint: Callable[[], list[str]]
     """What to say besides where the job ends."""
 
+    @property
+    def alive(self) -> bool:
+        """Whether they can be called."""
+        ...
+
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any: ...
 
     def load(self, job: Job, supply: Supply) -> None: ...
@@ -36,6 +41,7 @@ class InPlace:
     def __init__(self, session: Session) -> None:
         self.session = session
         self.hint: Callable[[], list[str]] = list
+        self.alive = True
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return self._watched(function, *arguments)
@@ -52,6 +58,7 @@ class InPlace:
             return function(self.session, *arguments)
         except Exception as error:
             explained = told(watch.explained(error), self.hint)
+            self.alive = not isinstance(explained, (WorkerFailed, WorkerTimeout))
             if explained is error:
                 raise
             raise explained from error
@@ -80,6 +87,10 @@ class Spawned:
     def __init__(self, workers: Workers) -> None:
         self.workers = workers
         self.hint: Callable[[], list[str]] = list
+
+    @property
+    def alive(self) -> bool:
+        return not self.workers.closed
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         try:

@@ -20,6 +20,7 @@ class Ranks:
 
     in_place = False
     hint = staticmethod(list)
+    alive = True
 
     def call(self, function, *arguments):
         raise AssertionError("nothing to call")

@@ -13,6 +13,7 @@ from pathlib import Path
 from shardplan.errors import UsageError
 from shardplan.planner import presets
 from shardplan.planner.cluster import ASSUMED, Cluster, Device, DeviceKind, Link, Wiring
+from shardplan.planner.nvml import GpuLinks, gpu_links
 
 _LOOPBACK = Link(2e9, 60e-6, "plain", source="assumed for gloo on one machine; measured before planning where it runs")
 _BETWEEN = Link(1.25e9, 60e-6, "plain", "node", source="assumed: 10 Gbit/s Ethernet")
@@ -80,7 +81,8 @@ def local_cluster(names: Sequence[str]) -> Cluster:
             raise UsageError(f"device cuda:{index} is named twice")
         devices.append(Device(_gpu_kind(index), 0, f"cuda:{index}"))
     gpus = [device.kind for device in devices if device.kind.torch_device == "cuda"]
-    wires = _gpu_wiring(gpus[0]) if gpus and not cpus else Wiring(_LOOPBACK, _BETWEEN)
+    first = next((int(device.local[5:]) for device in devices if device.local.startswith("cuda:")), 0)
+    wires = _gpu_wiring(gpus[0], _gpu_links(first)) if gpus and not cpus else Wiring(_LOOPBACK, _BETWEEN)
     return Cluster(tuple(devices), (wires,), name=", ".join(dict.fromkeys(names)))
 
 
@@ -156,6 +158,17 @@ def _gpu_kind(index: int) -> DeviceKind:
     return DeviceKind(name, "cuda", facts.total_memory, bandwidth, speeds, 0.06, source)
 
 
+@cache
+def _gpu_links(index: int) -> GpuLinks | None:
+    """What the driver says about a GPU's links, None where it says nothing."""
+    if index >= _gpu_count():
+        return None
+    import torch
+
+    uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
+    return gpu_links(str(uuid)) if uuid is not None else None
+
+
 def _preset_of(name: str, memory_nbytes: int) -> DeviceKind | None:
     """The shipped kind for a driver's device name such as "NVIDIA H100 80GB HBM3": most words in common, and within
     5 % of its memory."""
@@ -176,10 +189,16 @@ def _assumed(link: Link, machine: str) -> Link:
     return replace(link, source=f"{ASSUMED} as in {machine}: {link.source}")
 
 
-def _gpu_wiring(kind: DeviceKind) -> Wiring:
-    """Links of the machine that such GPUs usually stand in; PCI Express where the kind is not shipped."""
-    if usual := presets.preset_node_of(kind.name):
-        wires = presets.node_preset(usual, 1).wiring[0]
-        return Wiring(_assumed(wires.link, usual), _assumed(wires.uplink, usual))
+def _gpu_wiring(kind: DeviceKind, seen: GpuLinks | None) -> Wiring:
+    """Links of the machine that such GPUs usually stand in; PCI Express where the kind is not shipped, or where its
+    machine has NVLink and the driver sees none. seen: what the driver says."""
     pcie = Link(16e9, 15e-6, "pcie", source="assumed: PCI Express 3.0 x16")
-    return Wiring(pcie, Link(1.25e9, 50e-6, "tcp", "node", source="assumed: 10 Gbit/s Ethernet"))
+    if seen is not None and seen.pcie_bytes_per_s:
+        slot = f"PCI Express {seen.pcie_generation}.0 x{seen.pcie_lanes}"
+        pcie = Link(seen.pcie_bytes_per_s, 17e-6, "pcie", source=f"{ASSUMED} of {slot}, which the driver reports")
+    usual = presets.preset_node_of(kind.name)
+    if not usual:
+        return Wiring(pcie, Link(1.25e9, 50e-6, "tcp", "node", source="assumed: 10 Gbit/s Ethernet"))
+    wires = presets.node_preset(usual, 1).wiring[0]
+    bare = seen is not None and seen.nvlinks == 0 and wires.link.fabric != "pcie"
+    return Wiring(pcie if bare else _assumed(wires.link, usual), _assumed(wires.uplink, usual))

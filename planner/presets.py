@@ -27,7 +27,8 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Shipped:
-    """The presets. aliases: other names of kinds; usual: device kind -> name of the machine it is assumed to be in."""
+    """The presets. aliases: other names of kinds and machines; usual: device kind -> name of the machine it is assumed
+    to be in."""
 
     kinds: dict[str, DeviceKind]
     machines: dict[str, Machine]

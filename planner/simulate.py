@@ -2,9 +2,9 @@
 
 The semantics are those of `planner.instructions`. A receive and a send take no time of their own. A message travels
 once both are posted; between two positions one message is on the link at a time in each direction, in the order in
-which they became ready, and the next may follow while its latency passes. Compute goes on meanwhile; on CPU ranks, where
-the thread that moves a message shares the core, it is slower by the message's `Message.sending` and `receiving`. A
-forward or backward starts when its position is free and its messages have arrived.
+which they became ready, and the next may follow while its latency passes. Compute goes on meanwhile; on CPU ranks,
+where the thread that moves a message shares the core, it is slower by `Message.sending` and `receiving`. A forward or
+backward starts when its position is free and its messages have arrived.
 """
 
 from __future__ import annotations

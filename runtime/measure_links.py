@@ -5,6 +5,9 @@ and groups of one size that have no rank in common run at the same time, as sibl
 through the same list of rounds in lockstep; after every size they agree on what the slowest saw, so that all stop or go
 on together. The list is walked twice and the better median counts: other load on a machine comes and goes. Works on
 gloo and NCCL.
+
+On the CPU a thread of the process moves the bytes, beside compute on the same core. How much compute loses while a
+message or an all_reduce goes on is measured too (`runtime.contention`).
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from shardplan.planner.costs.tables import LinkTables, Points
 from shardplan.planner.placement import Mesh
 from shardplan.rewrite.program import StageRanks
 from shardplan.runtime.comm import DistComm, Groups
+from shardplan.runtime.contention import Contention
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 SIZES = (1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20, 1 << 23)
@@ -110,6 +114,7 @@ def measure_links(
     walks = _PASSES * sum(2 if kind == "p2p" else 1 for kind, _ in rounds)
     session = _Session(device, sorted(sizes), budget_seconds, walks)
     mine: list[_Measured] = [{} for _ in range(_PASSES)]
+    lost: dict[tuple[str, Group], tuple[float, float]] = {}
     try:
         for found in mine:
             for kind, together in rounds:
@@ -121,10 +126,22 @@ def measure_links(
                     points = session.collective(kind, comms[group] if group is not None else None)
                     if group is not None:
                         found[kind, group] = points
+        if device.type == "cpu":
+            contention = Contention(sizes, budget_seconds)
+            for kind, together in rounds:
+                if kind in ("p2p", "all_reduce"):
+                    group = next((group for group in together if rank in group), None)
+                    lost |= contention.pair(group) if kind == "p2p" else contention.group(group, handles)
     finally:
         if process_groups is None:
             handles.close()
-    return _merge(mine, world)
+    everyone: list[tuple[list[_Measured], dict[tuple[str, Group], tuple[float, float]]]] = [([], {})] * world
+    dist.all_gather_object(everyone, (mine, lost))
+    slowdowns: dict[tuple[str, Group], tuple[float, float]] = {}
+    for key in {key for _, found in everyone for key in found}:
+        first, others = zip(*(found[key] for _, found in everyone if key in found), strict=True)
+        slowdowns[key] = max(first), max(others)
+    return LinkTables(_merged([found for found, _ in everyone]), dist.get_backend(), slowdowns)
 
 
 def pack(groups: Sequence[Group]) -> list[list[Group]]:
@@ -147,10 +164,8 @@ def _usual_device() -> torch.device:
     return torch.device("cpu")
 
 
-def _merge(mine: list[_Measured], world: int) -> LinkTables:
+def _merged(everyone: list[list[_Measured]]) -> dict[tuple[str, Group], Points]:
     """The best pass of the slowest rank, for every size."""
-    everyone: list[list[_Measured]] = [[] for _ in range(world)]
-    dist.all_gather_object(everyone, mine)
     best: dict[tuple[str, Group], dict[int, float]] = {}
     for ranks in zip(*everyone, strict=True):
         slowest: dict[tuple[str, Group], dict[int, float]] = {}
@@ -163,8 +178,7 @@ def _merge(mine: list[_Measured], world: int) -> LinkTables:
             least = best.setdefault(key, {})
             for nbytes, seconds in times.items():
                 least[nbytes] = min(least.get(nbytes, seconds), seconds)
-    entries: dict[tuple[str, Group], Points] = {key: tuple(sorted(times.items())) for key, times in best.items()}
-    return LinkTables(entries, dist.get_backend())
+    return {key: tuple(sorted(times.items())) for key, times in best.items()}
 
 
 class _Session:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pickle
 import tomllib
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardplan.errors import ClusterFileError, UsageError
-from shardplan.planner import detect, units
+from shardplan.planner import detect, nvml, units
 from shardplan.planner.cluster import (
     FABRICS,
     FLOP_TYPES,
@@ -315,6 +316,7 @@ def test_counts_are_local_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gpus_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(detect, "_gpu_count", lambda: 2)
     monkeypatch.setattr(detect, "_gpu_kind", lambda index: device_kind("h100"))
+    monkeypatch.setattr(detect, "_gpu_links", lambda index: None)
     assert [device.local for device in Cluster.parse("auto").devices] == ["cuda:0", "cuda:1"]
     assert [device.local for device in Cluster.parse(["cuda:1", "cuda:0"]).devices] == ["cuda:1", "cuda:0"]
     assert Cluster.parse(2).link(0, 1).bytes_per_s == 450e9
@@ -322,6 +324,51 @@ def test_gpus_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
         Cluster.parse(["cuda:1", "cuda:1"])
     with pytest.raises(UsageError, match="3 devices asked for, 2 GPUs"):
         Cluster.parse(3)
+
+
+class FakeDriver:
+    """NVML with one GPU: `nvlinks` of its links are up, PCI Express 4.0 x16."""
+
+    def __init__(self, nvlinks: int, uuid: bytes = b"GPU-12") -> None:
+        self.nvlinks, self.uuid, self.open = nvlinks, uuid, 0
+
+    def nvmlInit_v2(self) -> int:
+        self.open += 1
+        return 0
+
+    def nvmlShutdown(self) -> int:
+        self.open -= 1
+        return 0
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: bytes, handle: object) -> int:
+        return 0 if uuid == self.uuid else 6
+
+    def nvmlDeviceGetNvLinkState(self, handle: object, link: ctypes.c_uint, state) -> int:
+        state._obj.value = int(link.value < self.nvlinks)
+        return 0 if self.nvlinks else 3
+
+    def nvmlDeviceGetMaxPcieLinkGeneration(self, handle: object, value) -> int:
+        value._obj.value = 4
+        return 0
+
+    def nvmlDeviceGetMaxPcieLinkWidth(self, handle: object, value) -> int:
+        value._obj.value = 16
+        return 0
+
+
+@pytest.mark.parametrize(("nvlinks", "rate", "fabric"), [(18, 450e9, "nvls"), (0, 32e9, "pcie")])
+def test_the_driver_says_whether_there_is_nvlink(
+    monkeypatch: pytest.MonkeyPatch, nvlinks: int, rate: float, fabric: str
+) -> None:
+    driver = FakeDriver(nvlinks)
+    assert nvml.gpu_links("13", driver) is None
+    monkeypatch.setattr(detect, "_gpu_count", lambda: 2)
+    monkeypatch.setattr(detect, "_gpu_kind", lambda index: device_kind("h100"))
+    monkeypatch.setattr(detect, "_gpu_links", lambda index: nvml.gpu_links("12", driver))
+    link = Cluster.parse(2).link(0, 1)
+    assert (link.bytes_per_s, link.fabric) == (rate, fabric)
+    assert driver.open == 0
+    assert Cluster.parse(2).links_assumed  # so they are measured where they can be
 
 
 def test_torchrun_decides_the_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -425,6 +472,7 @@ def test_described_links_are_told_from_assumed_ones(monkeypatch: pytest.MonkeyPa
     assert not Cluster.from_toml(FILE).links_assumed and not Cluster.parse("8xh100").links_assumed
     monkeypatch.setattr(detect, "_gpu_count", lambda: 2)
     monkeypatch.setattr(detect, "_gpu_kind", lambda index: device_kind("h100"))
+    monkeypatch.setattr(detect, "_gpu_links", lambda index: None)
     assert Cluster.parse(2).links_assumed
 
 

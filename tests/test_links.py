@@ -310,7 +310,7 @@ def test_noise_between_like_groups_is_shared_and_real_differences_are_kept() -> 
     noisy = {("all_reduce", pair): line(1e-4, rate) for pair, rate in zip(pairs, (1e8, 1.1e8, 1.2e8), strict=True)}
     model = LinkModel(machine, LinkTables(noisy))
     assert len({model.collective("all_reduce", MIB, pair) for pair in pairs}) == 1
-    assert model.collective("all_reduce", MIB, (1, 2)) == pytest.approx(1e-4 + MIB / 1.2e8)
+    assert model.collective("all_reduce", MIB, (1, 2)) == pytest.approx(1e-4 + MIB / 1.1e8)
     different = LinkModel(machine, LinkTables({**noisy, ("all_reduce", (4, 5)): line(1e-4, 1e7)}))
     assert different.collective("all_reduce", MIB, (4, 5)) == pytest.approx(1e-4 + MIB / 1e7)
 
@@ -322,6 +322,21 @@ def test_groups_across_nodes_are_not_like_groups_inside() -> None:
     assert model.collective("all_reduce", MIB, (2, 3)) == model.collective("all_reduce", MIB, (0, 1))
     assert model.collective("all_reduce", MIB, (1, 3)) == model.collective("all_reduce", MIB, (0, 2))
     assert model.source("all_reduce", (0, 1, 2, 3)) == "interpolated"
+
+
+def test_compute_beside_messages_is_slowed_as_measured() -> None:
+    lines = {("p2p", pair): line(1e-5, 1e9) for pair in ((0, 1), (1, 0), (2, 3))}
+    tables = LinkTables(lines, "gloo", {("p2p", (0, 1)): (0.4, 0.1), ("p2p", (1, 0)): (0.6, 0.3)})
+    assert LinkTables.from_json(tables.to_json()) == tables and tables.scaled(2).slowdowns == tables.slowdowns
+    model = LinkModel(cluster(CPU, 1, 4, SOME, SOME), tables)
+    assert model.slowdown("p2p", (0, 1)) == (0.4, 0.1)
+    assert model.slowdown("p2p", (3, 2)) == pytest.approx((0.5, 0.2))
+    assert model.slowdown("all_reduce", (0, 1)) == (0.0, 0.0) == LinkModel(model.cluster).slowdown("p2p", (0, 1))
+    for shares in ((1.5, 0.0), (-0.1, 0.0)):
+        with pytest.raises(ValueError, match="slowdowns"):
+            LinkTables(lines, "gloo", {("p2p", (0, 1)): shares})
+    with pytest.raises(ValueError, match="slowdowns"):
+        LinkTables(lines, "gloo", {("all_reduce", (0, 1)): (0.1, 0.1)})
 
 
 def test_scaled_and_merged() -> None:

@@ -31,7 +31,9 @@ def test_two_ranks_measure_the_same_tables() -> None:
     for points in tables.entries.values():
         assert len(points) >= 2 and points[0][0] == 1 << 10
         assert all(1e-6 < seconds < 5 for _, seconds in points)
+    assert set(tables.slowdowns) == {("p2p", (0, 1)), ("p2p", (1, 0)), ("all_reduce", (0, 1))}
     model = LinkModel(Cluster.cpu(2, "1 GiB"), tables)
+    assert model.slowdown("p2p", (1, 0)) == tables.slowdowns["p2p", (1, 0)]
     for kind in COLLECTIVE_KINDS:
         assert model.source(kind, (0, 1)) == "measured"
         assert model.collective(kind, 1 << 12, (0, 1)) > 0

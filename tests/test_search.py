@@ -8,6 +8,7 @@ import random
 from dataclasses import replace
 from functools import cache
 
+import pulp
 import pytest
 
 from shardplan.errors import (
@@ -203,7 +204,7 @@ def test_plan_moves_for_the_right_reason():
     tight = planned(cluster.slower_links(1000), memory(limit))
     assert sum(len(s.ranks) for s in tight.stages) == 2, "one device cannot hold it, whatever it recomputes"
     assert all(m.peak_nbytes <= limit for m in tight.memory())
-    recomputed = planned(cluster.slower_links(1000), memory(int(single.peak_nbytes * 0.8)), microbatches=1)
+    recomputed = planned(cluster.slower_links(1000), memory(int(single.peak_nbytes * 0.8)), microbatches=1, zero=0)
     assert len(recomputed.stages[0].ranks) == 1
     assert recomputed.stages[0].rematerialized, "recomputing is cheaper than a bad link"
 
@@ -320,3 +321,16 @@ def test_settings_that_make_no_sense():
         planned(cluster, degrees(tp=1), split("*.up.weight", dim=0))
     with pytest.raises(ConflictingConstraints):
         planned(Cluster.cpu(3), degrees(dp=1, pp=1, tp=3), split("*.up.weight", dim=0))
+
+
+def test_a_solver_that_breaks_is_named(monkeypatch):
+    """Whatever PuLP or the solver's own library raises, or a time limit without an incumbent."""
+    problem = random_stages(random.Random(3))
+    for raised in (RuntimeError("segment violation"), OSError("no such file"), ValueError("bad basis")):
+
+        def broken(*_, raised=raised):
+            raise raised
+
+        monkeypatch.setattr(pulp.HiGHS, "actualSolve", broken)
+        with pytest.raises(SolverUnavailable, match=r"highs failed(.|\n)*" + str(raised)):
+            solve_program(problem, Budget("highs"))

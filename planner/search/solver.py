@@ -55,7 +55,7 @@ def solve(
     solver = _solver(budget.solver, limit, gap)
     try:
         answer = problem.solve(solver)
-    except pulp.PulpSolverError as error:
+    except (pulp.PulpSolverError, RuntimeError, ValueError, OSError) as error:
         raise SolverUnavailable(f"the solver {budget.solver} failed", [str(error)], ["try another solver"]) from error
     budget.solves += 1
     budget.solver_seconds += time.perf_counter() - started
@@ -63,7 +63,7 @@ def solve(
     if outcome == "infeasible":
         return None
     if outcome == "nothing":
-        raise SolverTimeout(f"{budget.solver} found no plan within {limit:.0f} s", [], ["raise time_limit"])
+        raise SolverTimeout(f"{budget.solver} found no plan within {limit:.3g} s", [], ["raise time_limit"])
     objective = cast(float, pulp.value(problem.objective) or 0.0)
     optimal = outcome == "optimal"
     if bound is None or not math.isfinite(bound):

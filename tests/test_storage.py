@@ -3,6 +3,7 @@ optimizer steps, outputs and checkpoints are those of one device, and a rank hol
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import replace
 from functools import cache
@@ -12,15 +13,23 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from shardplan.errors import ConflictingConstraints, UsageError
+from shardplan.planner.cluster import Cluster
+from shardplan.planner.constraints import degrees as fixed_degrees
+from shardplan.planner.constraints import memory, zero
 from shardplan.planner.export import trace_model
 from shardplan.planner.placement import local_shape
 from shardplan.planner.plan import Plan
+from shardplan.planner.search import SolveOptions, solve
+from shardplan.planner.search.elimination import eliminate
+from shardplan.planner.search.problem import Option, Price, SegmentProblem, Weights, total_price
 from shardplan.planner.storage import Storage, best_dim
 from shardplan.planner.trace import Trace
 from shardplan.rewrite import compile
 from shardplan.rewrite.reference import run_program
 from tests import models
 from tests.plans import random_plan
+from tests.prices import SimplePrices
 from tests.ranks import pool
 from tests.test_engine import assert_near, inputs, one_device, train
 from tests.test_engine import traced as traced_model
@@ -202,3 +211,60 @@ def test_rounded_parameters_are_stored_whole_in_float32_and_sent_rounded():
             assert_near(reference.gradients[name], gradient, 1e-2, 1e-3, name)
         for name, value in whole["state"].items():
             assert_near(mine["state"][name], value, 1e-2, 1e-2, name)
+
+
+# -- planning ----------------------------------------------------------------------------------------------------------
+
+
+def planned(*constraints, name="bytegpt", devices=2, **options) -> Plan:
+    cluster = Cluster.cpu(devices)
+    return solve(traced(name)[1], cluster, SimplePrices(cluster), SolveOptions(constraints=constraints, **options))
+
+
+def test_levels_that_the_user_fixes():
+    for level in (0, 1, 2, 3):
+        plan = planned(fixed_degrees(dp=2, tp=1, pp=1), zero=level)
+        assert {s.level for s in plan.storage.values()} == ({level} if level else set())
+        assert Plan.from_json(plan.to_json()) == plan
+    plan = planned(fixed_degrees(dp=2, tp=1, pp=1), zero(3, "blocks.*"), zero(0, "head.weight"))
+    assert plan.storage["blocks.1.up.weight"] == Storage(3, "dp", 0) and "head.weight" not in plan.storage
+    assert "all-gathered for every forward" in plan.explain("blocks.0.qkv.weight")
+    assert "stored in parts" in str(plan)
+    with pytest.raises(ConflictingConstraints):
+        planned(zero(1, "head.weight"), zero(2, "head.*"))
+    with pytest.raises(UsageError):
+        SolveOptions(zero=4)
+
+
+def test_memory_that_only_parts_fit_into():
+    """With replicas alone (dp), what does not fit whole is stored in parts, at a price that is said."""
+    fixed = fixed_degrees(dp=4, tp=1, pp=1)
+    whole = planned(fixed, devices=4, zero=0, rematerialize=False)
+    least = planned(fixed, devices=4, zero=3, rematerialize=False)
+    assert least.memory()[0].peak_nbytes < whole.memory()[0].peak_nbytes
+    limit = (whole.memory()[0].peak_nbytes + least.memory()[0].peak_nbytes) // 2
+    plan = planned(fixed, memory(limit), devices=4, rematerialize=False)
+    assert plan.storage and plan.memory()[0].peak_nbytes <= limit
+    assert whole.step_seconds <= plan.step_seconds * (1 + 1e-9) and plan.status.gap <= 0.01
+    names = {b.name: b for b in planned(devices=4).baselines}
+    assert names["fully sharded"].peak_nbytes < names["data parallel"].peak_nbytes
+
+
+def test_ways_of_one_placement_are_one_class():
+    """Against all choices: options that leave and read the same states differ in price alone."""
+    rng = random.Random(3)
+    for _ in range(30):
+
+        def options(needs, rng=rng):
+            found = [(Price(*(rng.random() for _ in range(7))), (state,), needs) for state in (0, 1) for _ in range(3)]
+            return tuple(Option(*each) for each in rng.sample(found, 5))
+
+        ops = (options(()), options((((0, 0), rng.randint(0, 1)),)))
+        problem = SegmentProblem(("a", "b"), ops, {((0, 0), 0, 1): Price(0.3), ((0, 0), 1, 0): Price(0.2)}, ("R", "D"))
+        for weights in (Weights(), Weights(1.0, 2.0, 3.0), Weights(0.5, 0.1, 0.0, 2.0)):
+            matrix = eliminate(problem, [Weights(0.1), weights])[1]
+            prices = [total_price(problem, c) for c in itertools.product(range(5), range(5))]
+            best = min(weights.of(price) for price in prices if price is not None)
+            chosen = total_price(problem, matrix.options[0, 0])
+            assert chosen is not None and weights.of(chosen) == pytest.approx(best)
+            assert float(matrix.objective[0, 0]) == pytest.approx(best)

@@ -219,7 +219,7 @@ def finish(search: Search, candidate: Candidate) -> Finished:
         training=search.options.training,
         grad_edges=split.grad_edges(),
     )
-    stages = with_memory(search, candidate, chosen, links, instructions, stages)
+    stages = with_memory(search, candidate, chosen, links, instructions, stages, stored)
     times = [StageTimes(s.forward_seconds, s.backward_seconds, reduce_seconds=s.once_seconds) for s in stages]
     storage = {search.trace.sources[node].name: found for node, found in sorted(stored.items())}
     simulation = simulate(instructions, times, messages_of(links))

@@ -149,6 +149,8 @@ def _variants(search: Search, smallest: Smallest) -> Iterator[tuple[str, SolveOp
     options = search.options
     if options.rematerialize is False:
         yield 'rematerialize="auto"', replace(options, rematerialize="auto"), search.cluster
+    if options.zero != "auto":
+        yield 'zero="auto"', replace(options, zero="auto"), search.cluster
     if options.microbatches != "auto":
         yield 'microbatches="auto"', replace(options, microbatches="auto"), search.cluster
     others = [c for c in options.constraints if not isinstance(c, MemoryLimit)]

@@ -3,7 +3,7 @@ from what is alive in its segments (`search.liveness`)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,8 +11,10 @@ from shardplan.planner.instructions import Op, Schedule
 from shardplan.planner.memory_curve import Moment, StageBytes, curve, peak
 from shardplan.planner.plan import Memory, StageLink, StagePlan
 from shardplan.planner.rules import Strategy
+from shardplan.planner.search.gathered import Gathered, gathered_by, with_gathered
 from shardplan.planner.search.liveness import SegmentBytes, segment_bytes, stage_bytes
 from shardplan.planner.search.runs import held_by, ops_of
+from shardplan.planner.storage import Storage
 
 if TYPE_CHECKING:
     from shardplan.planner.search.candidate import Candidate
@@ -28,12 +30,16 @@ def with_memory(
     links: Sequence[StageLink],
     instructions: Schedule,
     stages: Sequence[StagePlan],
+    stored: Mapping[str, Storage] | None = None,
 ) -> tuple[StagePlan, ...]:
     """The stages with the parts of their memory at the fullest moment. What parameters, gradients and optimizer state
-    take is in them already."""
+    take is in them already. stored: how parameters are stored that are not stored as they are used, by node."""
     cuda = search.cluster.devices[0].kind.torch_device == "cuda"
     known: dict[tuple[int, int, int], SegmentBytes] = {}
-    held = [_bytes(search, candidate, chosen, links, index, stage, known, cuda) for index, stage in enumerate(stages)]
+    held = [
+        _bytes(search, candidate, chosen, links, index, stage, known, cuda, stored or {})
+        for index, stage in enumerate(stages)
+    ]
     found = list(stages)
     for line in instructions:
         mine = sorted({i.stage for i in line})
@@ -69,10 +75,12 @@ def _bytes(
     stage: StagePlan,
     known: dict[tuple[int, int, int], SegmentBytes],
     cuda: bool,
+    stored: Mapping[str, Storage],
 ) -> StageBytes:
     columns = candidate.columns
     again = set(stage.rematerialized)
-    parts = []
+    parts: list[SegmentBytes] = []
+    gathered: list[Gathered] = []
     largest = 0.0
     for i in range(stage.first, stage.last):
         segment = search.trace.segments[i]
@@ -81,10 +89,13 @@ def _bytes(
         if key not in known:
             known[key] = segment_bytes(columns, nodes, chosen, segment.name in again)
         parts.append(known[key])
-        for node in held_by(search.trace, nodes):
+        held = held_by(search.trace, nodes)
+        gathered.append(gathered_by(columns, held, chosen, stored) if stored else Gathered())
+        for node in held:
             largest = max(largest, columns.local_nbytes(node, columns.placement(chosen, node)))
-    whole = stage_bytes(parts)
+    whole = stage_bytes(with_gathered(parts, gathered))
     gradients = float(stage.memory.gradients)
+    standing = max(gradients - sum(g.apart for g in gathered), 0.0)
     sums = gradients > 0 and candidate.case.width > 1
     step = 0.0
     if search.options.optimizer_factor >= _ADAM_FACTOR:
@@ -99,7 +110,7 @@ def _bytes(
         first=whole.first + shared,
         later=whole.later + shared,
         step=step,
-        standing=gradients if sums else 0.0,
+        standing=standing if sums else 0.0,
         received={link.source: float(link.nbytes) for link in links if link.target == index},
         returned={link.target: float(link.grad_nbytes) for link in links if link.source == index},
     )

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from shardplan.cli_profile import profile_command
 from shardplan.cli_simulate import simulate_command
 from shardplan.errors import ShardplanError
 
@@ -223,6 +224,7 @@ def run_command(
 
 
 app.command("simulate")(simulate_command)
+app.command("profile")(profile_command)
 
 
 @app.command("check")
@@ -277,6 +279,22 @@ def doctor_command(json: Json = False) -> None:
         doctor.print_findings(findings)
     if doctor.failed(findings):
         raise typer.Exit(7)
+
+
+@app.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench_command(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="which one; without: what there is")] = None,
+) -> None:
+    """Run a benchmark of this checkout; what follows its name is for it (NAME -- --help says what). Its status is ours."""
+    from shardplan import bench
+
+    if name is None:
+        for known, summary in bench.benchmarks().items():
+            print(f"{known:14} {summary}")
+        return
+    if status := bench.run(name, context.args):
+        raise typer.Exit(status)
 
 
 @cluster_app.command("detect")

@@ -29,6 +29,9 @@ from shardplan.planner.trace import Trace, infos, resolve
 SCHEDULES = ("auto", *(kind for kind in KINDS if kind not in CHUNKED))
 """What the search plans; plans of all kinds are run."""
 
+REDUCTIONS = ("exact", "bf16")
+_INEXACT = "INEXACT: sums of gradients over replicas are sent in bf16, as asked for; one device computes something else"
+
 Say = Callable[[str], None]
 
 
@@ -52,13 +55,12 @@ class Request:
     verbose: bool | None = None
     batch_norm: str = "global"
     zero: int | str = "auto"
+    reduction: str = "exact"
 
     def __post_init__(self) -> None:
         compute_dtype(self.precision)
         if self.objective not in ("train", "infer"):
             raise UsageError(f"objective={self.objective!r}", hints=['"train" or "infer"'])
-        if self.objective == "infer":
-            raise NotSupported('objective="infer"', hints=['plan with objective="train"; pm(...) runs forward only'])
         if self.schedule not in SCHEDULES:
             raise NotSupported(f"schedule={self.schedule!r}", hints=[f"one of {', '.join(SCHEDULES)}"])
         count = self.microbatches
@@ -66,6 +68,8 @@ class Request:
             raise UsageError(f"microbatches={count!r}", hints=['"auto" or a number of at least 1'])
         if self.rematerialize not in ("auto", True, False):
             raise UsageError(f"rematerialize={self.rematerialize!r}", hints=['"auto", True or False'])
+        if self.reduction not in REDUCTIONS:
+            raise UsageError(f"reduction={self.reduction!r}", hints=[f"one of {', '.join(REDUCTIONS)}"])
         if self.zero != "auto" and (isinstance(self.zero, bool) or self.zero not in (0, 1, 2, 3)):
             raise UsageError(f"zero={self.zero!r}", hints=['"auto", 0, 1, 2 or 3'])
         if self.batch_norm not in ("global", "replica"):
@@ -219,8 +223,11 @@ def find_plan(trace: Trace, cluster: Cluster, request: Request, tables: LinkTabl
         plan = solve(trace, cluster, costs, options)
     say(f"plan: {plan.degrees()}, found in {time.perf_counter() - started:.1f} s")
     work, dtype = model_flops(trace)
+    inexact = (_INEXACT,) if request.reduction != "exact" else ()
     return replace(
         plan,
+        reduction=request.reduction,
+        notes=(*plan.notes, *inexact),
         trace_seconds=trace.seconds,
         profile_seconds=costs.profile_seconds,
         flops=work,

@@ -27,7 +27,7 @@ from shardplan.planner.placement import Placement, R
 from shardplan.planner.schedules import in_flight
 from shardplan.planner.search.columns import Case, Columns, SegmentColumns
 from shardplan.planner.search.mixed_dp import Programs, solve_mixed
-from shardplan.planner.search.mixed_problem import LAYOUTS, MixedProblem, MixedStage, Take, Way
+from shardplan.planner.search.mixed_problem import LAYOUTS, MixedChoice, MixedProblem, MixedStage, Take, Way
 from shardplan.planner.search.placed_costs import PlacedCosts
 from shardplan.planner.search.problem import Price, Weights
 from shardplan.planner.search.runs import held_by, ops_of
@@ -278,7 +278,7 @@ class MixedSearch:
             each = tuple(known[segment.kind] for segment in self.trace.segments)
             received = ((0.0,) * LAYOUTS,) * self.count
             ways.append(Way(group.takes, math.inf, each, received, Price(self._shared(columns).seconds)))
-        problem = self._problem(m, ways, ())
+        problem = self._problem(m, ways, (), range(1, self.most_stages + 1))
         programs = Programs(problem)
         return m * programs.least_slowest(programs.low) if ways else math.inf
 
@@ -290,16 +290,17 @@ class MixedSearch:
         self, m: int, priced: _Priced, forced: dict[str, Placement], prices: Sequence[float]
     ) -> tuple[list[Way], list[list[SegmentColumns]]]:
         ways, made = [], []
-        once = 1.0 / (self.most_stages + m - 1)
         flights = self._flights(m)
         for group, columns in zip(priced.groups, priced.columns, strict=True):
             ranks = self.ranks([group])[0]
             limit = float(min(self.cluster.memory_limit(r) for r in ranks))
             seconds = sum(columns.floor(index) for index in range(self.count))
-            weights = [Weights(once=once)]
-            for flight in sorted({flights[0], flights[-1]}):
-                weights.append(Weights(once=once, nbytes=_LEANEST / limit, in_flight=flight))
-                weights += [Weights(once=once, nbytes=p * seconds / limit, in_flight=flight) for p in prices]
+            weights = []
+            for once in (1.0 / (stages[-1] + m - 1) for stages in self.ranges()):
+                weights.append(Weights(once=once))
+                for flight in sorted({flights[0], flights[-1]}):
+                    weights.append(Weights(once=once, nbytes=_LEANEST / limit, in_flight=flight))
+                    weights += [Weights(once=once, nbytes=p * seconds / limit, in_flight=flight) for p in prices]
             mine = forced if group.tp > 1 else {n: R for n in forced if n in self.work.tied}
             segments = columns.of_all(range(self.count), mine, weights)
             blocked = self._blocked(group)
@@ -328,8 +329,7 @@ class MixedSearch:
         wanted = {
             name: placement
             for name, placement in self.decided.placements.items()
-            if placement.is_shard
-            and (group.tp == 1 or info(self.trace.node(name)).shape[placement.dim] % group.tp)
+            if placement.is_shard and (group.tp == 1 or info(self.trace.node(name)).shape[placement.dim] % group.tp)
         }
         for index, segment in enumerate(self.trace.segments) if wanted else ():
             if any(node.name in wanted for node in held_by(self.trace, ops_of(self.trace, segment))):
@@ -342,17 +342,17 @@ class MixedSearch:
         schedule = self.search.schedule
         return tuple(in_flight(schedule, 0, behind, m) for behind in range(1, self.most_stages + 1))
 
-    def _problem(self, m: int, ways: list[Way], sends: tuple[np.ndarray, ...]) -> MixedProblem:
-        degree = self.decided.degrees.get("pp")
+    def _problem(self, m: int, ways: list[Way], sends: tuple[np.ndarray, ...], stages: range) -> MixedProblem:
+        """Of all numbers of stages up to the largest; of one alone where the range is of one."""
         return MixedProblem(
             tuple(ways),
             self.units,
             sends,
             m,
-            self.most_stages,
-            1.0 / (self.most_stages + m - 1),
+            stages[-1],
+            1.0 / (stages[-1] + m - 1),
             self._flights(m),
-            frozenset() if degree is None else frozenset({degree}),
+            frozenset(stages) if len(stages) == 1 else frozenset(),
             tuple(sorted(self.decided.pinned.items())),
             tuple(self.decided.together),
         )
@@ -375,7 +375,13 @@ class MixedSearch:
         free = self.work.boundaries.free[boundary]
         follows = tuple(self.work.follows.values())
         return tuple(
-            (info(n).shape, info(n).dtype, info(n).needs_grad, n is free, *(str(f[a].strategies.get(n.name)) for f in follows for a in f))
+            (
+                info(n).shape,
+                info(n).dtype,
+                info(n).needs_grad,
+                n is free,
+                *(str(f[a].strategies.get(n.name)) for f in follows for a in f),
+            )
             for n in self.work.boundaries.crossing[boundary]
         )
 
@@ -498,33 +504,55 @@ class MixedSearch:
         bound = 0.0
         for prices in ((), _PRICES):
             ways, segments = self.ways(m, priced, forced, prices)
-            problem = self._problem(m, ways, sends)
-            choice, proven = solve_mixed(problem, gap, best, self.search.budget.left)
+            proven = math.inf
+            for stages in self.ranges():
+                problem = self._problem(m, ways, sends, stages)
+                choice, least = solve_mixed(problem, gap, best, self.search.budget.left)
+                proven = min(proven, least)
+                if choice is not None:
+                    found = self._candidate(m, priced, problem, choice, segments, forced)
+                    best = choice.objective
             bound = max(bound, proven)
-            if choice is not None:
-                groups = [priced.groups[s.way] for s in choice.stages]
-                ranks = tuple(self.ranks(groups))
-                assert len(ranks) == len(groups)
-                columns = [priced.columns[s.way] for s in choice.stages]
-                made = [segments[s.way] for s in choice.stages]
-                found = MixedCandidate(
-                    m,
-                    problem,
-                    choice.stages,
-                    ranks,
-                    groups,
-                    columns,
-                    made,
-                    forced,
-                    choice.objective,
-                    priced.groups,
-                    priced.columns,
-                    segments,
-                )
-                best = choice.objective
             if bound >= best * (1 - gap) or self.search.budget.left() <= 0:
                 break
         return found, bound
+
+    def ranges(self) -> list[range]:
+        """Numbers of stages that are solved together: the fewer, the more of the once-a-step work the bound sees."""
+        degree = self.decided.degrees.get("pp")
+        if degree is not None:
+            return [range(degree, degree + 1)] if degree <= self.most_stages else []
+        ends = [1, *(end for end in (2, 4, 8) if end < self.most_stages), self.most_stages]
+        return [range(low + 1, high + 1) for low, high in zip([0, *ends], ends, strict=False) if low < high]
+
+    def _candidate(
+        self,
+        m: int,
+        priced: _Priced,
+        problem: MixedProblem,
+        choice: MixedChoice,
+        segments: list[list[SegmentColumns]],
+        forced: dict[str, Placement],
+    ) -> MixedCandidate:
+        groups = [priced.groups[s.way] for s in choice.stages]
+        ranks = tuple(self.ranks(groups))
+        assert len(ranks) == len(groups)
+        columns = [priced.columns[s.way] for s in choice.stages]
+        made = [segments[s.way] for s in choice.stages]
+        return MixedCandidate(
+            m,
+            problem,
+            choice.stages,
+            ranks,
+            groups,
+            columns,
+            made,
+            forced,
+            choice.objective,
+            priced.groups,
+            priced.columns,
+            segments,
+        )
 
 
 def _add(into: Traffic, boxes: Sequence[object], itemsize: int, shift: int) -> None:
@@ -539,4 +567,3 @@ def _tensor_groups(ranks: Sequence[int], tp: int) -> list[Sequence[int]]:
 
 def _data_groups(ranks: Sequence[int], tp: int) -> list[Sequence[int]]:
     return [ranks[start::tp] for start in range(tp)]
-

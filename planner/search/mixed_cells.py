@@ -111,7 +111,9 @@ class CellMaker:
         """[enters, leaves, first, last]: the cheapest run, with what every stage takes."""
         each = self._matrices(weights)
         found = np.full((LAYOUTS, LAYOUTS, self.count + 1, self.count + 1), math.inf)
-        following = np.full((self.count + 1, LAYOUTS, LAYOUTS), math.inf)  # of the segment behind: [last, enters, leaves]
+        following = np.full(
+            (self.count + 1, LAYOUTS, LAYOUTS), math.inf
+        )  # of the segment behind: [last, enters, leaves]
         for first in reversed(range(self.count)):
             joined = (each[first][None, :, :, None] + following[:, None, :, :]).min(2)
             joined[first + 1] = each[first]

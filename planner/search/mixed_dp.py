@@ -38,6 +38,7 @@ from shardplan.planner.search.mixed_problem import (
 Used = tuple[tuple[int, ...], ...]
 """Per kind of unit, the devices in use of each, ascending."""
 _MOST_BOXES = 400
+_NEARLY = 1.1
 
 
 class States:
@@ -59,6 +60,10 @@ class States:
                 if found:
                     self.steps[self.numbers[used], take] = tuple(self.numbers[after] for after in found)
         self.order = sorted(range(len(queue)), key=lambda n: (sum(map(sum, queue[n])), n))
+        left = [tuple(tuple(sorted(s - h for s, h in zip(sizes, held, strict=True)))
+                      for sizes, held in zip(problem.units, used, strict=True)) for used in queue]  # fmt: skip
+        self.left = [self.numbers.get(rest, -1) for rest in left]
+        """Per state, the state of what is left (-1: it is none)."""
 
 
 def _taken(units: tuple[tuple[int, ...], ...], used: Used, take: Take) -> set[Used]:
@@ -103,10 +108,11 @@ class Programs:
         self.heads = len(problem.ways) * LAYOUTS
         self.low = self._tables([c.low for c in self.cells])
         self.real = self.low if self.exact else self._tables([c.real for c in self.cells])
-        self.alike = all(
-            np.array_equal(t[0], other) for t in (self.low, self.real) for other in t[1:]
-        ) and not (problem.stages or problem.pinned)
+        self.alike = all(np.array_equal(t[0], other) for t in (self.low, self.real) for other in t[1:]) and not (
+            problem.stages or problem.pinned
+        )
         self._values: np.ndarray | None = None
+        self._room = np.zeros(0)
 
     def _tables(self, cells: list[list[np.ndarray]]) -> list[np.ndarray]:
         """[flight][way, enters, leaves, first, last], with what must stay together kept."""
@@ -159,11 +165,32 @@ class Programs:
                     value[after] = np.minimum(value[after], reached)
         return float(value[:, 0].min())
 
+    def _in_front(self, tables: list[np.ndarray]) -> np.ndarray:
+        """[state, last]: no run of stages for [0, last) on what the state leaves costs less, sends left out."""
+        cell = np.minimum.reduce([table.min((1, 2)) for table in tables])  # [way, first, last]
+        value = np.full((len(self.states.numbers), self.count + 1), math.inf)
+        value[0, 0] = 0.0
+        for used in self.states.order:
+            if np.isinf(value[used]).all():
+                continue
+            for way, made in enumerate(self.problem.ways):
+                for after in self.states.steps.get((used, made.takes), ()):
+                    reached = (cell[way] + value[used][:, None]).min(0)
+                    # What is taken may also stay unused.
+                    value[after] = np.minimum(value[after], np.minimum(reached, value[used]))
+        nothing = np.full(self.count + 1, -math.inf)
+        return np.stack([value[left] if left >= 0 else nothing for left in self.states.left])
+
     # -- the program ---------------------------------------------------------------------------------------------------
 
-    def solve(self, tables: list[np.ndarray], stages: int = 0) -> tuple[float, list[tuple[int, int, int, int, int, int]]]:
+    def solve(
+        self, tables: list[np.ndarray], stages: int = 0, below: float = math.inf
+    ) -> tuple[float, list[tuple[int, int, int, int, int, int]]]:
         """Least sum, and its stages first to last as (flight, enters, leaves, first, last, way). stages: their number,
-        0: any."""
+        0: any. below: sums that are not less are of no interest, and may be given as inf."""
+        front = self._in_front(tables)
+        closed = np.isposinf(front)
+        self._room = np.where(closed, -math.inf, below - np.where(closed, 0.0, front))
         if self.alike:
             return self._together(tables[0])
         layers = [self._start()]
@@ -176,8 +203,10 @@ class Programs:
                 self._extend(layers[-1], layer, used, table, behind == 1)
             layers.append(layer)
             final = float(layer.value[:, 0, ::LAYOUTS].min())
-            if final < best and (not stages or behind == stages) and (
-                not self.problem.stages or behind in self.problem.stages
+            if (
+                final < best
+                and (not stages or behind == stages)
+                and (not self.problem.stages or behind in self.problem.stages)
             ):
                 best, at = final, behind
             if np.isinf(layer.value).all():
@@ -218,10 +247,10 @@ class Programs:
         if begins:
             found[::LAYOUTS, self.count] = layer.value[used, self.count, 0]
             return found
-        for last in range(1, self.count):
-            value = layer.value[used, last]
-            if np.isfinite(value).any():
-                found[:, last] = (self.problem.sends[last] + value[None, :]).min(1)
+        least = layer.value[used].min(1)
+        for last in np.flatnonzero(np.isfinite(least) & (least <= self._room[used])):
+            if 0 < last < self.count:
+                found[:, last] = (self.problem.sends[last] + layer.value[used, last][None, :]).min(1)
         return found
 
     def _extend(self, source: _Layer, target: _Layer, used: int, table: np.ndarray, begins: bool) -> None:
@@ -230,14 +259,17 @@ class Programs:
         behind = self._behind(source, used, begins).reshape(-1, LAYOUTS, self.count + 1)
         if not np.isfinite(behind).any():
             return
-        # [way, enters, leaves, first, last] -> over (leaves, last)
         ways = [w for w, way in enumerate(self.problem.ways) if (used, way.takes) in self.states.steps]
         if not ways:
             return
-        total = table[ways] + behind[ways][:, None, :, None, :]
-        total = total.transpose(0, 1, 3, 2, 4).reshape(len(ways), LAYOUTS, self.count + 1, -1)
-        arg = total.argmin(-1)
-        least = np.take_along_axis(total, arg[..., None], -1)[..., 0]
+        lasts = np.flatnonzero(np.isfinite(behind).any((0, 1)))
+        begin, end = int(lasts[0]), int(lasts[-1]) + 1
+        total = table[ways, :, :, :, begin:end] + behind[ways][:, None, :, None, begin:end]
+        by_layout = total.argmin(-1)
+        least_of = np.take_along_axis(total, by_layout[..., None], -1)[..., 0]  # [way, enters, leaves, first]
+        layout = least_of.argmin(2)
+        least = np.take_along_axis(least_of, layout[:, :, None], 2)[:, :, 0]
+        arg = layout * (self.count + 1) + begin + np.take_along_axis(by_layout, layout[:, :, None], 2)[:, :, 0]
         came = used * LAYOUTS * (self.count + 1) + arg
         for k, way in enumerate(ways):
             if not np.isfinite(least[k]).any():
@@ -326,6 +358,7 @@ class _Solver:
             least = max(stage for _, stage in self.problem.pinned) + 1
             wanted = list(range(least, self.problem.most_stages + 1))
         for stages in wanted:
+            self._first_try(stages)
             box = self._box(stages, (0.0, math.inf), (0.0, math.inf), 0.0)
             if box is not None:
                 heapq.heappush(queue, box)
@@ -349,9 +382,17 @@ class _Solver:
             return None, closed
         return MixedChoice(tuple(self.found), self.best, bound), bound
 
-    def _box(
-        self, stages: int, cost: tuple[float, float], once: tuple[float, float], known: float
-    ) -> _Box | None:
+    def _first_try(self, stages: int) -> None:
+        """A choice that is nearly as even as can be, so that all that is worse need not be looked at."""
+        real = self.programs.real
+        slowest = self.programs.least_slowest(real)
+        if self.pace and math.isfinite(slowest):
+            whole = 0.0, math.inf
+            below = self.best - self.pace * slowest
+            _, path = self.programs.solve(self.programs.boxed(real, slowest * _NEARLY, whole), stages, below)
+            self._try(path, whole)
+
+    def _box(self, stages: int, cost: tuple[float, float], once: tuple[float, float], known: float) -> _Box | None:
         """The box with its bound, its slowest stage at least what the devices allow; the choice it leads to is tried.
         None: it is empty, or cannot win."""
         programs = self.programs
@@ -359,13 +400,19 @@ class _Solver:
         cost = max(cost[0], programs.least_slowest(low)), cost[1]
         if cost[0] > cost[1] or math.isinf(cost[0]):
             return None
-        total, path = programs.solve(low, stages)
+        if self.pace:  # a slower one could not win even if nothing else took any time
+            cost = cost[0], min(cost[1], (self.best - once[0]) / self.pace)
+            if cost[0] > cost[1]:
+                return None
+            low = programs.boxed(programs.low, cost[1], once)
+        below = self.best - self.pace * cost[0] - once[0]
+        total, path = programs.solve(low, stages, below)
         bound = max(known, total + self.pace * cost[0] + once[0])
         if math.isinf(bound) or bound >= self.best:
             return None
         if programs.real is not programs.low:
             real = programs.boxed(programs.real, cost[1], once)
-            _, path = programs.solve(real, stages) if math.isfinite(programs.least_slowest(real)) else (0.0, [])
+            _, path = programs.solve(real, stages, below) if math.isfinite(programs.least_slowest(real)) else (0.0, [])
         self._try(path, once)
         self.number += 1
         most = min(cost[1], (self.best - total - once[0]) / self.pace) if self.pace else cost[1]

@@ -210,11 +210,7 @@ class _Mixed:
                     chosen = {**chosen, "tp": tp}
                 for position, argument in enumerate(tensor_args(user)):
                     if argument is node:
-                        readers.append(
-                            tuple(
-                                chosen[a].inputs[position] if a in chosen else R for a in right.mesh.axes
-                            )
-                        )
+                        readers.append(tuple(chosen[a].inputs[position] if a in chosen else R for a in right.mesh.axes))
         leaves, arrives = boundary(info(node).shape, made, left.mesh, readers, right.mesh)
         here = Side(leaves, left.mesh, self.candidate.ranks[source])
         far = Side(arrives, right.mesh, self.candidate.ranks[target])
@@ -262,4 +258,3 @@ def _largest(sent: dict[tuple[int, int], int]) -> int:
 
 def _ranks(ranks: tuple[int, ...]) -> str:
     return f"{min(ranks)}-{max(ranks)}" if len(ranks) > 1 else str(ranks[0])
-

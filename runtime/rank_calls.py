@@ -39,6 +39,7 @@ class Job:
     clip: float | None
     seed: int
     scheduler_factory: Callable[[torch.optim.Optimizer], Any] | None = None
+    backend: str | None = None
 
 
 def join(device: str, timeout_seconds: float, heartbeat_seconds: float) -> Session:
@@ -102,6 +103,7 @@ def load(session: Session, job: Job, supply: Supply) -> None:
         clip=job.clip,
         seed=job.seed,
         scheduler_factory=job.scheduler_factory,
+        backend=job.backend,
         place=session.slot.place,
     )
     session.values[_ENGINE] = engine

@@ -60,6 +60,7 @@ class Settings:
     weights: Weights | None = None
     init: Init | None = None
     scheduler: Callable[[torch.optim.Optimizer], Any] | None = None
+    backend: str | None = None
 
 
 class ParallelModel(ModelState):
@@ -113,7 +114,7 @@ class ParallelModel(ModelState):
         kind = self._calls.planned.key
         programs = {kind: compile_program(planned.trace, planned.plan, kind)}
         settings = self._settings
-        job = Job(programs, settings.optimizer, settings.clip_norm, settings.seed, settings.scheduler)
+        job = Job(programs, settings.optimizer, settings.clip_norm, settings.seed, settings.scheduler, settings.backend)
         alike = len({device.kind for device in planned.plan.devices}) == 1
         self._supply = supply_of(self._model, settings.weights, settings.init, settings.seed, programs, alike)
         held = set().union(*names_by_rank(programs, len(planned.plan.devices)))

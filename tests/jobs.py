@@ -15,6 +15,7 @@ import shardplan as sp
 from shardplan.batch import example_batch
 from shardplan.planner.export import trace_model
 from shardplan.planner.plan import Plan
+from shardplan.planner.trace import Trace
 from tests.plans import random_plan
 
 BATCH = 8
@@ -50,13 +51,17 @@ def scheduler(optimizer: torch.optim.Optimizer) -> Any:
     return torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 6, 24], 0.5)
 
 
-@functools.lru_cache(maxsize=64)
-def plan(dp: int = 1, tp: int = 1, pp: int = 1, microbatches: int = 1, seed: int = 0) -> Plan:
+@functools.lru_cache(maxsize=1)
+def trace() -> Trace:
     held, samples = model(), Samples()
     batch = example_batch(held, (samples.x[:BATCH], samples.y[:BATCH]), True)
-    trace = trace_model(held, batch.args, batch.kwargs, loss_fn=F.cross_entropy, target=batch.target)
+    return trace_model(held, batch.args, batch.kwargs, loss_fn=F.cross_entropy, target=batch.target)
+
+
+@functools.lru_cache(maxsize=64)
+def plan(dp: int = 1, tp: int = 1, pp: int = 1, microbatches: int = 1, seed: int = 0) -> Plan:
     bounds = tuple(range(pp))  # the last stage has what is left
-    return random_plan(trace, dp=dp, tp=tp, pp=pp, microbatches=microbatches, seed=seed, bounds=bounds)
+    return random_plan(trace(), dp=dp, tp=tp, pp=pp, microbatches=microbatches, seed=seed, bounds=bounds)
 
 
 def start(which: Plan | str, devices: Any = None, **settings: Any) -> sp.ParallelModel:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-import shardplan as sp
 from shardplan import errors
+from shardplan.rewrite import compile as compile_program
 from shardplan.runtime import checkpoint
+from shardplan.runtime.inputs import Inputs, Rows
 from tests import jobs
 
 STEPS = 9
@@ -29,8 +30,8 @@ def undisturbed() -> list[float]:
     return one_device(STEPS)
 
 
-def test_one_device_is_plain_torch():
-    """With dropout off, what the job does is the ordinary loop over the same batches."""
+def test_one_device_is_plain_torch(tmp_path):
+    """With dropout off, what the job does is the ordinary loop over the same batches; another dataset is refused."""
     model, samples = jobs.model().eval(), jobs.Samples()
     optimizer = jobs.adamw(model.parameters())
     scheduler = jobs.scheduler(optimizer)
@@ -49,6 +50,15 @@ def test_one_device_is_plain_torch():
             scheduler.step()
             assert pm.train_step(batch).item() == pytest.approx(loss.item(), rel=1e-5)
         assert index == 4 and (sampler.epoch, sampler.position) == (1, 0)
+        pm.train_step(next(iter(sampler)))
+        pm.save(tmp_path / "state")
+        with pytest.raises(errors.UsageError, match="keep=-1"):
+            pm.save(tmp_path / "state", keep=-1)
+        pm._samplers.clear()
+        assert pm.resume(tmp_path / "state") == 6
+        with pytest.raises(errors.CheckpointError, match="total: 40, now 41"):
+            pm.sampler(jobs.Samples(41), seed=5)
+        assert (pm.sampler(samples, seed=5).position, pm.sampler(samples).position) == (8, 0)
 
 
 def test_training_goes_on_under_other_plans(tmp_path, undisturbed):
@@ -114,69 +124,70 @@ def test_a_checkpoint_between_two_renames_is_found(tmp_path):
     assert checkpoint.read_index(last)["facts"] == {"step": 2}
 
 
-def test_metrics_of_every_step(tmp_path):
-    told: list[sp.metrics.StepMetrics] = []
-    with jobs.start(jobs.plan(pp=2, microbatches=2)) as pm:
+def loaded(session):
+    """How many samples this rank has asked for, of those that it was sent without (sample 0 shows their shapes)."""
+    return len(session.values["loaders"][0]._source.dataset.loaded)
+
+
+loaded.__module__ = "__main__"
+
+
+def test_a_pipeline_tells_its_steps_and_loads_where_inputs_are_read(tmp_path):
+    """Of three stages the one in the middle reads no input."""
+    told = []
+    with jobs.start(jobs.plan(pp=3, microbatches=2)) as pm:
         pm.metrics(told.append, jsonl=tmp_path / "log.jsonl", traces=tmp_path / "traces", every=2)
-        losses = jobs.train(pm, 3)
+        losses = jobs.train(pm, 3, pm.sampler(jobs.Samples(24), seed=5))
+        assert pm._ranks().workers.call(loaded) == [25, 1, 25]
     assert [found.loss for found in told] == losses
     assert [found.detail is not None for found in told] == [True, False, True]
     detail = told[0].detail
-    assert detail is not None
-    # Two microbatches of 4 rows forward, and back: which tensor is cut follows from the plan, rows and fp32 do not.
+    # Which tensor is cut follows from the plan; that all its rows go forward and back, in fp32, does not.
     assert detail.message_nbytes % (2 * jobs.BATCH * 4) == 0 and detail.message_nbytes > 0
     assert {"forward", "backward", "optimizer"} <= detail.phases.keys()
-    assert 0 <= detail.bubble < 1 and len(detail.memory_nbytes) == 2 and min(detail.memory_nbytes) > 1 << 20
+    assert 0 <= detail.bubble < 1 and len(detail.memory_nbytes) == 3 and min(detail.memory_nbytes) > 1 << 20
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2] and [line["loss"] for line in lines] == losses
     assert "bubble" in lines[2] and "bubble" not in lines[1]
     traces = sorted(os.listdir(tmp_path / "traces"))
     assert traces == ["step-00000000.trace.json", "step-00000002.trace.json"]
     events = json.loads((tmp_path / "traces" / traces[0]).read_text())["traceEvents"]
-    assert {event["name"] for event in events if event.get("cat") == "forward"} >= {"0F0", "0F1", "1F0", "1F1"}
+    assert {event["name"] for event in events if event.get("cat") == "forward"} >= {"0F0", "0F1", "1F0", "1F1", "2F1"}
 
 
-def test_ranks_load_only_the_rows_that_they_read():
-    """Each of two replicas loads its half; a stage in the middle that reads no input loads nothing."""
-
-    def loaded(session):
-        return session.values["loaders"][0]._source.dataset.loaded
-
-    loaded.__module__ = "__main__"
-    for plan, expected in ((jobs.plan(dp=2), [8, 8]), (jobs.plan(pp=3, seed=1), [16, 0, 16])):
-        with jobs.start(plan) as pm:
-            sampler = pm.sampler(jobs.Samples(16), seed=5, shuffle=False)
-            for batch in sampler:
-                pm.train_step(batch)
-            assert sampler.epoch == 1
-            counts = [len(set(seen) - {0}) + (0 in seen[1:]) for seen in pm._ranks().workers.call(loaded)]
-            # Sample 0 was asked for once by the driver, before the dataset was sent.
-            assert counts == expected
-
-
-def test_a_rest_of_an_epoch_is_a_smaller_batch():
-    samples = jobs.Samples(11)
+def test_replicas_load_their_rows_and_the_rest_of_an_epoch_is_a_smaller_batch():
     with jobs.start(jobs.plan(dp=2), seed=0) as pm:
-        sampler = pm.sampler(samples, drop_last=False)
+        sampler = pm.sampler(jobs.Samples(11), drop_last=False, shuffle=False)
         assert len(sampler) == 2
-        counts = []
-        for batch in sampler:
-            counts.append(batch.count)
-            pm.eval()
-            pm.step(batch)
-        assert counts == [8, 3] and (sampler.epoch, sampler.position) == (1, 0)
-    with jobs.start(jobs.plan()) as pm, pytest.raises(errors.UsageError, match="len"):
-        pm.sampler(iter([]))
+        batches = iter(sampler)
+        assert next(batches).count == 8
+        pm.step(pm_batch := next(iter(sampler)))
+        assert pm._ranks().workers.call(loaded) == [5, 5] and pm_batch.start == 0
+        assert next(iter(sampler)).count == 3 and sampler.position == 8
+        pm.step(next(iter(sampler)))
+        assert (sampler.epoch, sampler.position) == (1, 0)
+        with pytest.raises(errors.UsageError, match="len"):
+            pm.sampler(iter([]))
 
 
-def test_a_checkpoint_of_another_dataset_is_refused(tmp_path):
-    with jobs.start(jobs.plan()) as pm:
-        jobs.train(pm, 2)
-        pm.save(tmp_path / "state")
-        with pytest.raises(errors.UsageError, match="keep=-1"):
-            pm.save(tmp_path / "state", keep=-1)
-    with jobs.start(jobs.plan()) as pm:
-        assert pm.resume(Path(tmp_path / "state")) == 2
-        with pytest.raises(errors.CheckpointError, match="total: 40, now 41"):
-            pm.sampler(jobs.Samples(41), seed=5)
-        assert (pm.sampler(jobs.Samples(), seed=5).position, pm.sampler(jobs.Samples()).position) == (16, 0)
+def test_own_rows_are_cut_as_whole_inputs_are():
+    """What a rank reads of its rows is what it reads of the whole batch, and other rows are refused."""
+    samples = jobs.Samples()
+    whole = {"input": samples.x[: jobs.BATCH], "target": samples.y[: jobs.BATCH]}
+    for plan in (jobs.plan(dp=2, microbatches=2), jobs.plan(dp=2), jobs.plan(tp=2, microbatches=4)):
+        program = compile_program(jobs.trace(), plan, "train")
+        names = {spec.name for spec in program.inputs}
+        batch = dict(zip(sorted(names), (whole["input"], whole["target"]), strict=True))
+        for rank in range(2):
+            placement = program.placement[0]
+            make = partial(Inputs, program, placement, placement.coordinate(rank), torch.device("cpu"), names)
+            one, other = make(), make()
+            one.start(batch)
+            runs = {name: tuple(found) for name, found in other.rows.items()}
+            parts = {n: Rows(torch.cat([batch[n][a:b] for a, b in runs[n]]), runs[n], jobs.BATCH) for n in names}
+            other.start(parts)
+            for name in names:
+                for microbatch in range(plan.microbatches):
+                    assert torch.equal(one.part(name, microbatch), other.part(name, microbatch))
+    with pytest.raises(errors.InputMismatch, match="rows 2 to 6 are needed"):
+        Rows(torch.zeros(4, 2), ((0, 4),), 8).take(2, 6)

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from shardplan.rewrite import collectives, later
+from shardplan.rewrite import collectives, later, storage
 from shardplan.rewrite.emit import group_of, set_chain, set_group, set_split
 from shardplan.rewrite.program import Argument
 
@@ -23,6 +23,7 @@ aten = torch.ops.aten
 
 CHAIN = "chain"
 WEIGHTS = "weights"
+_GATHERING = "gathering"
 
 _PRODUCTS = frozenset(
     {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "addbmm", "bilinear", "einsum", "convolution"}
@@ -62,6 +63,8 @@ def split_backward(graph: fx.Graph, arguments: Sequence[Argument]) -> list[bool]
 
 
 def _kinds(graph: fx.Graph, arguments: Sequence[Argument]) -> dict[fx.Node, str]:
+    """Parameters that are gathered from their stored parts count to the chain: put off, their gradients would be there
+    whole, and the parameters too, until the second part."""
     kinds: dict[fx.Node, str] = {}
     placeholders = [node for node in graph.nodes if node.op == "placeholder"][2:]
     for node, argument in zip(placeholders, arguments, strict=True):
@@ -71,7 +74,11 @@ def _kinds(graph: fx.Graph, arguments: Sequence[Argument]) -> dict[fx.Node, str]
         if node.op != "call_function":
             continue
         inputs = {kinds.get(argument) for argument in node.all_input_nodes}
-        if CHAIN in inputs or WEIGHTS in inputs:
+        if node.target is storage.start and not inputs.isdisjoint({WEIGHTS, _GATHERING}):
+            kinds[node] = _GATHERING
+        elif _GATHERING in inputs or (node.target is storage.resident and WEIGHTS in inputs):
+            kinds[node] = CHAIN
+        elif CHAIN in inputs or WEIGHTS in inputs:
             kinds[node] = CHAIN if CHAIN in inputs else WEIGHTS
     return kinds
 

@@ -11,6 +11,7 @@ from shardplan.rewrite.later import Later, hold, linear, recomputed, split
 from shardplan.rewrite.reference import run_program
 from tests.plans import random_plan
 from tests.test_reference import ROUNDS_TO_FP32, batch_of, compare, traced  # noqa: F401
+from tests.test_storage import stored
 
 CASES = [
     ("llama", ((1, 1), (1, 2)), False),
@@ -39,6 +40,17 @@ def test_two_parts_are_the_whole(traced, name, meshes, recompute):  # noqa: F811
     assert not recompute or name == "resnet" or any("later.recomputed(" in source for source in sources[1:])
     result = run_program(program, state, batch_of(case, trace))
     compare(result, eager, 1e-6 if name in ROUNDS_TO_FP32 else 1e-9, f"{name} {meshes}")
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_parameters_split_for_storage(traced, level):  # noqa: F811
+    """Those that are gathered for a segment are not kept for the second part: their gradients come with the first."""
+    case, trace, eager, state = traced("t5")
+    again = [s.name for i, s in enumerate(trace.segments) if i % 2]
+    plan = random_plan(trace, dp=2, pp=2, microbatches=2, seed=5, schedule="zb", rematerialize=again)
+    program = compile(trace, stored(trace, plan, level))
+    assert level == 1 or "later.hold(" not in "".join(code.source for code in program.stages)
+    compare(run_program(program, state, batch_of(case, trace)), eager, 1e-6, f"level {level}")
 
 
 @pytest.mark.parametrize("recompute", [False, True])

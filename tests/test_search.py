@@ -96,16 +96,21 @@ def test_segment_program_against_brute_force():
 def random_stages(rng: random.Random) -> stages.StageProblem:
     count = rng.randint(2, 5)
     layouts = [1] + [rng.randint(1, 2) for _ in range(count - 1)] + [1]
+    made: dict[tuple[int, int, int], tuple[stages.Column, ...]] = {}
     columns = tuple(
-        tuple(
-            stages.Column(
-                Price(rng.random(), rng.random(), rng.random(), 1e9 * rng.random(), 1e9 * rng.random(), 1e8),
-                enters,
-                leaves,
-            )
-            for enters in range(layouts[i])
-            for leaves in range(layouts[i + 1])
-            for _ in range(rng.randint(1, 2))
+        made.setdefault(
+            (layouts[i], layouts[i + 1], rng.randint(0, 1)),  # some segments are alike
+            tuple(
+                stages.Column(
+                    Price(rng.random(), rng.random(), rng.random(), 1e9 * rng.random(), 1e9 * rng.random(), 1e8),
+                    enters,
+                    leaves,
+                    recomputed=rng.random() < 0.4,
+                )
+                for enters in range(layouts[i])
+                for leaves in range(layouts[i + 1])
+                for _ in range(rng.randint(1, 2))
+            ),
         )
         for i in range(count)
     )

@@ -40,7 +40,7 @@ _TIED_OPTIONS = 8
 _ROUNDS = 4
 _PRICES = 8
 """Prices of a byte between what the fastest columns pay and what the leanest do."""
-_LEANEST = 1e6
+_LEANEST = 1e8
 
 
 @dataclass(slots=True)

@@ -92,6 +92,8 @@ def main() -> int:
             table.add_row(name, "failed")
             continue
         found = rows[name] = json.loads(done.stdout.splitlines()[-1])
+        if given.json is not None:
+            given.json.write_text(json.dumps(rows, indent=1) + "\n")
         table.add_row(
             name,
             f"{found['trace']:.1f}",
@@ -104,8 +106,6 @@ def main() -> int:
             "/".join(str(count) for count in found["searched"].values()),
         )
     Console(width=160).print(table)
-    if given.json is not None:
-        given.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 0
 
 

@@ -23,7 +23,7 @@ from shardplan.runtime.executor import Executor
 from shardplan.runtime.groups import Groups
 from shardplan.runtime.inputs import Runs, union
 from shardplan.runtime.optim import OptimizerFactory, SchedulerFactory
-from shardplan.runtime.parameters import Shards, collect, collect_one, collect_outputs
+from shardplan.runtime.parameters import Shards, collect, collect_one, collect_outputs, first_owner
 from shardplan.runtime.reduction import Attached
 from shardplan.runtime.saving import Order, Saver
 from shardplan.runtime.supply import Supply
@@ -303,7 +303,8 @@ class Engine:
         max_nbytes: int,
         others: Mapping[str, bytes],
     ) -> None:
-        """Whole tensors as safetensors files, gathered one by one on rank 0, which writes them. Raises CheckpointError.
+        """Whole tensors as safetensors files. Each is gathered in its stage, on the first rank that holds some of it,
+        which writes it. Raises CheckpointError.
 
         tensors: name, shape and dtype of what to write, in order. rest: has those that the programs do not use. others:
         further files, by name.
@@ -313,7 +314,7 @@ class Engine:
 
             def get(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
                 if name in specs:
-                    return collect_one(self.shards, held.get(name), specs[name])
+                    return collect_one(self.shards, held.get(name), specs[name], first_owner(self.shards, specs[name]))
                 return values.whole(name, shape, dtype) if self.rank == 0 else None
 
             gets = (partial(get, *tensor) for tensor in tensors)

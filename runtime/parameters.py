@@ -168,8 +168,9 @@ def collect(
     return {spec.name: whole for spec, whole in each if whole is not None}
 
 
-def collect_one(shards: Shards, held: torch.Tensor | None, spec: TensorSpec) -> torch.Tensor | None:
-    """As `collect`, of one tensor: the whole on rank 0, on the CPU; None elsewhere, or where there is none anywhere."""
+def collect_one(shards: Shards, held: torch.Tensor | None, spec: TensorSpec, to: int = 0) -> torch.Tensor | None:
+    """As `collect`, of one tensor: the whole on rank `to`, on the CPU; None elsewhere, or where there is none
+    anywhere."""
     if held is not None and spec.stages[0] in shards.stages:
         held = shards.joined(spec, held)
     placement = shards.program.placement[spec.stages[0]]
@@ -185,15 +186,20 @@ def collect_one(shards: Shards, held: torch.Tensor | None, spec: TensorSpec) -> 
         coordinate = placement.coordinate(source)
         if shards.rank == source:
             value = torch.zeros(0) if part is None else part.detach().contiguous()
-            if source != 0:
-                dist.send(value, 0)
-        if shards.rank == 0:
-            if source != 0:
+            if source != to:
+                dist.send(value, to)
+        if shards.rank == to:
+            if source != to:
                 shape = _shape(spec, placement, coordinate)
                 value = torch.empty(shape, dtype=spec.dtype, device=shards.device)
                 dist.recv(value, source)
             parts[tuple(coordinate.items())] = value.cpu()  # pyright: ignore[reportPossiblyUnboundVariable]
-    return assemble(parts, spec.layout, placement.mesh, spec.shape) if shards.rank == 0 else None
+    return assemble(parts, spec.layout, placement.mesh, spec.shape) if shards.rank == to else None
+
+
+def first_owner(shards: Shards, spec: TensorSpec) -> int:
+    """The first rank that holds a tensor, or a part of it."""
+    return owners(shards.program.placement[spec.stages[0]], spec.layout)[0]
 
 
 def collect_outputs(

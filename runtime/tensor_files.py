@@ -104,26 +104,17 @@ class FileWriter:
     """
 
     def __init__(self, file: Path, tensors: Sequence[tuple[str, tuple[int, ...], torch.dtype]]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        self._sizes: list[int] = []
-        offset = 0
-        for name, shape, dtype in tensors:
-            nbytes = nbytes_of(shape, dtype)
-            header[name] = {"dtype": _TEXTS[dtype], "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
-            self._sizes.append(nbytes)
-            offset += nbytes
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        self._sizes = [nbytes_of(shape, dtype) for _, shape, dtype in tensors]
         self.nbytes = self.crc32 = 0
         self._file = open(file, "xb")  # noqa: SIM115
-        self._write(struct.pack("<Q", len(text)) + text)
+        self._write(_header(tensors))
 
     def write(self, tensor: torch.Tensor) -> None:
         """The next tensor."""
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        data = data_of(tensor)
         expected = self._sizes.pop(0)
-        assert data.numel() == expected, "a tensor of another size than announced"
-        self._write(data.numpy().data)
+        assert len(data) == expected, "a tensor of another size than announced"
+        self._write(data)
 
     def _write(self, data: bytes | memoryview) -> None:
         self._file.write(data)
@@ -141,6 +132,40 @@ class FileWriter:
         """Let go of the file, which is not whole."""
         with suppress(OSError):  # what is still to be written may be what the disk has no room for
             self._file.close()
+
+
+def make_file(file: Path, tensors: Sequence[tuple[str, tuple[int, ...], torch.dtype]]) -> None:
+    """A file of its whole length whose data is still to be written, at the places that `places` gives."""
+    header = _header(tensors)
+    with open(file, "xb") as opened:
+        opened.write(header)
+        opened.truncate(len(header) + sum(nbytes_of(shape, dtype) for _, shape, dtype in tensors))
+
+
+def places(tensors: Sequence[tuple[str, tuple[int, ...], torch.dtype]]) -> dict[str, int]:
+    """Where in such a file the data of every tensor begins."""
+    found, place = {}, len(_header(tensors))
+    for name, shape, dtype in tensors:
+        found[name] = place
+        place += nbytes_of(shape, dtype)
+    return found
+
+
+def data_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor as a file has them."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _header(tensors: Sequence[tuple[str, tuple[int, ...], torch.dtype]]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape, dtype in tensors:
+        nbytes = nbytes_of(shape, dtype)
+        header[name] = {"dtype": _TEXTS[dtype], "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+        offset += nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def nbytes_of(shape: Sequence[int], dtype: torch.dtype) -> int:

@@ -1,7 +1,7 @@
 """Whole weights in safetensors files, in the layout that Hugging Face models are shared in.
 
 One file, or a directory of ``model-00001-of-00003.safetensors`` and ``model.safetensors.index.json``. Ranks read their
-slices of them; `save` writes them tensor by tensor, so that no process ever holds the model.
+slices of them; `save` writes them tensor by tensor, each by one rank, so that no process ever holds the model.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from shardplan.errors import CheckpointError
 from shardplan.planner.plan import write_atomically
 from shardplan.runtime.checkpoint import agree, attempt
 from shardplan.runtime.saving import publish, sync
-from shardplan.runtime.tensor_files import FileWriter, Stored, nbytes_of, read_header, writable
+from shardplan.runtime.tensor_files import Stored, data_of, make_file, nbytes_of, places, read_header, writable
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_CHUNK_NBYTES = 1 << 26
 Announced = tuple[str, tuple[int, ...], torch.dtype]
 """Name, shape and dtype of a tensor that is to be written."""
 
@@ -91,34 +92,36 @@ def save(
     others: Mapping[str, bytes],
     rank: int,
 ) -> None:
-    """Collective; rank 0 writes. tensors: names, shapes and dtypes in order; values: functions that give them, in that
-    order, on rank 0 (None elsewhere), and are collective themselves. others: further files of the directory.
+    """Collective. tensors: names, shapes and dtypes in order; values: functions that give them, in that order, on one
+    rank each (None elsewhere), which writes it at its place, and are collective themselves. others: further files of
+    the directory. All ranks see one file system.
 
-    The directory has its name once it is whole; an older one is replaced. Raises CheckpointError on every rank if rank
-    0 could not write.
+    The directory has its name once it is whole; an older one is replaced. Raises CheckpointError on every rank if any
+    rank could not write.
     """
     target = Path(path)
     staging = target.with_name(f".{target.name}.saving")
     unwritable = [name for name, _, dtype in tensors if not writable(dtype)]
     if unwritable:
         raise CheckpointError(f"safetensors has no dtype for {', '.join(unwritable[:5])}")
-    writer = _Writer(staging, in_files(tensors, max_nbytes))
-    failure = attempt(lambda: writer.begin(target, others)) if rank == 0 else None
-    for value in values:  # to the end, whatever goes wrong here: the other ranks send their parts
-        wanted = failure is None
-        found = attempt(partial(writer.take, value, wanted))
+    title, files = f"cannot write {target}", _Files(staging, in_files(tensors, max_nbytes))
+    agree(None if rank else attempt(lambda: files.begin(target, others)), title)
+    failure: str | None = None
+    for (name, _, _), value in zip(tensors, values, strict=True):  # to the end, whatever goes wrong: all give parts
+        found = attempt(partial(files.take, name, value, failure is None))
         failure = failure or found
-    if rank == 0 and failure is None:
-        failure = attempt(lambda: writer.end(others))
-    if rank == 0 and failure is None:
-        failure = attempt(lambda: publish(staging, target))
-    if rank == 0 and failure is not None:
-        writer.abandon()
-    agree(failure, f"cannot write {target}")
+    failure = attempt(files.close) or failure
+    try:
+        agree(failure, title)
+        agree(None if rank else attempt(lambda: files.end(target, others)), title)
+    except CheckpointError:
+        if rank == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
 
 
-class _Writer:
-    """The files of a directory, one after the other."""
+class _Files:
+    """The files of a directory, of which every rank writes some tensors."""
 
     def __init__(self, staging: Path, files: list[list[Announced]]) -> None:
         self.staging = staging
@@ -126,9 +129,8 @@ class _Writer:
         self.names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
         if len(files) == 1:
             self.names = [SINGLE]
-        self.left = 0
-        self.current = -1
-        self.open: FileWriter | None = None
+        self._places = {name: (i, place) for i, file in enumerate(files) for name, place in places(file).items()}
+        self._open: dict[int, int] = {}
 
     def begin(self, target: Path, others: Mapping[str, bytes]) -> None:
         if target.exists():
@@ -137,35 +139,39 @@ class _Writer:
                 raise CheckpointError(f"{target} holds other files, which would be lost", sorted(kept)[:5])
         shutil.rmtree(self.staging, ignore_errors=True)
         self.staging.mkdir(parents=True)
+        for name, file in zip(self.names, self.files, strict=True):
+            make_file(self.staging / name, file)
 
-    def take(self, value: Callable[[], torch.Tensor | None], wanted: bool) -> None:
+    def take(self, name: str, value: Callable[[], torch.Tensor | None], wanted: bool) -> None:
+        """Write a tensor, if this rank is the one that gets it."""
         tensor = value()
-        if tensor is not None and wanted:
-            self.write(tensor)
+        if tensor is None or not wanted:
+            return
+        index, place = self._places[name]
+        if index not in self._open:
+            self._open[index] = os.open(self.staging / self.names[index], os.O_WRONLY)
+        data = data_of(tensor)
+        while len(data):
+            count = os.pwrite(self._open[index], data[:_CHUNK_NBYTES], place)
+            data, place = data[count:], place + count
 
-    def write(self, tensor: torch.Tensor) -> None:
-        if self.open is None:
-            self.current += 1
-            self.left = len(self.files[self.current])
-            self.open = FileWriter(self.staging / self.names[self.current], self.files[self.current])
-        self.open.write(tensor)
-        self.left -= 1
-        if self.left == 0:
-            self.open.close()
-            self.open = None
+    def close(self) -> None:
+        """Put what this rank wrote on the disk."""
+        try:
+            for handle in self._open.values():
+                os.fsync(handle)
+        finally:
+            for handle in self._open.values():
+                os.close(handle)
+            self._open.clear()
 
-    def end(self, others: Mapping[str, bytes]) -> None:
-        assert self.open is None and self.current == len(self.files) - 1, "tensors are missing"
+    def end(self, target: Path, others: Mapping[str, bytes]) -> None:
         for name, data in others.items():
             write_atomically(self.staging / name, data)
         if len(self.files) > 1:
             total = sum(nbytes_of(shape, dtype) for file in self.files for _, shape, dtype in file)
-            places = {name: self.names[i] for i, file in enumerate(self.files) for name, _, _ in file}
-            index = {"metadata": {"total_size": total}, "weight_map": places}
+            where = {name: self.names[i] for i, file in enumerate(self.files) for name, _, _ in file}
+            index = {"metadata": {"total_size": total}, "weight_map": where}
             write_atomically(self.staging / INDEX, json.dumps(index, indent=2).encode())
         sync(self.staging)
-
-    def abandon(self) -> None:
-        if self.open is not None:
-            self.open.abandon()
-        shutil.rmtree(self.staging, ignore_errors=True)
+        publish(self.staging, target)

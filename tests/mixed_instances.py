@@ -44,9 +44,7 @@ def random_problem(rng: random.Random) -> MixedProblem:
     together = (tuple(rng.sample(range(count), 2)),) if count > 1 and rng.random() < 0.2 else ()
     wanted = frozenset({rng.randint(1, most)}) if rng.random() < 0.2 else frozenset()
     once = 1.0 / (most + microbatches - 1)
-    return MixedProblem(
-        tuple(ways), units, tuple(sends), microbatches, most, once, flights, wanted, pinned, together
-    )
+    return MixedProblem(tuple(ways), units, tuple(sends), microbatches, most, once, flights, wanted, pinned, together)
 
 
 def _columns(rng: random.Random, speed: float, layouts: int) -> tuple[Column, ...]:
@@ -75,7 +73,9 @@ def all_choices(problem: MixedProblem) -> Iterator[tuple[MixedStage, ...]]:
                     yield from _runs(problem, ends, ways)
 
 
-def _runs(problem: MixedProblem, ends: list[tuple[int, int]], ways: tuple[int, ...]) -> Iterator[tuple[MixedStage, ...]]:
+def _runs(
+    problem: MixedProblem, ends: list[tuple[int, int]], ways: tuple[int, ...]
+) -> Iterator[tuple[MixedStage, ...]]:
     each = [list(_stage(problem, way, *run)) for way, run in zip(ways, ends, strict=True)]
     for stages in itertools.product(*each):
         outer = problem.ways[stages[0].way].columns[0][stages[0].columns[0]].enters == 0
@@ -95,7 +95,9 @@ def _stage(problem: MixedProblem, way: int, first: int, last: int) -> Iterator[M
 def _placeable(problem: MixedProblem, ways: tuple[int, ...]) -> bool:
     """Whether single devices can be found for all ways, by trying all units."""
 
-    def place(takes: list[tuple[int, int]], used: dict[tuple[int, int], int], rest: list[list[tuple[int, int]]]) -> bool:
+    def place(
+        takes: list[tuple[int, int]], used: dict[tuple[int, int], int], rest: list[list[tuple[int, int]]]
+    ) -> bool:
         if not takes:
             return place(rest[0], used, rest[1:]) if rest else True
         (kind, count), *others = takes

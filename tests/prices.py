@@ -59,3 +59,16 @@ class SimplePrices:
 
     def overheads(self, device: int) -> Overheads:
         return Overheads()
+
+
+class KindPrices(SimplePrices):
+    """The same at the speeds of the device's kind."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        super().__init__(cluster)
+        self.cluster = cluster
+
+    def op(self, call: LocalCall, device: int) -> OpCost:
+        kind = self.cluster.devices[device].kind
+        self.flops_per_s, self.bytes_per_s = kind.peak_flops("fp32"), kind.memory_bytes_per_s
+        return super().op(call, device)

@@ -301,9 +301,14 @@ class MixedSearch:
                 for flight in sorted({flights[0], flights[-1]}):
                     weights.append(Weights(once=once, nbytes=_LEANEST / limit, in_flight=flight))
                     weights += [Weights(once=once, nbytes=p * seconds / limit, in_flight=flight) for p in prices]
-            mine = forced if group.tp > 1 else {n: R for n in forced if n in self.work.tied}
+            cannot = self._not_split(group)
+            mine = (
+                {n: p for n, p in forced.items() if n not in cannot}
+                if group.tp > 1
+                else {n: R for n in forced if n in self.work.tied}
+            )
             segments = columns.of_all(range(self.count), mine, weights)
-            blocked = self._blocked(group)
+            blocked = self._holding(cannot)
             same = {id(s): tuple(s.columns) for s in segments}
             each = tuple(() if i in blocked else same[id(s)] for i, s in enumerate(segments))
             received = [(0.0,) * LAYOUTS]
@@ -323,18 +328,21 @@ class MixedSearch:
         crossing = self.work.boundaries.crossing[boundary]
         return sum(columns.local_nbytes(node, placement if node is free else R) for node in crossing)
 
-    def _blocked(self, group: Group) -> set[int]:
-        """Segments that hold a parameter which the user splits in a way that the group cannot."""
-        found: set[int] = set()
-        wanted = {
-            name: placement
+    def _not_split(self, group: Group) -> set[str]:
+        """Parameters that the user splits in a way that the group cannot."""
+        return {
+            name
             for name, placement in self.decided.placements.items()
             if placement.is_shard and (group.tp == 1 or info(self.trace.node(name)).shape[placement.dim] % group.tp)
         }
-        for index, segment in enumerate(self.trace.segments) if wanted else ():
-            if any(node.name in wanted for node in held_by(self.trace, ops_of(self.trace, segment))):
-                found.add(index)
-        return found
+
+    def _holding(self, names: set[str]) -> set[int]:
+        """Segments that read one of these parameters."""
+        return {
+            index
+            for index, segment in enumerate(self.trace.segments)
+            if names and any(node.name in names for node in held_by(self.trace, ops_of(self.trace, segment)))
+        }
 
     def _flights(self, m: int) -> tuple[int, ...]:
         if not self.options.training:

@@ -197,8 +197,11 @@ def in_backward() -> bool:
 # -- messages ----------------------------------------------------------------------------------------------------------
 
 
-def gather(comm: Comm, places: Sequence[Place], shards: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
-    """Begin to gather parts, one message for each axis and dtype. -> what waits for the whole tensors."""
+def gather(
+    comm: Comm, places: Sequence[Place], shards: Sequence[torch.Tensor], into: Sequence[torch.Tensor] | None = None
+) -> Callable[[], list[torch.Tensor]]:
+    """Begin to gather parts, one message for each axis and dtype. -> what waits for the whole tensors, which are those
+    of `into` where that is given."""
     shards = [shard.to(place[4] or shard.dtype) for shard, place in zip(shards, places, strict=True)]
     buckets: dict[tuple[str, torch.dtype], list[int]] = {}
     for i, shard in enumerate(shards):
@@ -215,7 +218,8 @@ def gather(comm: Comm, places: Sequence[Place], shards: Sequence[torch.Tensor]) 
             size = comm.size(axis)
             columns = arrive().view(size, -1).split(lengths, 1)
             for i, column in zip(numbers, columns, strict=True):
-                found[i] = _joined(column, places[i], _largest(shards[i], places[i], size))
+                shape = _largest(shards[i], places[i], size)
+                found[i] = _joined(column, places[i], shape, None if into is None else into[i])
         return [found[i] for i in range(len(shards))]
 
     return wait
@@ -291,9 +295,14 @@ def _padded(shard: torch.Tensor, place: Place, size: int) -> torch.Tensor:
     return padded.view(-1)
 
 
-def _joined(rows: torch.Tensor, place: Place, shape: tuple[int, ...]) -> torch.Tensor:
-    """rows: [ranks, elements of the largest part], parts of that shape. -> the whole, in memory of its own."""
+def _joined(rows: torch.Tensor, place: Place, shape: tuple[int, ...], into: torch.Tensor | None = None) -> torch.Tensor:
+    """rows: [ranks, elements of the largest part], parts of that shape. -> the whole, in `into` or in new memory."""
     _, dim, extent, *_ = place
+    if into is not None:
+        for index, row in enumerate(rows.unflatten(1, shape).unbind()):
+            start, stop = span(extent, len(rows), index)
+            into.narrow(dim, start, stop - start).copy_(row.narrow(dim, 0, stop - start))
+        return into
     whole = torch.cat(rows.unflatten(1, shape).unbind(), dim)
     return whole if whole.shape[dim] == extent else whole.narrow(dim, 0, extent).clone()
 

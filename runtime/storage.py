@@ -12,6 +12,9 @@ from shardplan.rewrite import storage
 from shardplan.rewrite.program import Program, TensorSpec
 from shardplan.runtime.comm import DistComm
 
+_SHARE = 16
+_LEAST_NBYTES = 256 << 10
+
 
 class SplitStorage:
     """The split parameters of one stage of a program on one rank.
@@ -60,21 +63,22 @@ class SplitStorage:
         with torch.no_grad():
             for bucket in _buckets(self._resident):
                 places, parts = self._of(bucket)
-                wholes = storage.gather(self._comm, places, [part.detach() for part in parts])()
-                for spec, whole in zip(bucket, wholes, strict=True):
-                    self._used[spec.name].copy_(whole)
+                wholes = [self._used[spec.name] for spec in bucket]
+                storage.gather(self._comm, places, [part.detach() for part in parts], wholes)()
 
     def _of(self, bucket: list[TensorSpec]) -> tuple[list[storage.Place], list[torch.Tensor]]:
         return [self._places[spec.name] for spec in bucket], [self._parts[spec.name] for spec in bucket]
 
 
 def _buckets(specs: Iterable[TensorSpec]) -> Iterator[list[TensorSpec]]:
-    """In order, at most `BUCKET_NBYTES` together (a larger parameter stands alone)."""
+    """In order, at most `BUCKET_NBYTES` together (a larger parameter stands alone), and less where that would be a
+    large share of them all: what is sent takes memory besides."""
+    held = [(spec, spec.dtype.itemsize * torch.Size(spec.shape).numel()) for spec in specs]
+    limit = min(BUCKET_NBYTES, max(sum(size for _, size in held) // _SHARE, _LEAST_NBYTES))
     bucket: list[TensorSpec] = []
     nbytes = 0
-    for spec in specs:
-        mine = spec.dtype.itemsize * torch.Size(spec.shape).numel()
-        if bucket and nbytes + mine > BUCKET_NBYTES:
+    for spec, mine in held:
+        if bucket and nbytes + mine > limit:
             yield bucket
             bucket, nbytes = [], 0
         bucket.append(spec)

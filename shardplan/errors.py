@@ -186,10 +186,3 @@ class LeafChanged(ShardplanError):
     plain values beside the tensors differ."""
 
     code = "SP506"
-
-
-class NumericsMismatch(ShardplanError):
-    """The plan does not compute what one device computes."""
-
-    code = "SP701"
-    exit_status = 7

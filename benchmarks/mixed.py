@@ -93,7 +93,7 @@ def measure(name: str, time_limit: float, profiled: bool, console: Console) -> N
     seconds = time.process_time() - began
     if profiled:
         profiler.disable()
-        pstats.Stats(profiler, stream=sys.stderr).sort_stats("tottime").print_stats(30)
+        pstats.Stats(profiler, stream=sys.stderr).sort_stats("cumtime").print_stats(30)
     table = Table(
         title=f"{name}: {len(trace.segments)} segments, solved in {seconds:.1f} CPU s; step {plan.step_seconds:.3f} s, "
         f"bound {plan.status.lower_bound:.3f} s, gap {plan.status.gap:.2%}; {plan.microbatches} microbatches"

@@ -26,12 +26,11 @@ from shardplan.planner.cluster import Cluster
 from shardplan.planner.placement import Placement, R
 from shardplan.planner.schedules import in_flight
 from shardplan.planner.search.columns import Case, Columns, SegmentColumns
-from shardplan.planner.search.mixed_dp import Programs, solve_mixed
+from shardplan.planner.search.mixed_dp import States, least_slowest, solve_mixed
 from shardplan.planner.search.mixed_problem import LAYOUTS, MixedChoice, MixedProblem, MixedStage, Take, Way
 from shardplan.planner.search.placed_costs import PlacedCosts
 from shardplan.planner.search.problem import Price, Weights
 from shardplan.planner.search.runs import held_by, ops_of
-from shardplan.planner.search.stage_ilp import Column
 from shardplan.planner.trace import info
 from shardplan.planner.transfers import Side, traffic, transfers
 
@@ -77,7 +76,8 @@ class Group:
 
 @dataclass(slots=True)
 class MixedCandidate:
-    """A choice with what it was made from. ranks, groups, columns, segments: per stage; every, makers, made: per way."""
+    """A choice with what it was made from. ranks, groups, columns, segments: per stage; every, makers, made: per
+    way."""
 
     microbatches: int
     problem: MixedProblem
@@ -189,9 +189,9 @@ class MixedSearch:
             return False
         ranks = self.ranks([group])[0]
         for axis, groups in (("tp", _tensor_groups(ranks, group.tp)), ("dp", _data_groups(ranks, group.tp))):
-            if axis in self.decided.within:
-                if any(len({self.cluster.devices[r].node for r in members}) > 1 for members in groups):
-                    return False
+            apart = any(len({self.cluster.devices[r].node for r in members}) > 1 for members in groups)
+            if axis in self.decided.within and apart:
+                return False
         return True
 
     def ranks(self, groups: Sequence[Group]) -> list[tuple[int, ...]]:
@@ -270,17 +270,14 @@ class MixedSearch:
 
     def floor(self, m: int, priced: _Priced) -> float:
         """See module docstring."""
-        ways = []
-        for group, columns in zip(priced.groups, priced.columns, strict=True):
-            known: dict[int, tuple[Column, ...]] = {}
-            for index, segment in enumerate(self.trace.segments):
-                known.setdefault(segment.kind, (Column(Price(forward_seconds=columns.floor(index))),))
-            each = tuple(known[segment.kind] for segment in self.trace.segments)
-            received = ((0.0,) * LAYOUTS,) * self.count
-            ways.append(Way(group.takes, math.inf, each, received, Price(self._shared(columns).seconds)))
-        problem = self._problem(m, ways, (), range(1, self.most_stages + 1))
-        programs = Programs(problem)
-        return m * programs.least_slowest(programs.low) if ways else math.inf
+        cell = np.full((len(priced.groups), self.count + 1, self.count + 1), math.inf)
+        for way, columns in enumerate(priced.columns):
+            each = [columns.floor(index) for index in range(self.count)]
+            fixed = self._shared(columns).seconds
+            for first in range(self.count):
+                cell[way, first, first + 1 :] = np.cumsum(each[first:]) + fixed
+        states = States(self.units, (group.takes for group in priced.groups))
+        return m * least_slowest(states, [group.takes for group in priced.groups], cell)
 
     def _shared(self, columns: Columns) -> Price:
         """`casework.shared` with the prices of the way."""

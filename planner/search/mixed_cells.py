@@ -14,7 +14,6 @@ with path the cheapest run by weighted prices: the limit holds, so mu times what
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,15 +26,6 @@ _MOST_POINTS = 24
 _SECONDS, _ONCE, _PARAMETERS, _ACTIVATIONS, _TRANSIENT = range(5)
 Link = tuple[int, "Link | None"]
 """Column of the first segment, and the rest of the run."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    cost: float = 0.0
-    parameters: float = 0.0
-    activations: float = 0.0
-    transient: float = 0.0
-    link: Link | None = None
 
 
 @dataclass(slots=True)
@@ -127,34 +117,35 @@ class CellMaker:
         """[flight][enters, leaves, first, last]: bytes of the plain cheapest runs."""
         found = [np.full(shape, math.inf) for _ in self.flights]
         fixed = self.way.fixed.activation_nbytes
-        for leaves in range(LAYOUTS):
-            for last in range(1, self.count + 1):
-                for first, runs in self._walk(last, leaves):
-                    for enters, run in runs.items():
-                        for number, flight in enumerate(self.flights):
-                            kept = run.activations + self.way.received[first][enters] + fixed
-                            nbytes = run.parameters + flight * kept + run.transient
-                            found[number][enters, leaves, first, last] = nbytes
+        # Of what is behind: [last, enters, leaves]
+        cost = np.full((self.count + 1, LAYOUTS, LAYOUTS), math.inf)
+        parameters, activations, transient = (np.zeros_like(cost) for _ in range(3))
+        every = np.arange(self.count + 1)[:, None, None], np.arange(LAYOUTS)[None, None, :]
+        mine_at = np.arange(LAYOUTS)[None, :, None]
+        for first in reversed(range(self.count)):
+            c, p, a, w = self._matrix(self.way.columns[first])
+            out = (c[None, :, :, None] + cost[:, None]).argmin(2)  # [last, enters, leaves]: layout between
+            behind = every[0], out, every[1]
+            cost = c[mine_at, out] + cost[behind]
+            parameters = p[mine_at, out] + parameters[behind]
+            activations = a[mine_at, out] + activations[behind]
+            transient = np.maximum(w[mine_at, out], transient[behind])
+            at = first + 1
+            cost[at], parameters[at], activations[at], transient[at] = c, p, a, w
+            received = np.array(self.way.received[first])[None, :, None]
+            for number, flight in enumerate(self.flights):
+                held = parameters + flight * (activations + received + fixed) + transient
+                found[number][:, :, first, :] = held.transpose(1, 2, 0)
         return found
 
-    def _walk(self, last: int, leaves: int) -> Iterator[tuple[int, dict[int, _Run]]]:
-        """The plain cheapest runs that end at `last` in a layout, from the shortest on, by layout that enters."""
-        behind = {leaves: _Run()}
-        for first in reversed(range(last)):
-            here: dict[int, _Run] = {}
-            for (enters, out), (cost, number, price) in self._fastest(self.way.columns[first]).items():
-                rest = behind.get(out)
-                if rest is None or (enters in here and here[enters].cost <= cost + rest.cost):
-                    continue
-                here[enters] = _Run(
-                    cost + rest.cost,
-                    price.parameter_nbytes + rest.parameters,
-                    price.activation_nbytes + rest.activations,
-                    max(price.transient_nbytes, rest.transient),
-                    (number, rest.link),
-                )
-            behind = here
-            yield first, here
+    def _matrix(self, columns: tuple[Column, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """[enters, leaves]: cost, parameters, activations, transient bytes of the cheapest column."""
+        made = tuple(np.full((LAYOUTS, LAYOUTS), fill) for fill in (math.inf, 0.0, 0.0, 0.0))
+        for ends, (cost, _, price) in self._fastest(columns).items():
+            values = cost, price.parameter_nbytes, price.activation_nbytes, price.transient_nbytes
+            for table, value in zip(made, values, strict=True):
+                table[ends] = value
+        return made  # type: ignore[return-value]
 
     def _fastest(self, columns: tuple[Column, ...]) -> dict[tuple[int, int], tuple[float, int, Price]]:
         """(enters, leaves) -> cost, number and price of the cheapest column."""
@@ -256,7 +247,7 @@ class CellMaker:
     def columns(
         self, cells: Cells, key: tuple[int, int, int, int, int], once_limit: float, once_free: float
     ) -> tuple[int, ...]:
-        """Of the best run of a cell whose once-a-step seconds are at most once_limit; once_free of them cost nothing."""
+        """Of the best run of a cell with at most once_limit seconds once a step, once_free of which cost nothing."""
         points = cells.points.get(key)
         if points is None:
             return self._plain_columns(*key[1:])
@@ -266,10 +257,15 @@ class CellMaker:
         return _numbers(points.links[int(cost.argmin())])
 
     def _plain_columns(self, enters: int, leaves: int, first: int, last: int) -> tuple[int, ...]:
-        for start, runs in self._walk(last, leaves):
-            if start == first:
-                return _numbers(runs[enters].link)
-        raise AssertionError((enters, leaves, first, last))
+        behind: dict[int, tuple[float, Link | None]] = {leaves: (0.0, None)}
+        for index in reversed(range(first, last)):
+            here: dict[int, tuple[float, Link | None]] = {}
+            for (into, out), (cost, number, _) in sorted(self._fastest(self.way.columns[index]).items()):
+                rest = behind.get(out)
+                if rest is not None and (into not in here or cost + rest[0] < here[into][0]):
+                    here[into] = cost + rest[0], (number, rest[1])
+            behind = here
+        return _numbers(behind[enters][1])
 
 
 def _numbers(link: Link | None) -> tuple[int, ...]:

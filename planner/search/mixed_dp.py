@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -44,15 +44,15 @@ _NEARLY = 1.1
 class States:
     """What may be in use, and what a way adds to it."""
 
-    def __init__(self, problem: MixedProblem) -> None:
-        empty = tuple((0,) * len(units) for units in problem.units)
+    def __init__(self, units: tuple[tuple[int, ...], ...], takes: Iterable[Take]) -> None:
+        empty = tuple((0,) * len(sizes) for sizes in units)
         self.numbers: dict[Used, int] = {empty: 0}
-        self.takes = sorted({way.takes for way in problem.ways})
+        self.takes = sorted(set(takes))
         self.steps: dict[tuple[int, Take], tuple[int, ...]] = {}
         queue = [empty]
         for used in queue:
             for take in self.takes:
-                found = sorted(_taken(problem.units, used, take))
+                found = sorted(_taken(units, used, take))
                 for after in found:
                     if after not in self.numbers:
                         self.numbers[after] = len(self.numbers)
@@ -61,7 +61,7 @@ class States:
                     self.steps[self.numbers[used], take] = tuple(self.numbers[after] for after in found)
         self.order = sorted(range(len(queue)), key=lambda n: (sum(map(sum, queue[n])), n))
         left = [tuple(tuple(sorted(s - h for s, h in zip(sizes, held, strict=True)))
-                      for sizes, held in zip(problem.units, used, strict=True)) for used in queue]  # fmt: skip
+                      for sizes, held in zip(units, used, strict=True)) for used in queue]  # fmt: skip
         self.left = [self.numbers.get(rest, -1) for rest in left]
         """Per state, the state of what is left (-1: it is none)."""
 
@@ -86,6 +86,21 @@ def _taken(units: tuple[tuple[int, ...], ...], used: Used, take: Take) -> set[Us
     return found
 
 
+def least_slowest(states: States, takes: Sequence[Take], cell: np.ndarray) -> float:
+    """Of all ways to cover the segments: the least maximum of cell[way, first, last], inf where there is none."""
+    count = cell.shape[1] - 1
+    value = np.full((len(states.numbers), count + 1), math.inf)
+    value[0, count] = -math.inf
+    for used in states.order:
+        if np.isposinf(value[used]).all():
+            continue
+        for way, take in enumerate(takes):
+            for after in states.steps.get((used, take), ()):
+                reached = np.maximum(cell[way], value[used][None, :]).min(1)
+                value[after] = np.minimum(value[after], reached)
+    return float(value[:, 0].min())
+
+
 @dataclass(slots=True)
 class _Layer:
     """value: [state, first, head]; came: the state, end and layout (packed) from which it was reached."""
@@ -102,7 +117,7 @@ class Programs:
         self.count = problem.count
         self.makers = [CellMaker(problem, way) for way in problem.ways]
         self.cells: list[Cells] = [maker.make() for maker in self.makers]
-        self.states = States(problem)
+        self.states = States(problem.units, (way.takes for way in problem.ways))
         self.flights = sorted(set(problem.in_flight))
         self.exact = all(way.complete for way in problem.ways)
         self.heads = len(problem.ways) * LAYOUTS
@@ -154,16 +169,7 @@ class Programs:
     def least_slowest(self, tables: list[np.ndarray]) -> float:
         """No choice has a lower maximum of c: any flight, any layouts."""
         cell = np.minimum.reduce([table.min((1, 2)) for table in tables])  # [way, first, last]
-        value = np.full((len(self.states.numbers), self.count + 1), math.inf)
-        value[0, self.count] = -math.inf
-        for used in self.states.order:
-            if np.isinf(value[used]).all() and not np.isneginf(value[used]).any():
-                continue
-            for way, made in enumerate(self.problem.ways):
-                for after in self.states.steps.get((used, made.takes), ()):
-                    reached = np.maximum(cell[way], value[used][None, :]).min(1)
-                    value[after] = np.minimum(value[after], reached)
-        return float(value[:, 0].min())
+        return least_slowest(self.states, [way.takes for way in self.problem.ways], cell)
 
     def _in_front(self, tables: list[np.ndarray]) -> np.ndarray:
         """[state, last]: no run of stages for [0, last) on what the state leaves costs less, sends left out."""
@@ -277,7 +283,7 @@ class Programs:
             heads = slice(way * LAYOUTS, (way + 1) * LAYOUTS)
             for after in self.states.steps[used, self.problem.ways[way].takes]:
                 held = target.value[after, :, heads]
-                better = least[k].T < held
+                better = held > least[k].T
                 held[better] = least[k].T[better]
                 target.came[after, :, heads][better] = came[k].T[better]
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -105,7 +106,7 @@ def objective(problem: MixedProblem, stages: Sequence[MixedStage]) -> float:
     seconds = [sum(p.seconds for p in prices_of(problem, s)) + problem.ways[s.way].fixed.seconds for s in stages]
     once = [sum(p.once_seconds for p in prices_of(problem, s)) for s in stages]
     sent = 0.0
-    for left, right in zip(stages, stages[1:], strict=False):
+    for left, right in pairwise(stages):
         leaves = problem.ways[left.way].columns[left.last - 1][left.columns[-1]].leaves
         enters = problem.ways[right.way].columns[right.first][right.columns[0]].enters
         sent += float(problem.sends[right.first][left.way * LAYOUTS + leaves, right.way * LAYOUTS + enters])

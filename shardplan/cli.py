@@ -57,6 +57,7 @@ Degree = Annotated[int | None, typer.Option(help="force this degree")]
 Microbatches = Annotated[int | None, typer.Option(help="force this number of microbatches")]
 BatchNorm = Annotated[str, typer.Option(help="statistics of batch normalisation: global, or of each replica")]
 Zero = Annotated[str, typer.Option(help="split what replicas store: 0 nothing, 1 optimizer, 2 gradients, 3 all, auto")]
+Objective = Annotated[str, typer.Option(help="train, or infer: a forward pass alone, weights alone in memory")]
 Solver = Annotated[str, typer.Option(help="highs or cbc")]
 TimeLimit = Annotated[float, typer.Option(help="seconds for the solver")]
 Gap = Annotated[float, typer.Option(help="relative gap at which the solver may stop")]
@@ -123,6 +124,7 @@ def plan_command(
     microbatches: Microbatches = None,
     batch_norm: BatchNorm = "global",
     zero: Zero = "auto",
+    objective: Objective = "train",
     solver: Solver = "highs",
     time_limit: TimeLimit = 60.0,
     gap: Gap = 0.01,
@@ -352,6 +354,7 @@ def _job(flags: dict[str, Any], progress: bool = False) -> Any:
         microbatches=flags["microbatches"],
         batch_norm=flags.get("batch_norm", "global"),
         zero=flags.get("zero", "auto"),
+        objective=flags.get("objective", "train"),
         solver=flags["solver"],
         time_limit=flags["time_limit"],
         gap=flags["gap"],

@@ -40,6 +40,7 @@ class Job:
     microbatches: int | None
     batch_norm: str
     zero: str
+    objective: str
     solver: str
     time_limit: float
     gap: float
@@ -69,6 +70,7 @@ class Job:
             "gap": self.gap,
             "cache": self.cache,
             "batch_norm": self.batch_norm,
+            "objective": self.objective,
             "zero": int(self.zero) if self.zero.isdecimal() else self.zero,
         }
 

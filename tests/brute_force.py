@@ -3,7 +3,8 @@
     python -m tests.brute_force [--instances 300] [--first 0]
 
 Of every instance: with all columns known and gap 0 the objective is the optimum and the bound is not above it; with
-columns taken as incomplete the bound does not exceed it and nothing cheaper is claimed. Exit status 7 where one differs.
+columns taken as incomplete the bound does not exceed it and nothing cheaper is claimed. Exit status 7 where one is
+wrong.
 """
 
 from __future__ import annotations

@@ -257,4 +257,5 @@ def _largest(sent: dict[tuple[int, int], int]) -> int:
 
 
 def _ranks(ranks: tuple[int, ...]) -> str:
-    return f"{min(ranks)}-{max(ranks)}" if len(ranks) > 1 else str(ranks[0])
+    first, last = min(ranks), max(ranks)
+    return f"{first}-{last}" if last > first else str(first)

@@ -37,6 +37,9 @@ soak: setup-test
 browser: setup-test
 	$(RUN) -m tests.browser
 
+profile-gpu:
+	PYTHONPATH=. $(PYTHON) benchmarks/profile_gpu.py
+
 zoo: setup-test
 	$(RUN) -m tests.zoo.run
 

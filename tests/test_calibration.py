@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,10 +12,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks import profile_gpu
 from shardplan.calibrating import keep_evidence
 from shardplan.planner.cluster import Cluster
 from shardplan.planner.constraints import degrees
-from shardplan.planner.costs import calibration, profile
+from shardplan.planner.costs import calibration, profile, shipped
 from shardplan.planner.costs.calibration import Evidence, corrections
 from shardplan.planner.costs.company import Company
 from shardplan.planner.costs.evidence import evidence_of
@@ -173,3 +175,36 @@ def test_company_round_trip_and_bounds():
     found = profile.measure_device(torch.device("cpu"))
     assert Company.parse(found.to_json()) == found
     assert 0 <= found.forward <= 1 and 0 < found.pass_seconds < 1e-3
+
+
+def test_a_shipped_profile_is_read_for_its_kind(tmp_path, monkeypatch):
+    out = tmp_path / "profile_h100.toml"
+    command = [
+        sys.executable,
+        "benchmarks/profile_gpu.py",
+        "--device",
+        "cpu",
+        "--tiny",
+        "--kind",
+        "h100",
+        "-o",
+        str(out),
+    ]
+    subprocess.run(command, check=True, timeout=60, env={**os.environ, "PYTHONPATH": "."}, capture_output=True)
+    made = shipped.samples("h100", tmp_path)
+    assert len(made) > 15 and all(sample.forward_seconds > 0 for sample in made)
+    assert shipped.samples("a100", tmp_path) == ()
+    monkeypatch.setattr(shipped, "samples", lambda kind: made if kind == "h100" else ())
+    call = next(call for call in profile_gpu.grid(tiny=True))
+    for devices, source in (("2xh100", "measured"), ("2xa100", "modelled")):
+        cluster = Cluster.parse(devices)
+        assert CostModel(cluster, LinkModel(cluster), measure=False).op(call, 0).source == source
+    wider = replace(call, inputs=(replace(call.inputs[0], shape=(32, 32)), call.inputs[1]))
+    cluster = Cluster.parse("2xh100")
+    assert CostModel(cluster, LinkModel(cluster), measure=False).op(wider, 0).source == "interpolated"
+
+
+def test_a_device_finds_its_preset():
+    assert profile_gpu.kind_of("NVIDIA H100 80GB HBM3").startswith("h100")
+    with pytest.raises(SystemExit):
+        profile_gpu.kind_of("unheard of")

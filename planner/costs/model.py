@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from shardplan.planner.cluster import Cluster, DeviceKind
-from shardplan.planner.costs import calibration, profile, saves
+from shardplan.planner.costs import calibration, profile, saves, shipped
 from shardplan.planner.costs.base import OpCost, OpSaves, Overheads, coverage_of
 from shardplan.planner.costs.calibration import Corrections
 from shardplan.planner.costs.company import Company
@@ -75,6 +75,7 @@ class CostModel:
         self._saves: dict[str, OpSaves] = {}
         self._copies: dict[str, tuple[tuple[int, float], ...]] = {}
         self._rates: dict[str, tuple[float, float]] = {}
+        self._shipped: dict[str, dict[str, Sample]] = {}
         self._companies: dict[str, Company] = {}
         self._measured = 0
 
@@ -115,7 +116,7 @@ class CostModel:
         modelled = modelled_seconds(call, kind)
         place = self._keys.get(kind)
         if place is None:
-            return OpCost(*modelled)
+            return self._described(call, call_key, kind, modelled)
         key, family = f"op/{place}/{call_key}", f"op/{place}/{profile.family_key(call)}"
         sample = self.store.sample(key)
         if sample is None and self._worth_measuring(call, modelled):
@@ -124,6 +125,19 @@ class CostModel:
             self._learn(place, str(call.target), sample)
             return OpCost(sample.forward_seconds, sample.backward_seconds, "measured")
         return self._learned(place, str(call.target), family, modelled)
+
+    def _described(self, call: LocalCall, call_key: str, kind: DeviceKind, modelled: tuple[float, float]) -> OpCost:
+        """A device that is not here: by what was measured on one of its kind, if the package has that."""
+        place = f"shipped/{kind.name}"
+        if kind.name not in self._shipped:
+            self._shipped[kind.name] = {sample.key: sample for sample in shipped.samples(kind.name)}
+            for sample in self._shipped[kind.name].values():
+                self._families.setdefault(f"{place}/{sample.family}", []).append(sample)
+                self._learn(place, sample.family.partition("|")[0], sample)
+        known = self._shipped[kind.name].get(call_key)
+        if known is not None:
+            return OpCost(known.forward_seconds, known.backward_seconds, "measured")
+        return self._learned(place, str(call.target), f"{place}/{profile.family_key(call)}", modelled)
 
     def _learn(self, place: str, target: str, sample: Sample) -> None:
         whole = sample.modelled_forward_seconds + sample.modelled_backward_seconds

@@ -292,12 +292,11 @@ class MixedSearch:
             ranks = self.ranks([group])[0]
             limit = float(min(self.cluster.memory_limit(r) for r in ranks))
             seconds = sum(columns.floor(index) for index in range(self.count))
-            weights = []
-            for once in (1.0 / (stages[-1] + m - 1) for stages in self.ranges()):
-                weights.append(Weights(once=once))
-                for flight in sorted({flights[0], flights[-1]}):
-                    weights.append(Weights(once=once, nbytes=_LEANEST / limit, in_flight=flight))
-                    weights += [Weights(once=once, nbytes=p * seconds / limit, in_flight=flight) for p in prices]
+            folded = sorted(1.0 / (stages[-1] + m - 1) for stages in self.ranges())
+            weights = [Weights(once=once) for once in folded]
+            for flight in sorted({flights[0], flights[-1]}):
+                for price in (_LEANEST / limit, *(p * seconds / limit for p in prices)):
+                    weights.append(Weights(once=folded[0], nbytes=price, in_flight=flight))
             cannot = self._not_split(group)
             mine = (
                 {n: p for n, p in forced.items() if n not in cannot}

@@ -6,7 +6,7 @@ agree; a point that is worse than another in t, u, W and in P + q A for the leas
 is dropped. Where columns are complete the points are kept apart in t and u and none is cut off: the result is exact.
 Otherwise t and u are taken together as c = t + once * u, the points may be thinned, and the bound is
 
-    c >= max over weightings (once, mu, f <= q) of  path(weighting) - mu (limit - max of least W - fixed - q received)
+    c >= max over weightings (at most once, mu, f <= q) of  path(weighting) - mu (limit - least W - fixed - q received)
 
 with path the cheapest run by weighted prices: the limit holds, so mu times what is above it may be taken off.
 """
@@ -167,7 +167,7 @@ class CellMaker:
             least[first, first + 1 :] = np.maximum.accumulate(transients[first:])
         received = np.array([[*(r[e] for r in self.way.received), 0.0] for e in range(LAYOUTS)])  # [enters, first]
         for weights in self.way.known:
-            if weights.nbytes == 0 or weights.in_flight > flight or weights.once != self.problem.once:
+            if weights.nbytes == 0 or weights.in_flight > flight or weights.once > self.problem.once:
                 continue
             room = self.way.limit - least[None, None] - flight * received[:, None, :, None]
             best = np.maximum(best, self._path(weights) - weights.nbytes * room)

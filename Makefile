@@ -7,9 +7,10 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 RUN = $(VENV)/bin/python
 INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# make profile-gpu: op times of this machine's GPU for the package, with the Python that is there; no network.
 # make zoo: every architecture of tests/zoo (half an hour on two cores; resumes), then docs/zoo.md.
 
-.PHONY: demo faults soak zoo test browser fuzz rules lint setup setup-test clean
+.PHONY: demo faults soak zoo test browser docs fuzz rules lint setup setup-test clean
 
 demo: setup
 	$(RUN) examples/train_byte_gpt.py
@@ -32,6 +33,10 @@ faults: setup-test
 
 soak: setup-test
 	$(RUN) -m tests.soak --minutes $(MINUTES)
+
+# make docs: every block of every page of the documentation is run.
+docs: setup-test
+	$(RUN) -m tests.docs_run
 
 # make browser: the HTML report in a real browser (needs chromium).
 browser: setup-test

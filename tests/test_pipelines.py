@@ -18,8 +18,8 @@ from tests.ranks import pool
 from tests.test_engine import assert_near, inputs, one_device, traced, train
 
 UNEQUAL = [
-    ("bytegpt", ((1, 1), (2, 1)), 2),
-    ("bytegpt", ((1, 2), (1, 1)), 2),
+    ("bytegpt", ((1, 1), (2, 1), (1, 1)), 2),
+    ("bytegpt", ((1, 2), (1, 1), (1, 1)), 4),
     ("t5", ((2, 1), (1, 2)), 2),
     ("gpt2", ((1, 2), (2, 1)), 2),
     ("gpt2", ((2, 1), (1, 1), (1, 1)), 4),
@@ -28,7 +28,7 @@ UNEQUAL = [
 SPLIT = [("bytegpt", ((1, 1), (1, 1)), 4), ("gpt2", ((1, 2), (1, 2)), 2), ("t5", ((1, 1), (2, 1), (1, 1)), 4)]
 CHUNKED = [
     ("interleaved", "bytegpt", (1, 1), 2, 2, 4),
-    ("interleaved", "t5", (1, 1), 3, 2, 4),
+    ("interleaved", "t5", (1, 1), 4, 2, 2),
     ("interleaved", "mlp", (1, 1), 2, 3, 2),
     ("zbv", "t5", (1, 1), 2, 2, 4),
     ("zbv", "gpt2", (1, 2), 2, 2, 2),

@@ -4,9 +4,8 @@
     PYTHONPATH=. python benchmarks/profile_gpu.py --kind h100    # under a preset's name
     PYTHONPATH=. python benchmarks/profile_gpu.py --device cpu --tiny --kind cpu -o /tmp/profile_cpu.toml
 
-Matrix products in bf16, fp16 and fp32, attention over heads and sequences, normalisations, pointwise ops and embeddings,
-forward and backward. Needs no network. The largest budget goes to what takes longest; what does not fit into memory or
-the budget is left out.
+Matrix products in bf16, fp16 and fp32, attention over heads and sequences, normalisations, pointwise ops and
+embeddings, forward and backward. Needs no network. What does not fit into memory or the budget is left out.
 """
 
 from __future__ import annotations

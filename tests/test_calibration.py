@@ -89,7 +89,8 @@ def test_corrections_can_be_taken_back(store):
     keep_evidence(first, slower(first, 2.0), [PLACE], store)
     assert planned(store).step_seconds > 1.5 * first.step_seconds
     assert calibration.reset(store, PLACE) == 1 and calibration.reset(store, PLACE) == 0
-    assert planned(store) == first
+    again = planned(store)
+    assert (again.step_seconds, again.calibration) == (first.step_seconds, {})
 
 
 def test_a_pipeline_is_closed_by_its_messages(store):

@@ -108,8 +108,8 @@ class CostModel:
             return Overheads()
         known, unit = self._corrections_on(kind), self.company(self._local[kind]).pass_seconds
         measured = (known.forward_seconds, known.backward_seconds, known.step_seconds)
-        seconds = [times * unit if s is None else s for s, times in zip(measured, _PASSES, strict=True)]
-        return Overheads(*seconds, known.reduce, known.collective, known.memory, known.factors(), known.jobs)
+        ahead, back, step = (times * unit if s is None else s for s, times in zip(measured, _PASSES, strict=True))
+        return Overheads(ahead, back, step, known.reduce, known.collective, known.memory, known.factors(), known.jobs)
 
     def _op(self, call: LocalCall, device: int, call_key: str) -> OpCost:
         kind = self.cluster.devices[device].kind

@@ -101,7 +101,7 @@ def measure(call: LocalCall, device: torch.device, among: Company | None = None)
     the device (`measure_device`); None takes the call alone."""
     found = _attempt(call, device, among is not None)
     if found is None or among is None:
-        return found[::2] if found is not None else None
+        return (found[0], found[2]) if found is not None else None
     alone, after, back = found
     if max(alone, after) > _INNER_SECONDS:
         return alone, back * (among.backward if back < _INNER_SECONDS else 1.0)

@@ -1,8 +1,8 @@
 """Measurements that come with the package: op times of kinds of devices, made by ``make profile-gpu`` on such a device.
 
-A file `planner/profile_NAME.toml` holds one device kind: its name as in the presets, where it was measured, and rows: key
-of the call, its family (`costs.profile`), seconds forward and backward, and what the roofline said of them then. A kind
-without a file has the roofline only, and coverage says "modelled".
+A file `planner/profile_NAME.toml` holds one device kind: its name as in the presets, where it was measured, and rows:
+key of the call, its family (`costs.profile`), seconds forward and backward, and what the roofline said of them then. A
+kind without a file has the roofline only, and coverage says "modelled".
 """
 
 from __future__ import annotations

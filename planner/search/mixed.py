@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shardplan.errors import ConflictingConstraints, SolverTimeout
-from shardplan.planner.cluster import Cluster
 from shardplan.planner.placement import Placement, R
 from shardplan.planner.schedules import in_flight
 from shardplan.planner.search.columns import Case, Columns, SegmentColumns
 from shardplan.planner.search.mixed_dp import States, least_slowest, solve_mixed
-from shardplan.planner.search.mixed_problem import LAYOUTS, MixedChoice, MixedProblem, MixedStage, Take, Way
+from shardplan.planner.search.mixed_groups import DeviceGroups, Group
+from shardplan.planner.search.mixed_problem import LAYOUTS, MixedChoice, MixedProblem, MixedStage, Way
 from shardplan.planner.search.placed_costs import PlacedCosts
 from shardplan.planner.search.problem import Price, Weights
 from shardplan.planner.search.runs import held_by, ops_of
@@ -38,40 +38,10 @@ if TYPE_CHECKING:
     from shardplan.planner.search.search import Search
 
 _MOST_STAGES = 16
-_MOST_STATES = 3000
 _LEANEST = 1e6
 _PRICES = (0.01, 0.05, 0.2, 1.0, 5.0)
 """Prices of a byte, as the share of the model's seconds that all of a device's memory is worth."""
 Traffic = dict[tuple[int, int], int]
-
-
-def is_unequal(cluster: Cluster) -> bool:
-    """Whether devices or nodes differ so that stages should, too."""
-    sizes = {len(node) for node in cluster.nodes}
-    return len(cluster.kinds()) > 1 or len(sizes) > 1 or cluster.has_overrides()
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """Devices of one node, kind and limit."""
-
-    node: int
-    devices: tuple[int, ...]
-    limit: int
-
-
-@dataclass(slots=True)
-class Group:
-    """A way before it is priced: what it takes, and its mesh. dp_inside: replicas, not parts of tensors, are
-    neighbours."""
-
-    takes: Take
-    dp: int
-    tp: int
-    dp_inside: bool = False
-
-    def __str__(self) -> str:
-        return f"dp{self.dp} tp{self.tp}" + (" (dp inside)" if self.dp_inside else "")
 
 
 @dataclass(slots=True)
@@ -110,125 +80,13 @@ class MixedSearch:
         self.trace, self.cluster, self.costs = search.trace, search.cluster, search.costs
         self.work, self.options, self.decided = search.work, search.options, search.decided
         self.count = len(self.trace.segments)
-        self.kinds = self._unit_kinds()
-        self.units = tuple(tuple(len(unit.devices) for unit in units) for units in self.kinds)
-        self.groups = self._groups()
+        self.devices = DeviceGroups(search)
+        self.units, self.groups, self.ranks = self.devices.units, self.devices.groups, self.devices.ranks
         most = min(self.count, len(self.cluster), _MOST_STAGES)
         self.most_stages = min(most, self.decided.degrees.get("pp", most))
         if most == _MOST_STAGES < min(self.count, len(self.cluster)):
-            self._note(f"pipelines of unequal devices were searched up to {_MOST_STAGES} stages")
+            self.search.tally.notes.append(f"pipelines of unequal devices were searched up to {_MOST_STAGES} stages")
         self._traffic: dict[object, tuple[Traffic, Traffic] | None] = {}
-
-    def _note(self, text: str) -> None:
-        if text not in self.search.tally.notes:
-            self.search.tally.notes.append(text)
-
-    # -- devices -------------------------------------------------------------------------------------------------------
-
-    def _unit_kinds(self) -> list[list[Unit]]:
-        found: dict[object, list[Unit]] = {}
-        for node, devices in enumerate(self.cluster.nodes):
-            parts: dict[object, list[int]] = {}
-            for device in devices:
-                key = self.cluster.devices[device].kind.name, self.cluster.memory_limit(device)
-                parts.setdefault(key, []).append(device)
-            for (kind, limit), held in parts.items():  # type: ignore[misc]
-                own = node if self.cluster.has_overrides() else -1
-                wires = self.cluster.wiring[node]
-                key = kind, limit, len(held), len(parts), wires.link, wires.uplink, own
-                found.setdefault(key, []).append(Unit(node, tuple(held), limit))
-        return list(found.values())
-
-    def _groups(self) -> list[Group]:
-        """All groups, or where these lead to too many states, groups of fewer sizes."""
-        for sizes in ("all", "powers of two", "whole nodes"):
-            takes = self._takes(sizes)
-            if self._states(takes) <= _MOST_STATES:
-                break
-        if sizes != "all":
-            self._note(f"groups of unequal devices were searched by {sizes}")
-        found = []
-        for take in takes:
-            width = sum(count for _, count in take)
-            nodes = {self.kinds[k][0].node for k, _ in take} if len({k for k, _ in take}) > 1 else set(range(len(take)))
-            for tp in (d for d in range(1, width + 1) if width % d == 0 and d <= self.search.most_tensor):
-                dp = width // tp
-                for dp_inside in (False, True) if len(nodes) > 1 and tp > 1 and dp > 1 else (False,):
-                    group = Group(take, dp, tp, dp_inside)
-                    if self._allowed(group):
-                        found.append(group)
-        return found
-
-    def _takes(self, sizes: str) -> list[Take]:
-        found: dict[Take, None] = {}
-        for kind, units in enumerate(self.kinds):
-            size = len(units[0].devices)
-            for used in range(1, size + 1):
-                if used == size or sizes == "all" or (sizes == "powers of two" and used & (used - 1) == 0):
-                    found[((kind, used),)] = None
-            for several in range(2, len(units) + 1):
-                found[((kind, size),) * several] = None
-        for node in range(len(self.cluster.nodes)):
-            inside = tuple((k, len(u.devices)) for k, units in enumerate(self.kinds) for u in units if u.node == node)
-            found[inside] = None
-        found[tuple((k, len(u.devices)) for k, units in enumerate(self.kinds) for u in units)] = None
-        return list(found)
-
-    def _states(self, takes: Sequence[Take]) -> int:
-        """At most so many sets of used devices."""
-        total = 1
-        for kind, units in enumerate(self.units):
-            steps = len({0, *(count for take in takes for k, count in take if k == kind)})
-            reach = units[0] + 1 if steps > 2 else steps
-            total *= math.comb(len(units) + reach - 1, len(units))
-        return total
-
-    def _allowed(self, group: Group) -> bool:
-        degrees = self.decided.degrees
-        if degrees.get("dp", group.dp) != group.dp or degrees.get("tp", group.tp) != group.tp:
-            return False
-        ranks = self.ranks([group])[0]
-        for axis, groups in (("tp", _tensor_groups(ranks, group.tp)), ("dp", _data_groups(ranks, group.tp))):
-            apart = any(len({self.cluster.devices[r].node for r in members}) > 1 for members in groups)
-            if axis in self.decided.within and apart:
-                return False
-        return True
-
-    def ranks(self, groups: Sequence[Group]) -> list[tuple[int, ...]]:
-        """Devices for groups that run side by side; [] where there are not enough. Fuller units come first, so that
-        neighbours share nodes."""
-        placed = self._place([list(g.takes) for g in groups], {}, [[]])
-        if placed is None:
-            return []
-        found = []
-        for group, devices in zip(groups, placed, strict=True):
-            if group.dp_inside:
-                devices = [devices[t * group.dp + d] for d in range(group.dp) for t in range(group.tp)]
-            found.append(tuple(devices))
-        return found
-
-    def _place(
-        self, rest: list[list[tuple[int, int]]], used: dict[tuple[int, int], int], placed: list[list[int]]
-    ) -> list[list[int]] | None:
-        if not rest:
-            return placed[:-1]
-        takes, *others = rest
-        if not takes:
-            return self._place(others, used, [*placed, []])
-        (kind, count), *left = takes
-        units = self.kinds[kind]
-        order = sorted(range(len(units)), key=lambda u: (-used.get((kind, u), 0), u))
-        tried: set[int] = set()
-        for unit in order:
-            begin = used.get((kind, unit), 0)
-            if begin in tried or begin + count > len(units[unit].devices):
-                continue
-            tried.add(begin)
-            devices = [*placed[-1], *units[unit].devices[begin : begin + count]]
-            found = self._place([left, *others], {**used, (kind, unit): begin + count}, [*placed[:-1], devices])
-            if found is not None:
-                return found
-        return None
 
     # -- ways ----------------------------------------------------------------------------------------------------------
 
@@ -563,11 +421,3 @@ def _add(into: Traffic, boxes: Sequence[object], itemsize: int, shift: int) -> N
     for (source, target), numel in traffic(boxes).items():  # type: ignore[arg-type]
         pair = (source, target - shift) if shift > 0 else (source + shift, target)
         into[pair] = into.get(pair, 0) + numel * itemsize
-
-
-def _tensor_groups(ranks: Sequence[int], tp: int) -> list[Sequence[int]]:
-    return [ranks[start : start + tp] for start in range(0, len(ranks), tp)]
-
-
-def _data_groups(ranks: Sequence[int], tp: int) -> list[Sequence[int]]:
-    return [ranks[start::tp] for start in range(tp)]

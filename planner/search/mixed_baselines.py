@@ -11,7 +11,8 @@ from shardplan.planner.search.mixed_cells import CellMaker
 from shardplan.planner.search.mixed_problem import MixedProblem, MixedStage, fits, objective
 
 if TYPE_CHECKING:
-    from shardplan.planner.search.mixed import Group, MixedCandidate, MixedSearch
+    from shardplan.planner.search.mixed import MixedCandidate, MixedSearch
+    from shardplan.planner.search.mixed_groups import Group
 
 
 def hand_made(search: MixedSearch, found: list[MixedCandidate]) -> dict[str, MixedCandidate]:

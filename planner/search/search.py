@@ -35,8 +35,8 @@ from shardplan.planner.search.decided import decide
 from shardplan.planner.search.even import NAME, even_stages
 from shardplan.planner.search.finish import Finished, finish
 from shardplan.planner.search.infeasible import explain_infeasible
-from shardplan.planner.search.mixed import is_unequal
 from shardplan.planner.search.mixed_finish import solve_unequal
+from shardplan.planner.search.mixed_groups import is_unequal
 from shardplan.planner.search.options import SolveOptions
 from shardplan.planner.search.solver import Budget
 from shardplan.planner.trace import Trace, info

@@ -374,7 +374,7 @@ class MixedSearch:
                 if choice is not None:
                     found = self._candidate(m, priced, problem, choice, segments, forced)
                     best = choice.objective
-            bound = max(bound, proven)
+            bound = max(bound, proven * min(columns.proven for columns in priced.columns))
             if bound >= best * (1 - gap) or self.search.budget.left() <= 0:
                 break
         return found, bound

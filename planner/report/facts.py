@@ -328,6 +328,8 @@ def _comparisons(
 
 def _assumptions(plan: Plan, simulation: Simulation) -> Iterable[str]:
     yield "Times are the cost model's; the timeline runs the plan's own instruction list, the one that is executed."
+    if plan.calibrated_by:
+        yield f"Predictions are corrected by {plural(plan.calibrated_by, 'measured job')} on these devices."
     if len(plan.stages) > 1:
         yield "Messages between stages overlap compute; a link carries one message at a time in each direction."
         if not plan.links:

@@ -94,6 +94,9 @@ def trace_model(
     trace.model_name = type(model).__name__
     trace.precision = precision
     trace.masters = _masters(trace, model)
+    if trace.masters:
+        count = len(trace.masters)
+        trace.notes.append(f"computed in {dtype}: {count} parameters are rounded once a step from float32 masters")
     prove_splits(trace, kept)
     fill_segments(trace)
     trace.seconds = time.perf_counter() - started

@@ -183,6 +183,8 @@ class Plan:
     batch_norm: as in `Trace`.
     links: messages between stages, one entry per edge of the schedule. nodes: node name -> summary, getitem left out.
     storage: parameter name -> how it is stored where that is not as it is used (`planner.storage`).
+    reduction: what the sums of gradients over replicas are sent in: "exact" (the gradients' own dtype) or "bf16", which
+        rounds them and is not what one device computes.
     bucket_nbytes: about how many bytes of gradients are summed over ranks at a time while backward goes on.
     flops: of a step of the model itself, recomputation left out; peak_flops: per second, of all devices together.
     coverage: share of predicted op seconds that was "measured", "interpolated", "modelled".
@@ -219,6 +221,7 @@ class Plan:
     nodes: dict[str, NodeSummary] = field(default_factory=dict)
     storage: dict[str, Storage] = field(default_factory=dict)
     bucket_nbytes: int = BUCKET_NBYTES
+    reduction: str = "exact"
     calibration: dict[str, float] = field(default_factory=dict)
     calibrated_by: int = 0
     overheads: dict[str, float] = field(default_factory=dict)

@@ -16,6 +16,7 @@ float16 is refused: gradients below its range vanish unless the loss is scaled.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,11 +62,12 @@ def lowered(model: nn.Module) -> set[int]:
 
 
 def lower(model: nn.Module, dtype: torch.dtype) -> None:
-    """Round a model's parameters in place, as a rank uses them."""
+    """Make a model compute by itself what ranks compute with it: its parameters are rounded in place."""
     chosen = lowered(model)
     for parameter in model.parameters():
         if id(parameter) in chosen:
             parameter.data = parameter.data.to(dtype)
+    model.forward = partial(call, model.forward, dtype)
 
 
 def call(function: Callable[..., Any], dtype: torch.dtype | None, *args: Any, **kwargs: Any) -> Any:

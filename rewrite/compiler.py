@@ -139,6 +139,7 @@ class _Compiler:
             uneven=frozenset(name for s in stages for name in s.lowering.lowered.uneven),
             late=frozenset(name for s in stages for name in s.lowering.lowered.late),
             bucket_nbytes=self.plan.bucket_nbytes,
+            reduction=self.plan.reduction,
             leaves={name: leaf for s in stages for name, leaf in s.lowering.lowered.leaves.items()},
         )
 

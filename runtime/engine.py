@@ -73,6 +73,7 @@ class Engine:
         self.place = place
         self.backend = backend
         self._executors: dict[str, Executor] = {}
+        self._loss = torch.zeros(())
 
     # -- parameters ----------------------------------------------------------------------------------------------------
 
@@ -173,15 +174,23 @@ class Engine:
 
     def train_step(self, batch: Batch, key: str = "train") -> torch.Tensor:
         """Gradients of the global batch and an optimizer step. -> loss [], the same on every rank."""
-        if self.optimizer_factory is None:
-            raise UsageError(
-                "train_step needs an optimizer", [], ["pass optimizer=lambda params: torch.optim.AdamW(...)"]
-            )
+        self._need_optimizer("train_step")
         self.zero_grad()
         loss = self._train(batch, self._optimize, key)
         if self.scheduler is not None:
             optim.advance(self.scheduler, loss)
         return loss
+
+    def optimizer_step(self) -> None:
+        """Clip the gradients that are there, step the optimizer and move the scheduler: after one `step` or several."""
+        self._need_optimizer("optimizer_step")
+        self._optimize()
+        if self.scheduler is not None:
+            optim.advance(self.scheduler, self._loss)
+
+    def _need_optimizer(self, call: str) -> None:
+        if self.optimizer_factory is None:
+            raise UsageError(f"{call} needs an optimizer", [], ["pass optimizer=lambda params: torch.optim.AdamW(...)"])
 
     def step(self, batch: Batch, key: str = "train") -> torch.Tensor:
         """Gradients of the global batch are added to those in place. -> loss [], the same on every rank.
@@ -196,7 +205,8 @@ class Engine:
         if self.clip is not None and optimizer_step is not None and executor.stage < 0:
             self._optimize()  # the norm is a sum over all ranks, idle ones included
         self.steps += 1
-        return executor.whole_loss(share)
+        self._loss = executor.whole_loss(share)
+        return self._loss
 
     def _optimize(self) -> None:
         if self.clip is not None:

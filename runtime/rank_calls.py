@@ -177,6 +177,10 @@ def zero_grad(session: Session) -> None:
     engine_of(session).zero_grad()
 
 
+def optimizer_step(session: Session) -> None:
+    engine_of(session).optimizer_step()
+
+
 def forward(session: Session, batch: dict[str, torch.Tensor], everywhere: bool, key: str) -> Any:
     """everywhere: give the outputs on all ranks, else on rank 0 only ({} elsewhere)."""
     return engine_of(session).forward(batch, everywhere=everywhere, key=key)

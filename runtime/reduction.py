@@ -20,6 +20,7 @@ from shardplan.runtime.groups import Groups
 from shardplan.runtime.tied import TiedSums, read_anywhere, twins
 
 FIRST_NBYTES = 1 << 20  # the first bucket is small, so that the link is busy early
+_WIRES = {"exact": None, "bf16": torch.bfloat16}
 _Sum = tuple[Any, list[torch.Tensor]]
 
 
@@ -214,8 +215,9 @@ class GradientSums:
             first = program.placement[spec.stages[0]].ranks
             if rank not in first or any(rank != min(held) for held in (ranks, *tied)):
                 self._counted_elsewhere.append(leaf)
+        wire = _WIRES[program.reduction]
         self._stages = {
-            stage: _StageSums([Bucket(*sums) for sums in packed(found, program.bucket_nbytes, FIRST_NBYTES)])
+            stage: _StageSums([Bucket(*sums, wire) for sums in packed(found, program.bucket_nbytes, FIRST_NBYTES)])
             for stage, found in overlapped.items()
         }
         # One order of all groups of the job, so that ranks that share some of their groups do not wait in a circle.

@@ -70,6 +70,7 @@ def auto_parallel(
     *,
     batch_norm: str = "global",
     zero: int | str = "auto",
+    reduction: str = "exact",
     weights: Weights | None = None,
     init: Init | None = None,
     clip_norm: float | None = None,
@@ -96,6 +97,8 @@ def auto_parallel(
         microbatches; "replica": every replica and microbatch has statistics of its own, as under plain data parallelism
         and gradient accumulation, so results depend on the plan. Running statistics then move once per microbatch, by
         the mean of the replicas.
+    reduction: "bf16" sends sums of gradients over replicas rounded to bf16: half the bytes, and not what one device
+        computes; the plan and its report say so.
     zero: what is stored of parameters that replicas have in common (docs/zero.md): 0: everything on each; 1: parts of
         the optimizer state; 2: of gradients too; 3: of the parameters too; "auto": whatever is best for each of them.
     verbose: progress on stderr. clip_norm: largest global gradient norm. seed: of random ops, and of `init`.
@@ -130,6 +133,7 @@ def auto_parallel(
         verbose,
         batch_norm,
         zero,
+        reduction,
     )
     module = resolve_model(model)
     given = load_plan(plan) if plan is not None else None
@@ -179,6 +183,7 @@ def plan(
     *,
     batch_norm: str = "global",
     zero: int | str = "auto",
+    reduction: str = "exact",
 ) -> Plan:
     """Only plan; the arguments are those of `auto_parallel`. Devices of this machine are measured, others modelled; no
     device and no process group has to be there."""
@@ -199,6 +204,7 @@ def plan(
         verbose,
         batch_norm,
         zero,
+        reduction,
     )
     if example_inputs is None:
         raise UsageError("plan needs example_inputs", hints=["a global batch; tensors on the meta device will do"])

@@ -23,6 +23,7 @@ from shardplan.batch import Batch, Inputs, example_batch
 from shardplan.errors import UsageError
 from shardplan.parallel_model import ParallelModel
 from shardplan.planner.plan import Plan
+from shardplan.planner.precision import compute_dtype, lower
 from shardplan.planner.rules.randomness import draws
 from shardplan.planner.trace import Trace
 from shardplan.planner.unsplit import unsplit
@@ -146,6 +147,9 @@ def check(
     with auto_parallel(copy.deepcopy(alone), devices, batch, loss_fn, plan=plan, seed=seed, **planning) as pm:
         trace = pm.trace
         mine = _of_plan(pm, alone, batch)
+    dtype = compute_dtype(trace.precision)
+    if dtype is not None:
+        lower(alone, dtype)
     random = any(draws(node) for node in trace.nodes() if node.op == "call_function")
     inputs = Inputs(trace, batch.on_meta(), batch.target).bind(batch)
     if random:

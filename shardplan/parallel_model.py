@@ -177,6 +177,11 @@ class ParallelModel(ModelState):
         """Drop the gradients on all ranks."""
         self._ranks().call(rank_calls.zero_grad)
 
+    def optimizer_step(self) -> None:
+        """Clip the gradients that `step` left, step the optimizer and move the scheduler. Several calls of `step`
+        before it accumulate gradients: ``zero_grad()``, ``step(...)`` a few times, ``optimizer_step()``."""
+        self._ranks().call(rank_calls.optimizer_step)
+
     def _train(self, function: Callable[..., Any], inputs: Any, kwargs: Any, target: Any) -> torch.Tensor:
         drawn = inputs[0] if len(inputs) == 1 and isinstance(inputs[0], Drawn) else None
         if drawn is not None:

@@ -60,7 +60,7 @@ class Case:
         model = copy.deepcopy(self.model)
         if dtype is not None:
             precision.lower(model, dtype)
-        output = precision.call(model, dtype, **self.kwargs)
+        output = model(**self.kwargs)
         loss = self.loss_fn(output, self.target) if self.loss_fn is not None else models.loss_of(output)
         loss.backward()
         return loss.detach(), {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None}
@@ -163,6 +163,17 @@ def test_checkpoints_move_between_precisions(tmp_path):
     back = pool(2).run(train, low, zeros, batch, 0, None, str(tmp_path / "wide"))[0]
     assert all(torch.equal(after[6][n], back[6][n]) for n in state)
     assert float(wide[0]) == pytest.approx(float(back[0]), rel=1e-2)
+
+
+def test_check_compares_with_the_rounded_model():
+    from shardplan.checking import check
+
+    x, y = torch.randn(8, 16), torch.randn(8, 4)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, 4))
+    found = check(model, 2, (x, y), F.mse_loss, precision="bf16", microbatches=2)
+    assert found.equal, str(found)
+    assert any("bfloat16" in note for note in found.plan.notes)
 
 
 def test_what_is_rounded():

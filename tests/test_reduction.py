@@ -161,6 +161,18 @@ def test_parameters_of_leaves_are_summed_at_the_end():
             assert_grads(grads, expected(state, x))
 
 
+def test_sums_sent_in_bf16_are_rounded():
+    state, x = weights(), torch.randn(8, WIDTH)
+    program = replace(chain(2), reduction="bf16")
+    for found, *_ in pool(2).run(steps, {"train": program}, state, [("train", x)] * 2, "none"):
+        for grads in found:
+            for name, gradient in expected(state, x).items():
+                if gradient is not None:
+                    torch.testing.assert_close(grads[name], gradient, rtol=2e-2, atol=2e-2)
+                    assert grads[name].dtype == torch.float32
+                    assert torch.equal(grads[name], grads[name].bfloat16().float())
+
+
 def test_packing():
     from shardplan.runtime.reduction import packed
 

@@ -1,0 +1,274 @@
+"""What running a plan costs beside the hand-written ways: `python -m benchmarks.overhead [--json FILE] [--repeats N]`.
+
+Two gloo ranks, each pinned to a core with one thread. Every group compares ways to train one model with the same split;
+its contestants take turns within each repeat (their order rotates), a sample is the slowest rank's time of a few steps,
+and the figure is the ratio of medians, ours over theirs, in one run. A difference under 5 % is a tie. Before timing the
+contestants' first losses are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from benchmarks import opponents
+from benchmarks.opponents import Size, Step
+from shardplan.rewrite.program import Program
+
+RANKS = 2
+TARGETS = {"DTensor": 1.0, "torch pipelining": 1.0, "DDP": 1.02, "FSDP2": 1.02, "hand-written": 1.02, "eager": 1.0}
+_SPLITS = {"*.q.weight": 0, "*.k.weight": 0, "*.v.weight": 0, "*.up.weight": 0, "*.o.weight": 1, "*.down.weight": 1}
+
+
+def programs(size: Size) -> dict[str, Program]:
+    """What is run of ours, by name; the plans are made for described devices, so nothing is measured."""
+    import shardplan as sp
+    from shardplan.planner.export import trace_model
+    from shardplan.rewrite import compile
+
+    model, ids, target = opponents.made(size)
+    trace = trace_model(model, (ids,), loss_fn=opponents.loss_of, target=target)
+    split = tuple(sp.split(glob, dim=dim) for glob, dim in _SPLITS.items())
+    whole = tuple(sp.replicate(glob) for glob in ("embed.weight", "head.weight"))
+    half = size.layers // 2
+    halves = tuple(sp.pin(f"layers.{i}.*", stage=int(i >= half)) for i in range(size.layers))
+
+    def program(devices: str, *constraints: Any, microbatches: int = 1, zero: int = 0, **settings: Any) -> Program:
+        plan = sp.plan(
+            model, devices, (ids, target), opponents.loss_of, opponents.adamw, constraints,
+            microbatches=microbatches, rematerialize=False, zero=zero, cache=False, **settings,
+        )  # fmt: skip
+        return compile(trace, plan)
+
+    return {
+        "one": program("1xh100"),
+        "dp": program("2xh100", sp.degrees(dp=2, tp=1, pp=1)),
+        "dp accumulating": program("2xh100", sp.degrees(dp=2, tp=1, pp=1), microbatches=2),
+        "zero3": program("2xh100", sp.degrees(dp=2, tp=1, pp=1), zero=3),
+        "tp": program("2xh100", sp.degrees(dp=1, tp=2, pp=1), *split, *whole),
+        "pp": program("2xh100", sp.degrees(dp=1, tp=1, pp=2), *halves, microbatches=4, schedule="1f1b"),
+    }
+
+
+def ours(program: Program, rank: int, size: Size) -> Step:
+    """A training step of the engine; its loss is that of the global batch, on every rank."""
+    from shardplan.runtime.engine import Engine
+
+    model, ids, target = opponents.made(size)
+    engine = Engine({"train": program}, rank, RANKS, "cpu", opponents.adamw)
+    engine.load_full({**dict(model.named_parameters()), **dict(model.named_buffers())})
+    batch = dict(zip((spec.name for spec in sorted(program.inputs, key=lambda s: s.name)), (ids, target), strict=True))
+    return lambda: engine.train_step(batch)
+
+
+# -- in the ranks ------------------------------------------------------------------------------------------------------
+
+
+def contests(found: dict[str, Program], rank: int, size: Size) -> dict[str, dict[str, Callable[[], Step]]]:
+    """Group -> contestant -> what makes its step; ours is first."""
+    return {
+        "one device": {
+            "ours": lambda: ours(found["one"], rank, size),
+            "eager": lambda: opponents.eager(size),
+        },
+        "data parallel": {
+            "ours": lambda: ours(found["dp"], rank, size),
+            "DDP": lambda: opponents.ddp(size, rank, RANKS),
+        },
+        "data parallel, 2 microbatches": {
+            "ours": lambda: ours(found["dp accumulating"], rank, size),
+            "DDP": lambda: opponents.ddp(size, rank, RANKS, 2),
+        },
+        "fully sharded": {
+            "ours": lambda: ours(found["zero3"], rank, size),
+            "FSDP2": lambda: opponents.fsdp2(size, rank, RANKS),
+        },
+        "tensor parallel": {
+            "ours": lambda: ours(found["tp"], rank, size),
+            "DTensor": lambda: opponents.dtensor_tp(size, RANKS),
+            "hand-written": lambda: opponents.megatron(size, rank, RANKS),
+        },
+        "pipeline, 4 microbatches": {
+            "ours": lambda: ours(found["pp"], rank, size),
+            "torch pipelining": lambda: opponents.torch_pipeline(size, rank, RANKS, 4),
+        },
+    }
+
+
+def timed(steps: dict[str, Step], repeats: int, each: int) -> dict[str, list[float]]:
+    """Seconds of a step by contestant and repeat: of the slowest rank."""
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    for repeat in range(-1, repeats):
+        for shift in range(len(names)):
+            name = names[(repeat + shift) % len(names)]
+            dist.barrier()
+            started = time.perf_counter()
+            for _ in range(each):
+                steps[name]()
+            seconds = torch.tensor((time.perf_counter() - started) / each, dtype=torch.float64)
+            dist.all_reduce(seconds, dist.ReduceOp.MAX)
+            if repeat >= 0:
+                samples[name].append(float(seconds))
+    return samples
+
+
+def pieces(found: dict[str, Program], rank: int, repeats: int) -> dict[str, float]:
+    """Microseconds: of an instruction beside its compute, and of a small all-reduce, ours and torch's."""
+    from shardplan.planner.placement import Mesh
+    from shardplan.rewrite.program import StageRanks
+    from shardplan.runtime.comm import DistComm
+    from shardplan.runtime.groups import Groups
+
+    placement = StageRanks(Mesh(("mb", "dp", "tp"), (1, 1, RANKS)), tuple(range(RANKS)))
+    groups = Groups()
+    groups.of_stage(placement, ("tp",))
+    comm, x = DistComm(placement, rank, groups), torch.ones(64)
+    functional = {
+        "our all_reduce": lambda: comm.all_reduce(x, "tp"),
+        "torch all_reduce": lambda: dist.all_reduce(x.clone()),
+    }
+    held: dict[str, list[float]] = {name: [] for name in functional}
+    for _ in range(repeats):
+        for name, call in functional.items():
+            dist.barrier()
+            started = time.perf_counter()
+            for _ in range(200):
+                call()
+            held[name].append((time.perf_counter() - started) / 200 * 1e6)
+    return {name: statistics.median(values) for name, values in held.items()} | _instructions(rank, repeats)
+
+
+def _instructions(rank: int, repeats: int) -> dict[str, float]:
+    """A program of one linear layer and many microbatches, against the same loop by hand."""
+    import shardplan as sp
+    from shardplan.planner.export import trace_model
+    from shardplan.rewrite import compile
+    from shardplan.runtime.engine import Engine
+
+    count = 32
+    model, x = torch.nn.Linear(4, 4), torch.randn(count, 4)
+
+    def loss_of(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return (output - target).square().mean()
+
+    plan = sp.plan(model, "1xh100", (x, x), loss_of, opponents.adamw, microbatches=count, cache=False)
+    trace = trace_model(model, (x,), loss_fn=loss_of, target=x)
+    engine = Engine({"train": compile(trace, plan)}, rank, RANKS, "cpu")
+    engine.load_full(dict(model.named_parameters()))
+    executor = engine.executor("train")
+    batch = dict(zip(sorted(plan.inputs), (x, x), strict=True))
+    parts = list(zip(x.chunk(count), x.chunk(count), strict=True))
+    run = executor.runs[0] if executor.runs else None
+    functions: dict[str, list[float]] = {"ours": [], "loop": []}
+    for _ in range(repeats):
+        started = time.perf_counter()
+        if run is not None:
+            executor.run(batch)
+        functions["ours"].append(time.perf_counter() - started)
+        started = time.perf_counter()
+        for one, two in parts:
+            (loss_of(model(one), two) / count).backward()
+        functions["loop"].append(time.perf_counter() - started)
+    more = statistics.median(functions["ours"]) - statistics.median(functions["loop"])
+    return {"instruction beside its compute": more / (2 * count) * 1e6}
+
+
+def rank_main(rank: int, store: str, file: str, only: str, repeats: int, each: int, size: Size) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=120)
+    )
+    found: dict[str, Program] = torch.load(file, weights_only=False)
+    report: dict[str, Any] = {}
+    for group, makers in contests(found, rank, size).items():
+        if only not in group:
+            continue
+        steps = {name: make() for name, make in makers.items()}
+        losses = {name: _mean_loss(name, step()) for name, step in steps.items()}
+        if max(losses.values()) - min(losses.values()) > 1e-3:
+            raise SystemExit(f"{group}: the contestants compute different losses: {losses}")
+        report[group] = timed(steps, repeats, each)
+        del steps
+    micros = pieces(found, rank, repeats)
+    if rank == 0:
+        Path(file).with_suffix(".json").write_text(json.dumps({"groups": report, "microseconds": micros}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _mean_loss(name: str, loss: torch.Tensor) -> float:
+    """The loss of the global batch: ranks have their part's (DDP, FSDP2), all of it, or the last stage has it."""
+    value = loss.detach().clone().float()
+    dist.all_reduce(value)
+    return float(value) / (1 if name == "torch pipelining" else RANKS)
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    found = []
+    for group, samples in report["groups"].items():
+        mine = statistics.median(samples["ours"])
+        for name, values in samples.items():
+            if name != "ours":
+                theirs = statistics.median(values)
+                ratio = mine / theirs
+                target = TARGETS[name]
+                verdict = "ok" if ratio <= target else "tie" if ratio <= target * 1.05 else "MISSED"
+                found.append(
+                    {"group": group, "against": name, "ours_ms": mine * 1e3, "theirs_ms": theirs * 1e3,
+                     "ratio": ratio, "target": target, "verdict": verdict}
+                )  # fmt: skip
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", help="where to write the samples and ratios")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=3, help="in a sample")
+    parser.add_argument("--only", default="", help="groups whose name contains this")
+    parser.add_argument("--width", type=int, default=Size().width)
+    given = parser.parse_args()
+    size = Size(width=given.width)
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    with tempfile.TemporaryDirectory(prefix="shardplan-overhead-") as directory:
+        file = f"{directory}/programs.pt"
+        torch.save(programs(size), file)
+        arguments = (f"{directory}/store", file, given.only, given.repeats, given.steps, size)
+        mp.spawn(rank_main, arguments, nprocs=RANKS)  # pyright: ignore[reportPrivateImportUsage]
+        report = json.loads(Path(file).with_suffix(".json").read_text())
+    table = rows(report)
+    print(f"{'group':32} {'against':18} {'ours ms':>9} {'theirs':>9} {'ratio':>7} {'target':>7}")
+    for row in table:
+        print(
+            f"{row['group']:32} {row['against']:18} {row['ours_ms']:9.2f} {row['theirs_ms']:9.2f}"
+            f" {row['ratio']:7.3f} {row['target']:7.2f} {row['verdict']}"
+        )
+    for name, value in report["microseconds"].items():
+        print(f"{name:51} {value:9.2f} us")
+    if given.json:
+        Path(given.json).write_text(json.dumps({"schema": 1, "torch": torch.__version__, "rows": table, **report}))
+    return 7 if any(row["verdict"] == "MISSED" for row in table) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

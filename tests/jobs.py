@@ -91,7 +91,7 @@ def train(
 
 
 def main(plan_file: str, directory: str, steps: int, every: int, log: str) -> None:
-    """A training script as docs/training.md has it: goes on where the last checkpoint is."""
+    """A training script as docs/resuming.md has it: goes on where the last checkpoint is."""
     with start(plan_file, "auto", timeout_seconds=60.0, heartbeat_seconds=10.0) as pm:
         sampler = pm.sampler(Samples(), seed=5)
         step = pm.resume(directory)

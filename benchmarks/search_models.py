@@ -117,9 +117,7 @@ def _t5(seq: int) -> nn.Module:
 
     shape = {"d_model": 1024, "d_ff": 65536, "d_kv": 128, "num_heads": 128, "num_layers": 24}
     shape["decoder_start_token_id"] = 0
-    return T5ForConditionalGeneration(
-        T5Config(vocab_size=32128, dropout_rate=0.0, use_cache=False, **shape)
-    )
+    return T5ForConditionalGeneration(T5Config(vocab_size=32128, dropout_rate=0.0, use_cache=False, **shape))
 
 
 _BUILDERS: dict[str, Callable[[int], nn.Module]] = {

@@ -70,8 +70,8 @@ class Packing:
 
 
 class Wrapper(nn.Module):
-    """Calls the model and returns (loss or None, *tensor leaves of the output); `packing` says what they were. dtype: of
-    its parameters where that is not their own, see `planner.precision`."""
+    """Calls the model and returns (loss or None, *tensor leaves of the output); `packing` says what they were. dtype:
+    of its parameters where that is not their own, see `planner.precision`."""
 
     def __init__(
         self,

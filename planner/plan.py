@@ -188,7 +188,7 @@ class Plan:
     bucket_nbytes: about how many bytes of gradients are summed over ranks at a time while backward goes on.
     flops: of a step of the model itself, recomputation left out; peak_flops: per second, of all devices together.
     coverage: share of predicted op seconds that was "measured", "interpolated", "modelled".
-    calibration: factors that measured jobs gave and that the predictions contain, by name; calibrated_by: how many jobs.
+    calibration: factors that measured jobs gave and that the predictions contain, by name; calibrated_by: how many.
     overheads: seconds besides ops and messages of a "forward", a "backward" and a "step".
     """
 

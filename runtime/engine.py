@@ -139,7 +139,9 @@ class Engine:
             run.function = compiled(run.function, run.code, comm, f"stage {run.stage}", self.backend)
 
     def _show_places(self) -> None:
-        for executor in self._executors.values() if self.place is not None else ():
+        if self.place is None:
+            return
+        for executor in self._executors.values():
             executor.place = self.place
 
     def drop(self, key: str) -> None:

@@ -6,11 +6,18 @@ step is run under torch's profiler, which sees every allocation, temporaries ins
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
 import torch
+
+_NOISE = "was allocated before the profiling started"
+"""Said once a process, of every tensor that is older than the profiler: of no use to anyone."""
 
 
 def peak_of(step: Callable[[], Any], device: torch.device, held: Iterable[torch.Tensor]) -> int:
@@ -34,6 +41,24 @@ def peak_of(step: Callable[[], Any], device: torch.device, held: Iterable[torch.
     return before_nbytes + most
 
 
+@contextmanager
+def _unheard(noise: str) -> Iterator[None]:
+    """What is written to stderr meanwhile, below Python too, comes out afterwards, without the lines that have `noise`
+    in them."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile("w+", errors="replace") as heard:
+        os.dup2(heard.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            heard.seek(0)
+            sys.stderr.write("".join(line for line in heard if noise not in line))
+
+
 def _nbytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the storages of some tensors, each counted once."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
@@ -55,7 +80,8 @@ def _changes(step: Callable[[], Any]) -> list[int] | None:
         step()
         return None
     try:
-        step()
+        with _unheard(_NOISE):
+            step()
     finally:
         records = private._disable_profiler_legacy()
     return [event.cpu_memory_usage() for thread in records for event in thread if event.kind() == "memory_alloc"]

@@ -58,7 +58,9 @@ class Shards:
         """Parameters have changed: bring what is used of them in a lower precision up to date."""
         if self.rounded:
             with torch.no_grad():
-                torch._foreach_copy_(list(self.rounded.values()), [self.parameters[name] for name in self.rounded])
+                torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
+                    list(self.rounded.values()), [self.parameters[name] for name in self.rounded]
+                )
 
     def pieces(self, spec: TensorSpec) -> list[list[tuple[int, int]]]:
         """Which part of a tensor this rank stores: per dim the (start, stop) runs."""
@@ -98,6 +100,7 @@ class Shards:
                     part = self._part(spec, value).contiguous()
                     whole = value if spec.used is None else value.to(spec.used)
                     part = part if spec.used is None else part.clone()  # lest the whole of higher precision stay
+                    assert spec.storage is not None  # what `resident` says
                     self.wholes[spec.name] = whole.requires_grad_(spec.storage.level == 1)
                     self.parameters[spec.name] = nn.Parameter(part, requires_grad=spec.trainable)
                 else:

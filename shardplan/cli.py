@@ -288,7 +288,7 @@ def bench_command(
     context: typer.Context,
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="which one; without: what there is")] = None,
 ) -> None:
-    """Run a benchmark of this checkout; what follows its name is for it (NAME -- --help says what). Its status is ours."""
+    """Run a benchmark of this checkout; what follows its name is for it (NAME -- --help). Its status is ours."""
     from shardplan import bench
 
     if name is None:

@@ -39,10 +39,8 @@ def test_devices_of_a_file_have_no_count():
 
 def test_variants_are_planned_and_reported(capsys, tmp_path):
     page = tmp_path / "report.html"
-    status = cli.run(
-        ["plan", TARGET, "--devices", "2xh100", "--what-if", "devices=1,4", "--what-if", "links=0.01"]
-        + ["--what-if", "memory=1 KiB", "--json", "--html", str(page)]
-    )
+    others = ["--what-if", "devices=1,4", "--what-if", "links=0.01", "--what-if", "memory=1 KiB"]
+    status = cli.run(["plan", TARGET, "--devices", "2xh100", *others, "--json", "--html", str(page)])
     data = json.loads(capsys.readouterr().out)
     assert status == 0
     found = {(w["setting"], w["value"]): w for w in data["what_if"]}

@@ -64,6 +64,11 @@ class Finished:
     def peak_nbytes(self) -> int:
         return max(stage.memory.peak_nbytes for stage in self.stages)
 
+    @property
+    def fits(self) -> bool:
+        """Whether no stage holds more than its devices may, op by op (the search adds up less finely)."""
+        return all(not s.memory.limit or s.memory.peak_nbytes <= s.memory.limit for s in self.stages)
+
     def compared(self, best: Finished) -> str:
         """Why it lost, in words with a number."""
         if self.candidate.case == best.candidate.case and self.seconds <= best.seconds:

@@ -164,7 +164,9 @@ class _Mixed:
     def _stage(self, number: int) -> StagePlan:
         part, ranks = self.parts[number], self.candidate.ranks[number]
         stages = finish._stages(part.search, part.candidate, part.chosen, part.stored)
-        stages = finish.with_memory(part.search, part.candidate, part.chosen, self.links, self.instructions, stages)
+        stages = finish.with_memory(
+            part.search, part.candidate, part.chosen, self.links, self.instructions, stages, part.stored
+        )
         group = self.candidate.groups[number]
         mesh = Mesh(("dp", "tp"), (group.dp, group.tp))
         made = finish._detailed(part.search, part.candidate, part.chosen, stages[number])

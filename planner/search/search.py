@@ -187,6 +187,7 @@ class Search:
         """Cases by their lowest bound; each is bounded better, twice, before it is solved, and then simulated: what a
         bound has to beat are the seconds that the plan would show."""
         found: list[Finished] = []
+        overfull: list[Finished] = []
         unfit: list[Case] = []
         best = math.inf
         queue = self._queue()
@@ -210,11 +211,15 @@ class Search:
             elif isinstance(work, Sketch):
                 candidate = self.work.solve(work, best)
                 self.tally.bound = min(self.tally.bound, max(bound, work.bound))
-                if candidate is not None:
-                    found.append(finish(self, candidate))
+                done = finish(self, candidate) if candidate is not None else None
+                if done is not None and done.fits:
+                    found.append(done)
                     self.tally.solved += 1
-                    best = min(best, found[-1].seconds)
-                    self._say(f"{case}: {found[-1].seconds * 1e3:.2f} ms, best {best * 1e3:.2f} ms")
+                    best = min(best, done.seconds)
+                    self._say(f"{case}: {done.seconds * 1e3:.2f} ms, best {best * 1e3:.2f} ms")
+                elif done is not None:
+                    overfull.append(done)
+                    self._say(f"{case}: {done.peak_nbytes / 2**30:.2f} GiB op by op, which does not fit")
                 elif work.bound < best * (1 - self.options.gap / 2):
                     self.tally.infeasible += 1
                     unfit.append(case)
@@ -231,6 +236,11 @@ class Search:
                 if not sketches:
                     self.tally.infeasible += 1
                     unfit.append(case)
+        if not found and overfull:
+            # The leanest of them: the search's own sums fit, so what is over is little.
+            least = min(overfull, key=lambda f: f.peak_nbytes)
+            self.tally.notes.append("counted op by op, the fullest device holds more than it may: leave it some room")
+            found = [least]
         if not found:
             if self.tally.timed_out:
                 raise SolverTimeout(f"no plan within {self.options.time_limit:g} s", [], ["raise time_limit"])
@@ -278,7 +288,8 @@ class Search:
         even = even_stages(self) if len(self.cluster) > 1 else None
         if even is not None:
             baselines[even.label] = even
-        finished = [*found[: 1 + _RUNNERS_UP], *(finish(self, c) for c in baselines.values())]
+        hand = [finish(self, c) for c in baselines.values()]
+        finished = [*found[: 1 + _RUNNERS_UP], *(f for f in hand if f.fits or not found[0].fits)]
         finished.sort(key=lambda f: (f.seconds, str(f.candidate.case)))
         best = finished[0]
         names = {id(c): name for name, c in baselines.items()}
@@ -287,6 +298,10 @@ class Search:
             for f in finished
             if id(f.candidate) in names
         }
+        for f in hand:
+            if not any(f is kept for kept in finished):
+                name = names[id(f.candidate)]
+                shown[name] = Alternative(name, None, f.peak_nbytes, "does not fit into memory, counted op by op")
         for name in NAMES:
             shown.setdefault(name, Alternative(name, None, 0, why_missing(self, name)))
         if len(self.cluster) > 1:

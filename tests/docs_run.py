@@ -75,6 +75,18 @@ SETUP: dict[str, Setup] = {
     "README.md": Setup(_JOB + _SMALL_LLAMA + _LLAMA_BATCH, (("train.py", _TRAIN),), (("model, 8,", "model, 2,"),)),
     "exactness.md": Setup(files=(("train.py", _TRAIN),)),
     "large_models.md": Setup("def make():\n    from torch import nn\n    return nn.Linear(8, 8)\n"),
+    "resuming.md": Setup(
+        _JOB + "loss_fn = F.cross_entropy\ndataset = [(torch.randn(16), torch.randint(8, ())) for _ in range(64)]\n",
+        (),
+        (
+            ("with pm:", "if True:"),
+            ("10_000", "6"),
+            ("% 500", "% 2"),
+            ('"auto"', "2"),
+            ("submit(x)", "submit(x[0])"),
+            (' tensorboard="tb",', ""),
+        ),
+    ),
     "simulate.md": Setup(_SMALL_LLAMA + "import shardplan as sp\nsp.Cluster.parse('2xh100').save('mine.toml')\n"),
     "training.md": Setup(
         _JOB + "pm = sp.auto_parallel(model, 2, batch, F.cross_entropy, optimizer=adamw)\nparts = batches\n"

@@ -15,7 +15,7 @@ import random
 import sys
 from dataclasses import replace
 
-from shardplan.planner.search.mixed_dp import solve_mixed
+from shardplan.planner.search.mixed_boxes import solve_mixed
 from shardplan.planner.search.mixed_problem import fits
 from tests.mixed_instances import optimum, random_problem
 

@@ -3,7 +3,7 @@
 Devices of one node, kind and limit form a unit; units that look alike are of one kind. A stage runs on some devices of
 one unit, on several whole units of a kind, on a whole node of several kinds, or on everything; each such group with
 every mesh (dp, tp) is a way (`mixed_problem`). Which ways in which order, where the cuts are and how every segment runs
-is decided together (`mixed_dp`), once per number of microbatches and placement of tied parameters. Numbers of
+is decided together (`mixed_boxes`), once per number of microbatches and placement of tied parameters. Numbers of
 microbatches are taken by a bound from the fastest split of every op:
 
     step >= m * (least slowest stage, where nothing is converted, sent or held).
@@ -25,7 +25,8 @@ from shardplan.errors import ConflictingConstraints, SolverTimeout
 from shardplan.planner.placement import Placement, R
 from shardplan.planner.schedules import in_flight
 from shardplan.planner.search.columns import Case, Columns, SegmentColumns
-from shardplan.planner.search.mixed_dp import States, least_slowest, solve_mixed
+from shardplan.planner.search.mixed_boxes import solve_mixed
+from shardplan.planner.search.mixed_dp import States, least_slowest
 from shardplan.planner.search.mixed_groups import DeviceGroups, Group
 from shardplan.planner.search.mixed_problem import LAYOUTS, MixedChoice, MixedProblem, MixedStage, Way
 from shardplan.planner.search.placed_costs import PlacedCosts

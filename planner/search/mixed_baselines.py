@@ -58,6 +58,6 @@ def _alone(problem: MixedProblem, way: int) -> MixedStage | None:
     number = maker.flights.index(problem.flight(1))
     if not cells.real[number][0, 0, 0, problem.count] < float("inf"):
         return None
-    columns = maker.columns(cells, (number, 0, 0, 0, problem.count), float("inf"), 0.0)
+    columns = maker.columns(cells, (number, 0, 0, 0, problem.count))
     made = MixedStage(way, 0, problem.count, columns)
     return made if fits(problem, [made]) else None

@@ -245,15 +245,19 @@ class CellMaker:
     # -- columns of a chosen run ---------------------------------------------------------------------------------------
 
     def columns(
-        self, cells: Cells, key: tuple[int, int, int, int, int], once_limit: float, once_free: float
+        self,
+        cells: Cells,
+        key: tuple[int, int, int, int, int],
+        most: float = math.inf,
+        once: tuple[float, float] = (0.0, math.inf),
     ) -> tuple[int, ...]:
-        """Of the best run of a cell with at most once_limit seconds once a step, once_free of which cost nothing."""
+        """Of the best run of a cell with at most `most` seconds and once[1] once a step, once[0] of which are free."""
         points = cells.points.get(key)
         if points is None:
             return self._plain_columns(*key[1:])
-        once = points.values[:, _ONCE]
-        cost = points.values[:, _SECONDS] + self.problem.once * np.maximum(once - once_free, 0.0)
-        cost[once > once_limit] = math.inf
+        seconds, of_step = points.values[:, _SECONDS], points.values[:, _ONCE]
+        cost = seconds + self.problem.once * np.maximum(of_step - once[0], 0.0)
+        cost[(seconds > most) | (of_step > once[1])] = math.inf
         return _numbers(points.links[int(cost.argmin())])
 
     def _plain_columns(self, enters: int, leaves: int, first: int, last: int) -> tuple[int, ...]:

@@ -1,22 +1,13 @@
-"""Stages of unequal devices: a program over suffixes, by thresholds.
+"""Stages of unequal devices: a program over suffixes.
 
 From the last stage forwards, V[l, u, a, h] is the least sum of c = t + once * u and of sends of a pipeline of l stages
 for the segments [a, n) that uses the devices u (a multiset of used counts per kind of unit: units of a kind are alike)
-and begins with head h = (way, layout that enters). Microbatches in flight depend on l alone. Only cells with c <= C
-count; where all flights have the same cells, l is left out.
-
-Boxes. With U0 <= max u < U1 and C0 <= max c' <= C1, where c' = t + once * max(u - U0, 0),
-
-    sum t + (m - 1) max t + max u + sends  >=  DP(c', C1, U1) + (m - 1) C0 + U0,
-
-since once <= 1 / (S + m - 1) and so max u - U0 >= once * (sum (u_s - U0)+ + (m - 1) max (u_s - U0)+). Boxes are taken
-by their bound and cut in two until the best is within the gap; a box with one value of each is exact. C starts at the
-least slowest stage that the devices allow, by the same program with the maximum in place of the sum.
+and begins with head h = (way, layout that enters). Microbatches in flight depend on l alone. Cells above limits can be
+left out (`mixed_boxes`); where all flights have the same cells, l is left out.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -27,18 +18,15 @@ import numpy as np
 from shardplan.planner.search.mixed_cells import CellMaker, Cells
 from shardplan.planner.search.mixed_problem import (
     LAYOUTS,
-    MixedChoice,
     MixedProblem,
     MixedStage,
     Take,
-    fits,
-    objective,
 )
 
 Used = tuple[tuple[int, ...], ...]
 """Per kind of unit, the devices in use of each, ascending."""
-_MOST_BOXES = 400
-_NEARLY = 1.1
+Range = tuple[float, float]
+WHOLE: Range = (0.0, math.inf)
 
 
 class States:
@@ -109,6 +97,16 @@ class _Layer:
     came: np.ndarray
 
 
+@dataclass(frozen=True, slots=True)
+class _Flat:
+    """cells: [cell, (way, enters, leaves, first, last)]; starts: [cell] its first point; seconds, once: [point]."""
+
+    cells: np.ndarray
+    starts: np.ndarray
+    seconds: np.ndarray
+    once: np.ndarray
+
+
 class Programs:
     """The program of one problem with given cells."""
 
@@ -126,7 +124,7 @@ class Programs:
         self.alike = all(np.array_equal(t[0], other) for t in (self.low, self.real) for other in t[1:]) and not (
             problem.stages or problem.pinned
         )
-        self._values: np.ndarray | None = None
+        self._flat = [self._flattened(number) for number in range(len(self.flights))] if self.exact else []
         self._room = np.zeros(0)
 
     def _tables(self, cells: list[list[np.ndarray]]) -> list[np.ndarray]:
@@ -141,28 +139,51 @@ class Programs:
 
     # -- boxes ---------------------------------------------------------------------------------------------------------
 
-    def boxed(self, tables: list[np.ndarray], most_cost: float, once: tuple[float, float]) -> list[np.ndarray]:
-        """The tables of a box: cells of more than most_cost left out, once-a-step seconds between `once`."""
-        if once != (0.0, math.inf):
-            tables = [self._by_once(number, *once) for number in range(len(self.flights))]
-        return [np.where(table <= most_cost, table, math.inf) for table in tables]
+    def boxed(self, tables: list[np.ndarray], most: float, once: Range = WHOLE) -> list[np.ndarray]:
+        """The tables with cells of at most `most` seconds (and with at most once[1] once a step, once[0] of which cost
+        nothing, where columns are complete)."""
+        if self.exact:
+            return self._of_points(most, once[1], lambda t, u: t + self.problem.once * np.maximum(u - once[0], 0.0))
+        return [np.where(table <= most, table, math.inf) for table in tables]
 
-    def _by_once(self, number: int, free: float, most: float) -> np.ndarray:
-        shape = self.low[number].shape
-        found = np.full(shape, math.inf)
-        for way, cells in enumerate(self.cells):
-            for key, points in cells.points.items():
-                if key[0] == number:
-                    t, u = points.values[:, 0], points.values[:, 1]
-                    cost = np.where(u <= most, t + self.problem.once * np.maximum(u - free, 0.0), math.inf)
-                    found[(way, *key[1:])] = cost.min()
-        return np.where(np.isfinite(self.low[number]), found, math.inf)
+    def apart(self, most: float, most_once: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Of cells within both limits: the least seconds of a microbatch, and the least once a step."""
+        seconds = self._of_points(most, most_once, lambda t, u: t)
+        return seconds, self._of_points(most, most_once, lambda t, u: u)
 
-    def once_values(self) -> np.ndarray:
-        if self._values is None:
-            parts = [p.values[:, 1] for cells in self.cells for p in cells.points.values()]
-            self._values = np.unique(np.concatenate(parts)) if parts else np.zeros(0)
-        return self._values
+    def within(self, most: float, most_once: float) -> tuple[np.ndarray, np.ndarray]:
+        """All seconds of a microbatch, and all once a step, of runs within both limits; ascending."""
+        kept = [(flat.seconds[inside], flat.once[inside]) for flat in self._flat
+                if (inside := (flat.seconds <= most) & (flat.once <= most_once)).any()]  # fmt: skip
+        if not kept:
+            return np.zeros(0), np.zeros(0)
+        return np.unique(np.concatenate([t for t, _ in kept])), np.unique(np.concatenate([u for _, u in kept]))
+
+    def _flattened(self, number: int) -> _Flat:
+        """The points of all cells that are not shut."""
+        cells, points = [], []
+        for way, made in enumerate(self.cells):
+            for key, held in made.points.items():
+                if key[0] == number and math.isfinite(self.low[number][(way, *key[1:])]):
+                    cells.append((way, *key[1:]))
+                    points.append(held.values[:, :2])
+        starts = np.cumsum([0, *(len(p) for p in points)])[:-1]
+        values = np.concatenate(points) if points else np.zeros((0, 2))
+        return _Flat(np.array(cells, dtype=np.int64).reshape(-1, 5), starts, values[:, 0], values[:, 1])
+
+    def _of_points(
+        self, most: float, most_once: float, cost: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    ) -> list[np.ndarray]:
+        """Tables of the least cost of the points within both limits."""
+        found = []
+        for flat, like in zip(self._flat, self.low, strict=True):
+            table = np.full(like.shape, math.inf)
+            if len(flat.starts):
+                inside = (flat.seconds <= most) & (flat.once <= most_once)
+                values = np.where(inside, cost(flat.seconds, flat.once), math.inf)
+                table[tuple(flat.cells.T)] = np.minimum.reduceat(values, flat.starts)
+            found.append(table)
+        return found
 
     # -- the least slowest stage ---------------------------------------------------------------------------------------
 
@@ -323,138 +344,11 @@ class Programs:
             first = last
         return found
 
-    def choice(self, path: list[tuple[int, int, int, int, int, int]], once: tuple[float, float]) -> list[MixedStage]:
+    def choice(self, path: list[tuple[int, int, int, int, int, int]], most: float, once: Range) -> list[MixedStage]:
+        """The stages of a path through the tables of a box."""
         found = []
         for number, enters, leaves, first, last, way in path:
             key = number, enters, leaves, first, last
-            columns = self.makers[way].columns(self.cells[way], key, once[1], once[0])
+            columns = self.makers[way].columns(self.cells[way], key, most if self.exact else math.inf, once)
             found.append(MixedStage(way, first, last, columns))
         return found
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class _Box:
-    bound: float
-    number: int
-    stages: int
-    cost: tuple[float, float]
-    once: tuple[float, float]
-
-
-def solve_mixed(
-    problem: MixedProblem, gap: float, best: float = math.inf, left: Callable[[], float] = lambda: math.inf
-) -> tuple[MixedChoice | None, float]:
-    """(the cheapest choice found that costs less than `best`, None where there is none; a bound on all choices, inf
-    where nothing can fit). gap: relative; left: seconds that are left."""
-    return _Solver(problem, gap, best, left).solve()
-
-
-class _Solver:
-    def __init__(self, problem: MixedProblem, gap: float, best: float, left: Callable[[], float]) -> None:
-        self.problem, self.gap, self.best, self.left = problem, gap, best, left
-        self.programs = Programs(problem)
-        self.found: list[MixedStage] | None = None
-        self.number = 0
-        self.pace = problem.microbatches - 1
-
-    def solve(self) -> tuple[MixedChoice | None, float]:
-        queue: list[_Box] = []
-        wanted = sorted(self.problem.stages) if self.problem.stages else [0]
-        if self.problem.pinned and not self.problem.stages:
-            least = max(stage for _, stage in self.problem.pinned) + 1
-            wanted = list(range(least, self.problem.most_stages + 1))
-        for stages in wanted:
-            self._first_try(stages)
-            box = self._box(stages, (0.0, math.inf), (0.0, math.inf), 0.0)
-            if box is not None:
-                heapq.heappush(queue, box)
-        closed = math.inf
-        while queue:
-            box = queue[0]
-            if box.bound >= self.best * (1 - self.gap) or self.left() <= 0 or self.number > _MOST_BOXES:
-                closed = min(closed, box.bound)
-                break
-            heapq.heappop(queue)
-            parts = self._cut(box)
-            if not parts:
-                closed = min(closed, box.bound)
-                continue
-            for cost, once in parts:
-                made = self._box(box.stages, cost, once, box.bound)
-                if made is not None:
-                    heapq.heappush(queue, made)
-        bound = min(closed, self.best)
-        if self.found is None:
-            return None, closed
-        return MixedChoice(tuple(self.found), self.best, bound), bound
-
-    def _first_try(self, stages: int) -> None:
-        """A choice that is nearly as even as can be, so that all that is worse need not be looked at."""
-        real = self.programs.real
-        slowest = self.programs.least_slowest(real)
-        if self.pace and math.isfinite(slowest):
-            whole = 0.0, math.inf
-            below = self.best - self.pace * slowest
-            _, path = self.programs.solve(self.programs.boxed(real, slowest * _NEARLY, whole), stages, below)
-            self._try(path, whole)
-
-    def _box(self, stages: int, cost: tuple[float, float], once: tuple[float, float], known: float) -> _Box | None:
-        """The box with its bound, its slowest stage at least what the devices allow; the choice it leads to is tried.
-        None: it is empty, or cannot win."""
-        programs = self.programs
-        low = programs.boxed(programs.low, cost[1], once)
-        cost = max(cost[0], programs.least_slowest(low)), cost[1]
-        if cost[0] > cost[1] or math.isinf(cost[0]):
-            return None
-        if self.pace:  # a slower one could not win even if nothing else took any time
-            cost = cost[0], min(cost[1], (self.best - once[0]) / self.pace)
-            if cost[0] > cost[1]:
-                return None
-            low = programs.boxed(programs.low, cost[1], once)
-        below = self.best - self.pace * cost[0] - once[0]
-        total, path = programs.solve(low, stages, below)
-        bound = max(known, total + self.pace * cost[0] + once[0])
-        if math.isinf(bound) or bound >= self.best:
-            return None
-        if programs.real is not programs.low:
-            real = programs.boxed(programs.real, cost[1], once)
-            _, path = programs.solve(real, stages, below) if math.isfinite(programs.least_slowest(real)) else (0.0, [])
-        self._try(path, once)
-        self.number += 1
-        most = min(cost[1], (self.best - total - once[0]) / self.pace) if self.pace else cost[1]
-        return _Box(bound, self.number, stages, (cost[0], most), once)
-
-    def _try(self, path: list[tuple[int, int, int, int, int, int]], once: tuple[float, float]) -> None:
-        if not path:
-            return
-        made = self.programs.choice(path, once)
-        value = objective(self.problem, made)
-        if value < self.best and fits(self.problem, made):
-            self.best, self.found = value, made
-
-    def _cut(self, box: _Box) -> list[tuple[tuple[float, float], tuple[float, float]]]:
-        """The box in two by the seconds of the slowest stage, or by those of once a step."""
-        if self.pace:
-            tables = self.programs.boxed(self.programs.low, box.cost[1], box.once)
-            values = np.unique(np.concatenate([t[np.isfinite(t)] for t in tables]))
-            values = values[values >= box.cost[0]]
-            if len(values) > 1:
-                low, high = float(values[0]), float(values[-1])
-                middle = int(np.searchsorted(values, (low + high) / 2, side="right")) - 1
-                middle = min(max(middle, 0), len(values) - 2)
-                return [
-                    ((low, float(values[middle])), box.once),
-                    ((float(values[middle + 1]), high), box.once),
-                ]
-        if not self.programs.exact:
-            return []
-        values = self.programs.once_values()
-        values = values[(values >= box.once[0]) & (values <= box.once[1])]
-        if len(values) < 2:
-            return [(box.cost, (float(values[0]),) * 2)] if len(values) and box.once[0] < box.once[1] else []  # type: ignore[list-item]
-        middle = (len(values) - 1) // 2
-        whole = 0.0, math.inf
-        return [
-            (whole, (float(values[0]), float(values[middle]))),
-            (whole, (float(values[middle + 1]), float(values[-1]))),
-        ]

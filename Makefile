@@ -5,6 +5,8 @@ VENV ?= .venv
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 RUN = $(VENV)/bin/python
+# make test runs test files side by side: two processes, whatever the machine has, as many tests start ranks themselves.
+TEST_PROCESSES ?= 2
 INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 # make profile-gpu: op times of this machine's GPU for the package, with the Python that is there; no network.
@@ -16,7 +18,7 @@ demo: setup
 	$(RUN) examples/train_byte_gpt.py
 
 test: setup-test
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 fuzz: setup-test
 	$(RUN) -m tests.fuzz --examples 2000 --processes 2

@@ -219,9 +219,9 @@ def test_running_on_devices_that_are_not_here_names_the_torchrun_line():
 @pytest.mark.parametrize(
     "settings, error",
     [
-        ({"precision": "bf16"}, errors.NotSupported),
+        ({"precision": "fp16"}, errors.NotSupported),
         ({"objective": "both"}, errors.UsageError),
-        ({"schedule": "zb"}, errors.NotSupported),
+        ({"schedule": "zbv"}, errors.UsageError),
         ({"microbatches": 0}, errors.UsageError),
         ({"optimizer": lambda parameters: None}, errors.UsageError),
         ({"solver": "abacus"}, errors.UsageError),

@@ -320,7 +320,7 @@ def draws(x: torch.Tensor) -> torch.Tensor:
         (torch.ops.discovery.writes.default, "side effects"),
         (torch.ops.discovery.draws.default, "random"),
         (aten.nonzero.default, "depends on data"),
-        (torch.sin, "not an op"),
+        pytest.param(torch.sin, "not an op", id="a function"),
     ],
     ids=str,
 )

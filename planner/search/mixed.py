@@ -15,7 +15,7 @@ on them is bounded as if it stayed in the node, and the plan is priced on its ow
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -370,7 +370,7 @@ class MixedSearch:
             proven = math.inf
             for stages in self.ranges():
                 problem = self._problem(m, ways, sends, stages)
-                choice, least = solve_mixed(problem, gap, best, self.search.budget.left)
+                choice, least = solve_mixed(problem, gap, best, self._half_of_the_time())
                 proven = min(proven, least)
                 if choice is not None:
                     found = self._candidate(m, priced, problem, choice, segments, forced)
@@ -379,6 +379,12 @@ class MixedSearch:
             if bound >= best * (1 - gap) or self.search.budget.left() <= 0:
                 break
         return found, bound
+
+    def _half_of_the_time(self) -> Callable[[], float]:
+        """Seconds left to one program: the other half is for those that follow."""
+        left = self.search.budget.left
+        kept = left() / 2
+        return lambda: left() - kept
 
     def ranges(self) -> list[range]:
         """Numbers of stages that are solved together: the fewer, the more of the once-a-step work the bound sees."""

@@ -6,6 +6,7 @@ step is run under torch's profiler, which sees every allocation, temporaries ins
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import tempfile
@@ -30,6 +31,7 @@ def peak_of(step: Callable[[], Any], device: torch.device, held: Iterable[torch.
         step()
         torch.cuda.synchronize(device)
         return _nbytes(held) + torch.cuda.max_memory_allocated(device) - before
+    gc.collect()  # what older work left behind must not count as given back by this step
     before_nbytes = _nbytes(held)
     changes = _changes(step)
     if changes is None:

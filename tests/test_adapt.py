@@ -68,7 +68,7 @@ def check_step(case: models.Case, plan: Plan, trace: Trace, where: str) -> None:
 
 
 @pytest.mark.parametrize("degrees", MESHES, ids=lambda d: "x".join(f"{k}{v}" for k, v in d.items()))
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "t5"])  # slow; evaluated below
 def test_smaller_batches_that_divide_and_that_do_not(planned, name, degrees):
     case, trace = planned(name)
     microbatches = 2 if name != "resnet" else 1

@@ -2,7 +2,7 @@
 
     make profile-gpu                                             # kind by the device's name, about eight minutes
     PYTHONPATH=. python benchmarks/profile_gpu.py --kind h100    # under a preset's name
-    PYTHONPATH=. python benchmarks/profile_gpu.py --device cpu --tiny --kind cpu -o /tmp/profile_cpu.toml
+    PYTHONPATH=. python benchmarks/profile_gpu.py --device cpu --tiny --kind cpu -o profile_cpu.toml
 
 Matrix products in bf16, fp16 and fp32, attention over heads and sequences, normalisations, pointwise ops and
 embeddings, forward and backward. Needs no network. What does not fit into memory or the budget is left out.

@@ -78,7 +78,7 @@ def cache_key(
         "environment": environment,
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
-    return f"links/1/{backend}/torch-{torch.__version__}/{len(cluster.devices)}/{digest}"
+    return f"links/2/{backend}/torch-{torch.__version__}/{len(cluster.devices)}/{digest}"
 
 
 def measure_links(

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 
-VERSION = 5
+VERSION = 6
 """Of the way of measuring: older measurements are not looked at."""
 
 _LEAST_REPEATS, _MOST_REPEATS = 5, 9
@@ -145,7 +145,7 @@ def _measure(call: LocalCall, device: torch.device, twice: bool) -> tuple[float,
     Operands go round a ring of copies, and results stay for a round: in a step a weight is read once and a result is
     written to memory that was used long ago, so a loop over one set of operands in the nearest cache says too little.
     """
-    ring = _ring(_tensors(call, device), device)
+    ring = _ring(_tensors(call, device), sum(value.nbytes for value in call.outputs), device)
     turn = count()
     held: list[Any] = [None] * len(ring)
     filled = [(_filled(call.args, inputs), {k: _filled(v, inputs) for k, v in call.kwargs.items()}) for inputs in ring]
@@ -153,6 +153,7 @@ def _measure(call: LocalCall, device: torch.device, twice: bool) -> tuple[float,
     def run() -> None:
         place = next(turn) % len(ring)
         args, kwargs = filled[place]
+        held[place] = None  # its memory is the next result's
         with _as_composed(call):
             held[place] = call.target(*args, **kwargs)
 
@@ -175,6 +176,7 @@ def _measure(call: LocalCall, device: torch.device, twice: bool) -> tuple[float,
 
         def back() -> None:
             place = next(turn) % round_
+            made[place] = None
             made[place] = torch.autograd.grad(results[place], grads[place], seeds, retain_graph=True, allow_unused=True)
 
         seconds = _timed(back, device)
@@ -182,9 +184,10 @@ def _measure(call: LocalCall, device: torch.device, twice: bool) -> tuple[float,
         return forward, after, max(seconds - _call_overhead(device), 0.1 * seconds)
 
 
-def _ring(inputs: list[torch.Tensor], device: torch.device) -> list[list[torch.Tensor]]:
-    """The operands and copies of them: as many as there is room for, few for large ones."""
-    nbytes = sum(tensor.numel() * tensor.element_size() for tensor in inputs)
+def _ring(inputs: list[torch.Tensor], result_nbytes: int, device: torch.device) -> list[list[torch.Tensor]]:
+    """The operands and copies of them: as many as there is room for with their results, one for large ones (a result
+    that is kept makes the allocator fetch new pages, which a step does not)."""
+    nbytes = result_nbytes + sum(tensor.numel() * tensor.element_size() for tensor in inputs)
     copies = 1 if device.type != "cpu" else max(min(_RING_NBYTES // max(nbytes, 1), _RING_COPIES), 1)
     made = [inputs]
     for _ in range(copies - 1):

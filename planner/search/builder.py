@@ -8,6 +8,7 @@ from torch import fx
 
 from shardplan.planner.placement import D, Placement, R, fits
 from shardplan.planner.rules import Strategy
+from shardplan.planner.search.converting import batch_conversions, conversion_price
 from shardplan.planner.search.problem import Option, Price, SegmentProblem, Value
 from shardplan.planner.search.runs import Run, held_by, ops_of
 from shardplan.planner.search.storing import Window, ways_to_store
@@ -61,7 +62,7 @@ class Builder:
         for node in self.ops:
             if not self._op(node):
                 return None
-            self.constant += self.columns.batch_conversions(node)
+            self.constant += batch_conversions(self.columns, node)
         leave = None
         if self.leaves is not None:
             maker, result = resolve(self.leaves)
@@ -186,7 +187,6 @@ class Builder:
             for source in sorted({option.states[value[1]] for option in self.options[value[0]]}):
                 if source == target or node in self.written:
                     continue
-                price = self.columns.conversion_price(node, placements[source], placements[target])
-                if price is not None:
-                    found[value, source, target] = price
+                price = conversion_price(self.columns, node, placements[source], placements[target])
+                found[value, source, target] = price
         return found

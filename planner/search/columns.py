@@ -15,7 +15,7 @@ from itertools import product
 from torch import fx
 
 from shardplan.planner.costs.base import Costs, OpCost
-from shardplan.planner.placement import COLLECTIVES, D, Mesh, Placement, R, S, conversion, fits, local_shape
+from shardplan.planner.placement import D, Mesh, Placement, R, S, fits, local_shape
 from shardplan.planner.propagate import Follow, placed
 from shardplan.planner.rules import LocalCall, Strategy, groups_fit, local_call, strategies
 from shardplan.planner.search.boundaries import Boundaries
@@ -481,44 +481,6 @@ class Columns:
             return tuple(range(self.width))
         return self.dp_ranks if "dp" in axes else self.tp_ranks if "tp" in axes else (0,)
 
-    def conversion_price(self, value: fx.Node, source: Placement, target: Placement) -> Price | None:
-        """A conversion on the tensor-parallel axis. None: not allowed (a buffer that is written has one layout)."""
-        differentiable = needs_grad(value) and self.training
-        step = conversion(source, target, needs_grad(value))
-        whole = self.local_nbytes(value, R)
-        seconds = [self._seconds(part, whole, "tp") for part in (step.forward, step.backward)]
-        if not differentiable:
-            seconds[1] = 0.0
-        copied = step.forward != "identity"
-        held = whole / self.tp if target.is_shard else whole
-        keep = self.training and copied and self.keeps.is_read_again(value)
-        return Price(seconds[0], seconds[1], 0.0, 0.0, held if keep else 0.0, held if copied else 0.0)
-
     def collective_seconds(self, kind: str, nbytes: int, ranks: tuple[int, ...]) -> float:
         """Seconds of a collective inside a stage."""
         return self.costs.collective(kind, nbytes, ranks) * self.costs.overheads(0).collective
-
-    def _seconds(self, part: str, whole_nbytes: float, axis: str) -> float:
-        ranks = self.tp_ranks if axis == "tp" else self.dp_ranks
-        if part == "identity":
-            return 0.0
-        if part in COLLECTIVES:
-            nbytes = whole_nbytes / len(ranks) if part == "all_to_all" else whole_nbytes
-            return self.collective_seconds(part, round(nbytes), ranks)
-        return self.costs.copy(round(whole_nbytes), 0)
-
-    def batch_conversions(self, node: fx.Node) -> Price:
-        """Conversions on "dp" that the followed strategy of an op needs on what it reads."""
-        forward = backward = 0.0
-        strategy = self.others(node).get("dp")
-        if strategy is None:
-            return Price()
-        for argument, wanted in zip(tensor_args(node), strategy.inputs, strict=True):
-            if not is_tensor(argument):
-                continue
-            maker, position = resolve(argument)
-            step = conversion(placed(self.others(maker).get("dp"), position), wanted, needs_grad(argument))
-            nbytes = float(info(argument).nbytes) / self.microbatches
-            forward += self._seconds(step.forward, nbytes, "dp")
-            backward += self._seconds(step.backward, nbytes, "dp") if self.training else 0.0
-        return Price(forward, backward)

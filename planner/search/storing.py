@@ -19,8 +19,9 @@ or of level 3, without anything that concerns gradients.
 
 Messages of a microbatch run while a segment computes: its gather while the one before it does, its reduce-scatter while
 the one behind it in backward does. Segments are alike, so of their seconds counts what exceeds the computing of the
-segment itself, by its fastest splits: a factor that depends on the segment and the level alone, so prices stay sums
-over parameters. What a stage's first gather and last reduce-scatter cannot hide behind is left out.
+segment itself, by its fastest splits, and of the rest what computing loses beside a message (on a CPU most of it: the
+rank's own core moves the bytes). That is a factor of the segment and the level alone, so prices stay sums over
+parameters. What a stage's first gather and last reduce-scatter cannot hide behind is left out.
 
 While a segment runs backward it holds its whole parameters, their gradients and the parameters of the segment before
 it; while gradients are sent, the gradients, what is sent and what arrives. Other than what ops hold, this adds up over
@@ -162,8 +163,10 @@ class _Maker:
         return self.columns.collective_seconds(kind, round(nbytes), self.columns.dp_ranks)
 
     def _exposed(self, kind: str, share: float) -> float:
-        """This parameter's share of what does not run while the segment computes."""
-        return self._seconds(kind) * self.nbytes / max(self.window.nbytes, self.nbytes) * share
+        """Seconds that this parameter's part of the segment's message adds. share: of it, what does not run while the
+        segment computes; the rest takes from the computing what such messages take (`Costs.slowdown`)."""
+        lost = max(self.columns.costs.slowdown("all_reduce", self.columns.dp_ranks))
+        return self._seconds(kind) * self.nbytes / max(self.window.nbytes, self.nbytes) * (share + lost * (1.0 - share))
 
     def _shown(self, level: int) -> float:
         """The share of backward's messages that exceeds its computing."""

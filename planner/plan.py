@@ -10,13 +10,13 @@ import json
 import os
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shardplan.errors import PlanFileError, PlanMismatch
+from shardplan.errors import NotSupported, PlanFileError, PlanMismatch
 from shardplan.planner.instructions import Schedule, parse_schedule, schedule_text
 from shardplan.planner.placement import Mesh
 from shardplan.planner.rules.strategy import Strategy
@@ -73,7 +73,8 @@ class StagePlan:
         backward where activations are recomputed.
     rematerialized: names of segments whose activations are recomputed in backward.
     reductions: part of once_seconds: sums of gradients that go on during the last backward, as (share of it after which
-        a bucket's gradients are final, seconds), in order.
+        a bucket's gradients are final, seconds), in order. reducing: share of its speed that the backward loses while
+        one of them goes on.
     """
 
     first: int
@@ -87,6 +88,7 @@ class StagePlan:
     memory: Memory
     rematerialized: tuple[str, ...] = ()
     reductions: tuple[tuple[float, float], ...] = ()
+    reducing: float = 0.0
     optimizer_seconds: float = 0.0
     adding_seconds: float = 0.0
     communication_seconds: tuple[float, float] = (0.0, 0.0)
@@ -190,6 +192,7 @@ class Plan:
     coverage: share of predicted op seconds that was "measured", "interpolated", "modelled".
     calibration: factors that measured jobs gave and that the predictions contain, by name; calibrated_by: how many.
     overheads: seconds besides ops and messages of a "forward", a "backward" and a "step".
+    again: what `with_` calls: solves the problem of this plan anew; only where the plan was found in this process.
     """
 
     model: str
@@ -226,6 +229,7 @@ class Plan:
     calibrated_by: int = 0
     overheads: dict[str, float] = field(default_factory=dict)
     schema: int = SCHEMA
+    again: Callable[[tuple[Any, ...], dict[str, Any]], Plan] | None = field(default=None, compare=False, repr=False)
 
     def strategy(self, axis: str, node: str) -> Strategy | None:
         """The chosen strategy of a node on an axis, or None (replicated)."""
@@ -302,6 +306,19 @@ class Plan:
         from shardplan.planner.report import notebook
 
         return notebook(self)
+
+    def with_(self, *constraints: Any, **settings: Any) -> Plan:
+        """The plan for the same job under further constraints, or other settings of `plan` (``memory_limit=``,
+        ``microbatches=``, ``schedule=`` ...), solved anew from the traced and priced problem: the model is not needed.
+
+        Raises what `plan` raises; NotSupported for a plan that was read from a file, and for what needs another trace.
+        """
+        if self.again is None:
+            raise NotSupported(
+                "with_ on a plan without its problem: it was read from a file, or made in another process",
+                hints=["shardplan.plan(model, devices, example_inputs, constraints=[...])"],
+            )
+        return self.again(constraints, settings)
 
     def diff(self, other: Plan) -> str:
         """What changes from this plan to `other`, in words; "no difference" for equal plans."""

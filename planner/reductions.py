@@ -26,6 +26,7 @@ def times_of(stage: StagePlan, activation_nbytes: int = 0, fixed_nbytes: int = 0
         stage.backward_seconds,
         reduce_seconds=max(stage.once_seconds - summed, 0.0),
         reductions=stage.reductions,
+        reducing=stage.reducing,
         activation_nbytes=activation_nbytes,
         fixed_nbytes=fixed_nbytes,
     )

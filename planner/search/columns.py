@@ -449,15 +449,20 @@ class Columns:
         trainable = self.trace.sources[node.name].trainable and self.training
         if not trainable:
             return Price(parameter_nbytes=nbytes + rounded)
-        once = self.costs.optimizer(round(nbytes), 0)
-        ranks = self.reduce_ranks(self.layout(node, tp))
-        if len(ranks) > 1:
-            # Gradients travel in buckets, so a parameter costs its share of a large message.
-            sample = self.costs.collective("all_reduce", _REDUCE_SAMPLE_NBYTES, ranks)
-            reduce = sample * nbytes / _REDUCE_SAMPLE_NBYTES + self.costs.copy(round(nbytes), 0)
-            once += reduce * self.costs.overheads(0).reduce
+        once = self.costs.optimizer(round(nbytes), 0) + self.summing(node, tp)[0]
         held = nbytes * (2 + self.optimizer_factor) + rounded
         return Price(0.0, self.adding_seconds(nbytes), once, held)
+
+    def summing(self, node: fx.Node, tp: Placement) -> tuple[float, tuple[int, ...]]:
+        """Seconds of summing a parameter's gradient over ranks once a step, and these ranks."""
+        ranks = self.reduce_ranks(self.layout(node, tp))
+        if len(ranks) == 1:
+            return 0.0, ranks
+        # Gradients travel in buckets, so a parameter costs its share of a large message.
+        nbytes = self.stored_nbytes(node, self.local_nbytes(node, tp))
+        sample = self.costs.collective("all_reduce", _REDUCE_SAMPLE_NBYTES, ranks)
+        reduce = sample * nbytes / _REDUCE_SAMPLE_NBYTES + self.costs.copy(round(nbytes), 0)
+        return reduce * self.costs.overheads(0).reduce, ranks
 
     def stored_nbytes(self, node: fx.Node, used_nbytes: float) -> float:
         """Bytes of a parameter as the optimizer has it, where the ops have it in so many (see `planner.precision`)."""

@@ -16,6 +16,7 @@ from shardplan.planner.instructions import Schedule
 from shardplan.planner.leaf_op import is_leaf
 from shardplan.planner.placement import Mesh, Placement, R
 from shardplan.planner.plan import (
+    BUCKET_NBYTES,
     Alternative,
     DeviceSummary,
     Memory,
@@ -26,11 +27,13 @@ from shardplan.planner.plan import (
     input_texts,
 )
 from shardplan.planner.propagate import norm_notes, placed
+from shardplan.planner.reductions import times_of
 from shardplan.planner.rules import Strategy, has_rule, is_discovered, strategies, why_whole
 from shardplan.planner.search.runs import held_by, ops_of
 from shardplan.planner.search.stage_memory import with_memory
 from shardplan.planner.search.storing import Window, ways_to_store
-from shardplan.planner.simulate import Simulation, StageTimes, messages_of, simulate
+from shardplan.planner.search.summing import Part, with_sums
+from shardplan.planner.simulate import Simulation, messages_of, simulate
 from shardplan.planner.stages import StageSplit, split_stages
 from shardplan.planner.storage import Storage
 from shardplan.planner.trace import info, infos, leaf_of, resolve
@@ -45,7 +48,8 @@ _TIGHT = 0.9
 @dataclass(slots=True)
 class Finished:
     """A candidate with its tp strategies by node, how parameters are stored by name, and what the simulator says of its
-    instruction list."""
+    instruction list. exposed_seconds: of a step in which no sum of gradients hides behind backward: so the search
+    counts them, and its bounds are bounds on this."""
 
     candidate: Candidate
     chosen: dict[str, Strategy]
@@ -55,6 +59,8 @@ class Finished:
     links: tuple[StageLink, ...]
     instructions: Schedule
     simulation: Simulation
+    exposed_seconds: float
+    bucket_nbytes: int = BUCKET_NBYTES
 
     @property
     def seconds(self) -> float:
@@ -92,8 +98,8 @@ class Finished:
         """The Plan of this candidate."""
         trace, candidate = search.trace, self.candidate
         around = search.costs.overheads(0)
-        bound = min(search.tally.bound + around.step_seconds, self.seconds)
-        gap = (self.seconds - bound) / self.seconds if self.seconds else 0.0
+        bound = min(search.tally.bound + around.step_seconds, self.exposed_seconds)
+        gap = (self.exposed_seconds - bound) / self.exposed_seconds if self.exposed_seconds else 0.0
         outcome = "optimal" if gap <= search.options.gap and not search.tally.timed_out else "feasible"
         coverage = getattr(search.costs, "coverage", None)
         inputs = input_texts(
@@ -116,10 +122,11 @@ class Finished:
             instructions=self.instructions,
             splits=self._splits(),
             storage=self.storage,
+            bucket_nbytes=self.bucket_nbytes,
             step_seconds=self.seconds,
             status=Status(
                 outcome,
-                bound,
+                self.seconds * (1.0 - gap),
                 gap,
                 search.options.solver,
                 time.monotonic() - search.budget.started,
@@ -225,10 +232,24 @@ def finish(search: Search, candidate: Candidate) -> Finished:
         grad_edges=split.grad_edges(),
     )
     stages = with_memory(search, candidate, chosen, links, instructions, stages, stored)
-    times = [StageTimes(s.forward_seconds, s.backward_seconds, reduce_seconds=s.once_seconds) for s in stages]
+    stages, bucket_nbytes = with_sums([Part(search, candidate, chosen, stored)] * len(stages), stages)
     storage = {search.trace.sources[node].name: found for node, found in sorted(stored.items())}
-    simulation = simulate(instructions, times, messages_of(links))
-    return Finished(candidate, chosen, storage, split, stages, links, instructions, simulation)
+    simulation, exposed = simulated(instructions, stages, links)
+    return Finished(candidate, chosen, storage, split, stages, links, instructions, simulation, exposed, bucket_nbytes)
+
+
+def simulated(
+    instructions: Schedule, stages: Iterable[StagePlan], links: Iterable[StageLink]
+) -> tuple[Simulation, float]:
+    """-> (what the simulator says, seconds of a step in which no sum of gradients hides behind backward)."""
+    times, messages = [times_of(stage) for stage in stages], messages_of(links)
+    found = simulate(instructions, times, messages)
+    if not any(stage.reductions for stage in times):
+        return found, found.step_seconds
+    whole = [
+        replace(t, reductions=(), reduce_seconds=t.reduce_seconds + sum(s for _, s in t.reductions)) for t in times
+    ]
+    return found, simulate(instructions, whole, messages).step_seconds
 
 
 def _chosen(search: Search, candidate: Candidate) -> tuple[dict[str, Strategy], dict[str, Storage]]:

@@ -7,7 +7,7 @@ Messages are priced on the plan's ranks by the boxes that the runtime sends (`pl
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from shardplan.planner import schedules
@@ -23,7 +23,7 @@ from shardplan.planner.search.infeasible import explain_infeasible
 from shardplan.planner.search.mixed import MixedCandidate, MixedSearch
 from shardplan.planner.search.mixed_baselines import hand_made
 from shardplan.planner.search.stage_ilp import StageChoice, StageProblem
-from shardplan.planner.simulate import StageTimes, messages_of, simulate
+from shardplan.planner.search.summing import Part, with_sums
 from shardplan.planner.stages import split_stages
 from shardplan.planner.storage import Storage
 from shardplan.planner.trace import info, resolve, tensor_args
@@ -53,16 +53,6 @@ def solve_unequal(search: Search) -> Plan:
     return best.plan(tuple(shown.values()), tuple(runners[:_RUNNERS_UP]))
 
 
-@dataclass(slots=True)
-class _Stage:
-    """One stage as a candidate of its own. search: with the prices of its ranks."""
-
-    search: Search
-    candidate: Candidate
-    chosen: dict[str, Strategy]
-    stored: dict[str, Storage]
-
-
 class _Mixed:
     """A finished candidate for unequal devices."""
 
@@ -83,9 +73,9 @@ class _Mixed:
             training=search.options.training,
             grad_edges=self.split.grad_edges(),
         )
-        self.stages = tuple(self._stage(number) for number in range(len(self.parts)))
-        times = [StageTimes(s.forward_seconds, s.backward_seconds, reduce_seconds=s.once_seconds) for s in self.stages]
-        self.simulation = simulate(self.instructions, times, messages_of(self.links))
+        stages = [self._stage(number) for number in range(len(self.parts))]
+        self.stages, self.bucket_nbytes = with_sums(self.parts, stages)
+        self.simulation, self.exposed_seconds = finish.simulated(self.instructions, self.stages, self.links)
 
     @property
     def seconds(self) -> float:
@@ -111,7 +101,7 @@ class _Mixed:
 
     # -- stages --------------------------------------------------------------------------------------------------------
 
-    def _part(self, number: int) -> _Stage:
+    def _part(self, number: int) -> Part:
         candidate, stage = self.candidate, self.candidate.stages[number]
         group, columns, segments = candidate.groups[number], candidate.columns[number], candidate.segments[number]
         placed = copy.copy(columns.costs)
@@ -135,7 +125,7 @@ class _Mixed:
         view = copy.copy(self.search)
         view.costs = placed
         chosen, stored = finish._chosen(view, made)
-        return _Stage(view, made, chosen, stored)
+        return Part(view, made, chosen, stored)
 
     def _mine(self, number: int) -> set[str]:
         """Nodes that the stage computes, and parameters that it holds."""
@@ -236,6 +226,8 @@ class _Mixed:
             self.links,
             self.instructions,
             self.simulation,
+            self.exposed_seconds,
+            self.bucket_nbytes,
         ).plan(self.search, baselines, runners_up)
         return replace(base, stages=self.stages, splits=self._splits())
 

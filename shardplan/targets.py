@@ -167,6 +167,8 @@ def _from_config(text: str, batch: int, seq: int | None, on_meta: bool) -> Targe
         raise TargetError(f"{path} is not a model configuration", [f"{type(error).__name__}: {error}"]) from error
     from shardplan.runtime.meta import meta_model
 
+    if kind in configs.OWN:
+        return _own(path, kind, data, batch, seq, on_meta)
     try:
         import transformers
     except ImportError as error:
@@ -186,6 +188,24 @@ def _from_config(text: str, batch: int, seq: int | None, on_meta: bool) -> Targe
         raise TargetError(f"cannot build {kind} from {path}: {type(error).__name__}: {error}") from error
     model.train()
     return Target(path.stem if path.stem != "config" else kind, model, shapes=_shapes(model, config, batch, seq))
+
+
+def _own(path: Path, kind: str, data: Any, batch: int, seq: int | None, on_meta: bool) -> Target:
+    """A model of an architecture that is built here."""
+    from shardplan.runtime.meta import meta_model
+
+    made = importlib.import_module(configs.OWN[kind])
+    try:
+        dtype = getattr(torch, data.get("dtype", "float32"))
+
+        def build() -> torch.nn.Module:
+            return made.build(data).to(dtype)
+
+        model = meta_model(build) if on_meta else build()
+        shapes = made.shapes(model, dtype, batch, seq)
+    except Exception as error:
+        raise TargetError(f"cannot build {kind} from {path}: {type(error).__name__}: {error}") from error
+    return Target(path.stem if path.stem != "config" else kind, model, loss_fn=made.loss_fn, shapes=shapes)
 
 
 def _shapes(model: Any, config: Any, batch: int, seq: int | None) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from shardplan.errors import TargetError
 
 FOLDER = Path(__file__).parent
+OWN = {"unet": "shardplan.configs.unet"}
+"""model_type -> the module that builds it: ``build(settings)``, ``shapes(model, dtype, batch, seq)``, ``loss_fn``."""
 
 
 def names() -> list[str]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -22,6 +23,7 @@ from shardplan.runtime.inputs import Rows
 from shardplan.runtime.loading import Drawn, Loader, Source
 from shardplan.runtime.measure_links import measure_links, plan_groups
 from shardplan.runtime.metering import StepRecord, detailed
+from shardplan.runtime.rendezvous import attempt_store, from_environment
 from shardplan.runtime.supply import Supply
 from shardplan.runtime.watch import Watch
 from shardplan.runtime.worker import Session
@@ -51,9 +53,19 @@ def join(device: str, timeout_seconds: float, heartbeat_seconds: float) -> Sessi
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        store, rank, world_size = from_environment(timeout_seconds)
+        store, _ = attempt_store(rank, world_size, store, timeout_seconds)
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_seconds),
+            device_id=torch.device(device) if backend == "nccl" else None,
+        )
     session = Session(dist.get_rank(), dist.get_world_size(), device)
-    session.watch = Watch(session.rank, session.world_size, session.slot, heartbeat_seconds)
+    job = share(session, uuid.uuid4().hex)  # the store may have signs of life of an attempt before
+    session.watch = Watch(session.rank, session.world_size, session.slot, heartbeat_seconds, job)
     return session
 
 

@@ -11,7 +11,6 @@ Calls are compared by number, the last 16 and every 64th, by what was called and
 from __future__ import annotations
 
 import atexit
-import itertools
 import json
 import os
 import sys
@@ -34,21 +33,21 @@ _RECENT = 16
 _PERIOD = 64
 _GRACE_SECONDS = 3.0
 _SAMPLE = 512
-_numbers = itertools.count()  # every rank makes its watches in the same order
 _KINDS = {"failed": WorkerFailed, "silent": WorkerTimeout}
 
 
 class Watch:
     """One rank's part in it. Make it on every rank, once the process group is there.
 
-    heartbeat_seconds: the longest silence. A rank that closes its watch, or ends in order, is not missed.
+    heartbeat_seconds: the longest silence. job: a name that is the same on all ranks, and no earlier watch's, because a
+    restarted job may find the store of the one before. A rank that closes its watch, or ends in order, is not missed.
     """
 
-    def __init__(self, rank: int, world_size: int, slot: Slot, heartbeat_seconds: float) -> None:
+    def __init__(self, rank: int, world_size: int, slot: Slot, heartbeat_seconds: float, job: str) -> None:
         self.rank = rank
         self.slot = slot
         self.heartbeat_seconds = heartbeat_seconds
-        self._number = next(_numbers)
+        self._job = job
         self._interval = min(heartbeat_seconds / 4, 2.0)
         distances = range(1, min(world_size, _NEIGHBOURS + 1))
         self._watched = [(rank + distance) % world_size for distance in distances]
@@ -114,9 +113,7 @@ class Watch:
             return  # the store went first: nobody is left to tell
 
     def _key(self, *words: object) -> str:
-        # A restarted job may find the store of the one before.
-        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return "/".join(("shardplan", restarts, str(self._number), *map(str, words)))
+        return "/".join(("shardplan", self._job, *map(str, words)))
 
     # -- in the background ---------------------------------------------------------------------------------------------
 

@@ -32,6 +32,14 @@ def times_of(stage: StagePlan, activation_nbytes: int = 0, fixed_nbytes: int = 0
     )
 
 
+def shown_seconds(stage: StagePlan, besides: float = 0.0) -> float:
+    """Seconds of a stage's ``REDUCE_GRADS``: of the sums what does not hide behind backward. besides: seconds of its
+    once_seconds that are neither sums nor the optimizer's."""
+    backward, done = times_of(stage).summed(0.0, stage.backward_seconds)
+    summed = sum(seconds for _, seconds in stage.reductions)
+    return done - min(backward, done) + max(stage.once_seconds - stage.optimizer_seconds - besides - summed, 0.0)
+
+
 def spread(segments: Sequence[tuple[float, float, float]], nbytes: int) -> Reductions:
     """(backward seconds, seconds of summing its gradients, their bytes) per segment in the order of the forward ->
     (share of the backward, seconds of the sum) per bucket, in the order in which they are summed.

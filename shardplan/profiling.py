@@ -21,6 +21,7 @@ from shardplan.planner.costs.model import CostModel
 from shardplan.planner.costs.store import Store
 from shardplan.planner.placement import Mesh, R, fits
 from shardplan.planner.plan import Plan
+from shardplan.planner.reductions import shown_seconds
 from shardplan.planner.report.measured import Measured
 from shardplan.planner.rules import LocalCall, Strategy, local_call, strategies
 from shardplan.planner.trace import Trace, info, infos, is_tensor, resolve, tensor_args
@@ -64,7 +65,7 @@ class Comparison:
             predicted = {
                 "forward": stage.forward_seconds,
                 "backward": stage.backward_seconds,
-                "reduce": max(stage.once_seconds - stage.optimizer_seconds - plan.overheads.get("step", 0.0), 0.0),
+                "reduce": shown_seconds(stage, plan.overheads.get("step", 0.0)),
                 "optimizer": stage.optimizer_seconds,
                 "rest": plan.overheads.get("step", 0.0),
             }

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 from shardplan.planner.costs.calibration import Evidence, Pair
 from shardplan.planner.plan import Plan
+from shardplan.planner.reductions import shown_seconds
 from shardplan.planner.report.measured import Measured
 from shardplan.planner.simulate import StageTimes, messages_of, simulate
 
@@ -80,8 +81,8 @@ class _Stage:
 
     @property
     def reduce(self) -> float:
-        """Predicted seconds of gradient reduction."""
-        return max(self.stage.once_seconds - self.stage.optimizer_seconds - self.plan.overheads.get("step", 0.0), 0.0)
+        """Predicted seconds of waiting for sums of gradients."""
+        return shown_seconds(self.stage, self.plan.overheads.get("step", 0.0))
 
     @property
     def communication(self) -> float:

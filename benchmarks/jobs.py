@@ -28,19 +28,19 @@ def _gpt(layers: int, width: int, heads: int, batch: int, seq: int) -> Made:
     return ByteGPT(layers=layers, width=width, heads=heads), (ids, ids), token_loss
 
 
-def wide() -> Made:
+def wide(batch: int = 4, length: int = 64) -> Made:
     """A decoder with few wide layers and few tokens: parameters weigh more than activations."""
-    return _gpt(2, 768, 12, 4, 64)
+    return _gpt(2, 768, 12, batch, length)
 
 
-def deep() -> Made:
+def deep(batch: int = 16, length: int = 128) -> Made:
     """A decoder with many narrow layers and many tokens: activations weigh more."""
-    return _gpt(12, 128, 4, 16, 128)
+    return _gpt(12, 128, 4, batch, length)
 
 
-def usual() -> Made:
+def usual(batch: int = 8, length: int = 128) -> Made:
     """A decoder in between."""
-    return _gpt(4, 384, 6, 8, 128)
+    return _gpt(4, 384, 6, batch, length)
 
 
 class _Residual(nn.Module):
@@ -54,16 +54,16 @@ class _Residual(nn.Module):
         return x + self.second(F.relu(self.norm(self.first(x))))
 
 
-def images() -> Made:
-    """A residual network of convolutions."""
+def images(batch: int = 16, length: int = 32) -> Made:
+    """A residual network of convolutions. length: of an image's side."""
     body = [_Residual(48) for _ in range(6)]
     model = nn.Sequential(
         nn.Conv2d(3, 48, 3, padding=1), *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 10)
     )
-    return model, (torch.randn(16, 3, 32, 32), torch.randint(10, (16,))), F.cross_entropy
+    return model, (torch.randn(batch, 3, length, length), torch.randint(10, (batch,))), F.cross_entropy
 
 
-def experts() -> Made:
+def experts(batch: int = 8, length: int = 64) -> Made:
     """A small mixture of experts."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -72,11 +72,11 @@ def experts() -> Made:
         num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=128, use_cache=False,
         experts_implementation="batched_mm",
     )  # fmt: skip
-    ids = torch.randint(512, (8, 64))
+    ids = torch.randint(512, (batch, length))
     return MixtralForCausalLM(config), {"input_ids": ids, "labels": ids}, None
 
 
-def translation() -> Made:
+def translation(batch: int = 8, length: int = 96) -> Made:
     """An encoder with a decoder."""
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -84,14 +84,16 @@ def translation() -> Made:
         vocab_size=512, d_model=192, d_kv=32, d_ff=512, num_layers=4, num_heads=6, dropout_rate=0.0, use_cache=False,
         decoder_start_token_id=0, pad_token_id=0,
     )  # fmt: skip
-    ids = torch.randint(1, 512, (8, 96))
+    ids = torch.randint(1, 512, (batch, length))
     return T5ForConditionalGeneration(config), {"input_ids": ids, "labels": ids}, None
 
 
-JOBS: dict[str, Callable[[], Made]] = {job.__name__: job for job in (wide, deep, usual, images, experts, translation)}
+JOBS: dict[str, Callable[..., Made]] = {job.__name__: job for job in (wide, deep, usual, images, experts, translation)}
 
 
 def make(name: str) -> Made:
-    """The job of that name, the same on every rank."""
+    """The job of that name, the same on every rank: "usual", or with another batch "usual@4", or with another batch and
+    length "usual@8x32"."""
     torch.manual_seed(0)
-    return JOBS[name]()
+    kind, _, size = name.partition("@")
+    return JOBS[kind](*map(int, size.split("x"))) if size else JOBS[kind]()

@@ -12,25 +12,31 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
-import platform
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import records
 from benchmarks.cluster import EmulatedCluster, Links, missing, nodes, uniform
-from benchmarks.emulated import Measured, Wanted, measure, shown
+from benchmarks.emulated import Conditions, Measured, Wanted, measure, shown
+from benchmarks.records import Checked, Target
 
-TARGETS = {"seconds": (0.05, 0.12), "bytes": (0.03, 0.08)}
-"""Median and worst relative error."""
+TARGETS = (
+    Target("step time off by, median", 0.05),
+    Target("step time off by, worst", 0.12),
+    Target("peak memory off by, median", 0.03),
+    Target("peak memory off by, worst", 0.08),
+)
+"""Relative errors."""
 _SHARE = 0.45
 """Of a core, for each of four ranks on two cores."""
 
@@ -94,10 +100,10 @@ def run(settings: tuple[Setting, ...], ranks: int, known: dict[str, Cell], loopb
     if todo:
         with (
             tempfile.TemporaryDirectory(prefix="shardplan-prediction-") as folder,
-            EmulatedCluster(todo[0].links, share=share if share < 1 and not loopback else None, loopback=loopback) as c,
+            EmulatedCluster(todo[0].links, shares=share if share < 1 else None, loopback=loopback) as c,
         ):
             for setting in shown(todo, not sys.stderr.isatty()):
-                found = measure(c, setting.links, setting.job, setting.wanted, folder, share=share)
+                found = measure(c, setting.links, setting.job, setting.wanted, folder, Conditions((share,) * ranks))
                 for want, result in zip(setting.wanted, found, strict=True):
                     known[_key(setting, ranks, want)] = Cell(_key(setting, ranks, want), result)
                 save()
@@ -108,8 +114,8 @@ def _key(setting: Setting, ranks: int, want: Wanted) -> str:
     return f"{setting.job} | {ranks} ranks | {setting.links.name} | {want.name}"
 
 
-def show(cells: list[Cell], console: Console) -> dict[str, dict[str, float]]:
-    """Prints every cell; -> median and worst error of seconds and bytes, in absolute value."""
+def show(cells: list[Cell], console: Console) -> None:
+    """Prints every cell."""
     table = Table("cell", "predicted", "measured", "off by", "peak off by")
     for cell in cells:
         if cell.measured.error:
@@ -124,19 +130,15 @@ def show(cells: list[Cell], console: Console) -> dict[str, dict[str, float]]:
             "" if memory is None else f"{memory:+.1%}",
         )
     console.print(table)
+
+
+def checked(cells: Iterable[Cell]) -> list[Checked]:
+    """The targets, for what was measured."""
     good = [cell for cell in cells if not cell.measured.error]
-    errors = {
-        "seconds": [abs(cell.seconds_error) for cell in good],
-        "bytes": [abs(e) for cell in good if (e := cell.bytes_error) is not None],
-    }
-    summary = {
-        name: {"cells": len(values), "median": statistics.median(values), "worst": max(values)}
-        for name, values in errors.items()
-        if values
-    }
-    for name, found in summary.items():
-        console.print(f"{name}: {found['cells']} cells, median {found['median']:.1%}, worst {found['worst']:.1%}")
-    return summary
+    seconds = [abs(cell.seconds_error) for cell in good]
+    nbytes = [abs(e) for cell in good if (e := cell.bytes_error) is not None]
+    values = [f(errors) if errors else math.nan for errors in (seconds, nbytes) for f in (statistics.median, max)]
+    return [target.check(value) for target, value in zip(TARGETS, values, strict=True) if not math.isnan(value)]
 
 
 def main() -> int:
@@ -158,34 +160,19 @@ def main() -> int:
 
     def save() -> None:
         if given.output:
-            data = {"schema": 1, "machine": machine(), "cells": [asdict(cell) for cell in known.values()]}
-            given.output.write_text(json.dumps(data, indent=1) + "\n")
+            found = checked(known.values())
+            records.write(given.output, "prediction", found, cells=[asdict(cell) for cell in known.values()])
 
     cells: list[Cell] = []
     by_ranks = {2: SMOKE} if given.smoke else {ranks: {2: TWO, 4: FOUR}[ranks] for ranks in given.ranks}
     for ranks, settings in by_ranks.items():
         chosen = tuple(s for s in settings if given.only in s.job or given.only in s.links.name)
         cells += run(chosen, ranks, known, given.loopback, save)
-    summary = show(cells, Console())
-    missed = [
-        name for name, (median, worst) in TARGETS.items()
-        if name in summary and (summary[name]["median"] > median or summary[name]["worst"] > worst)
-    ]  # fmt: skip
-    for name in missed:
-        median, worst = TARGETS[name]
-        print(f"MISSED: {name}: wanted a median of {median:.0%} and at worst {worst:.0%}", file=sys.stderr)
+    show(cells, Console())
+    missed = [target for target in checked(cells) if not target.met]
+    for target in checked(cells):
+        print(f"{'' if target.met else 'MISSED: '}{target}", file=sys.stdout if target.met else sys.stderr)
     return 7 if missed and not given.smoke else 0
-
-
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "cores": os.cpu_count(),
-        "processor": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from benchmarks.cluster import quota
 from benchmarks.cluster.build import build
 from benchmarks.cluster.links import Links
+from benchmarks.cluster.quota import Quota
 
 _PREFIX = "shardplan"
 _MTU = 9000
@@ -46,8 +48,9 @@ class Network:
         self.spaces = [f"{_PREFIX}{os.getpid()}h{host}" for host in range(links.hosts)]
         self._file = Path(tempfile.mkstemp(prefix=f"{_PREFIX}-links-")[1])
         self._forwarder: subprocess.Popen[str] | None = None
+        sweep()
+        self._first = Quota("forwarder")
         try:
-            sweep()
             self._file.write_text(links.text())
             for space in self.spaces:
                 _ip("netns", "add", space)
@@ -55,6 +58,7 @@ class Network:
             pin = ["taskset", "-c", str(core)] if core is not None else []
             command = [*pin, str(build("forwarder")), str(self._file), str(limit_seconds), *self.spaces]
             self._forwarder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+            self._first.add(self._forwarder.pid)
             assert self._forwarder.stdout is not None
             if self._forwarder.stdout.readline().strip() != "ready":
                 raise RuntimeError("the forwarder did not start")
@@ -96,6 +100,7 @@ class Network:
             self._forwarder.kill()
             self._forwarder.wait()
             self._forwarder = None
+        self._first.close()
         for space in self.spaces:
             _ip("netns", "del", space, check=False)
         self._file.unlink(missing_ok=True)
@@ -108,7 +113,8 @@ class Network:
 
 
 def sweep() -> None:
-    """Deletes namespaces of runs whose process is gone."""
+    """Deletes namespaces and control groups of runs whose process is gone (their processes went with it)."""
+    quota.sweep()
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=False).stdout
     for line in listed.splitlines():
         found = re.match(rf"({_PREFIX}(\d+)h\d+)\b", line)

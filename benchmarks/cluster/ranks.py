@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -35,15 +35,16 @@ class RankFailed(Exception):
 class EmulatedCluster:
     """A context manager: `links.hosts` ranks, one a host.
 
-    cores: of every rank; default: in turn. share: of a core's time that every rank may use, None for all of it.
-    loopback: no namespaces, no shaping (needs no root). environment: of the ranks, added to this process's.
+    cores: of every rank; default: in turn. shares: of a core's time that each rank may use; one for all of them; None:
+    all of it, before other work of the machine. loopback: no namespaces, no shaping, no shares (needs no root).
+    environment: of the ranks, added to this process's.
     """
 
     def __init__(
         self,
         links: Links,
         cores: list[int] | None = None,
-        share: float | None = None,
+        shares: float | Sequence[float] | None = None,
         loopback: bool = False,
         environment: dict[str, str] | None = None,
     ) -> None:
@@ -62,7 +63,8 @@ class EmulatedCluster:
             if not loopback:
                 self._network = Network(links)
             for rank in range(self.size):
-                if share is not None:
+                if not loopback:
+                    share = shares[rank] if isinstance(shares, Sequence) else shares
                     self._quotas.append(Quota(f"r{rank}", share))
                 self._start(rank, environment or {})
         except BaseException:

@@ -74,7 +74,7 @@ def trace_model(
     Raises UsageError for wrong arguments or a missing loss, NotTraceable for what cannot be one graph.
     """
     started = time.perf_counter()
-    kwargs = dict(kwargs or {})
+    kwargs = in_order(model, kwargs or {})
     _check_arguments(model, args, kwargs, loss_fn, target, training)
     evaluate = not training if evaluate is None else evaluate
     dtype = compute_dtype(precision)
@@ -101,6 +101,17 @@ def trace_model(
     fill_segments(trace)
     trace.seconds = time.perf_counter() - started
     return trace
+
+
+def in_order(model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments in the order of the model's signature, those that it does not name by name: equal calls become
+    equal traces."""
+    try:
+        named = list(inspect.signature(model.forward).parameters)
+    except (TypeError, ValueError):
+        named = []
+    places = {name: place for place, name in enumerate(named)}
+    return {name: kwargs[name] for name in sorted(kwargs, key=lambda name: (places.get(name, len(places)), name))}
 
 
 def _masters(trace: Trace, model: nn.Module) -> dict[str, torch.dtype]:

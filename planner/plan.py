@@ -124,6 +124,27 @@ class Alternative:
 
 
 @dataclass(frozen=True, slots=True)
+class Decision:
+    """What was decided of `topic`, and the next best instead, in words.
+
+    seconds: of a step with the other (proven: at least), None where nothing with it fits. nbytes, stage, limit_nbytes:
+    what its fullest stage would hold, of how many bytes; 0 where that is not known. name: the case or the parameters
+    that are meant. why: what makes it slower.
+    """
+
+    topic: str
+    chosen: str
+    other: str
+    seconds: float | None
+    proven: bool = False
+    nbytes: int = 0
+    stage: int = 0
+    limit_nbytes: int = 0
+    name: str = ""
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class StageLink:
     """What one microbatch carries between two stages: an activation from source to target (skip connections are links
     of their own) and, where grad_nbytes > 0, its gradient back. Bytes are those of one rank's message, seconds what
@@ -184,9 +205,10 @@ class Plan:
         "whole: " and why its batch is not split.
     batch_norm: as in `Trace`.
     links: messages between stages, one entry per edge of the schedule. nodes: node name -> summary, getitem left out.
+    decisions: what was decided, each with the next best.
     storage: parameter name -> how it is stored where that is not as it is used (`planner.storage`).
-    reduction: what the sums of gradients over replicas are sent in: "exact" (the gradients' own dtype) or "bf16", which
-        rounds them and is not what one device computes.
+    reduction: what sums of gradients over replicas are sent as, see `planner.wire`: only "exact" is what one device
+        computes. average_every: 0; or replicas take that many steps by themselves and then average their parameters.
     bucket_nbytes: about how many bytes of gradients are summed over ranks at a time while backward goes on.
     flops: of a step of the model itself, recomputation left out; peak_flops: per second, of all devices together.
     coverage: share of predicted op seconds that was "measured", "interpolated", "modelled".
@@ -209,6 +231,7 @@ class Plan:
     status: Status
     baselines: tuple[Alternative, ...] = ()
     runners_up: tuple[Alternative, ...] = ()
+    decisions: tuple[Decision, ...] = ()
     coverage: dict[str, float] = field(default_factory=dict)
     replicated_ops: tuple[tuple[str, int, float, str], ...] = ()
     discovered_ops: tuple[tuple[str, int, str], ...] = ()
@@ -225,6 +248,7 @@ class Plan:
     storage: dict[str, Storage] = field(default_factory=dict)
     bucket_nbytes: int = BUCKET_NBYTES
     reduction: str = "exact"
+    average_every: int = 0
     calibration: dict[str, float] = field(default_factory=dict)
     calibrated_by: int = 0
     overheads: dict[str, float] = field(default_factory=dict)

@@ -87,7 +87,7 @@ def canonical(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
         if kind is inspect.Parameter.VAR_POSITIONAL:
             positional += value
         elif kind is inspect.Parameter.VAR_KEYWORD:
-            named |= value
+            named |= dict(sorted(value.items()))
         elif kind is inspect.Parameter.POSITIONAL_ONLY or (spread and kind is inspect.Parameter.POSITIONAL_OR_KEYWORD):
             positional.append(value)
         else:
@@ -111,7 +111,9 @@ class Inputs:
         self._carriers = {s.name for s in trace.sources.values() if s.kind == "input" and s.batch_dim == 0}
         self._by_leaf = {s.leaf: s.name for s in trace.sources.values() if s.kind == "input" and s.leaf >= 0}
         self._example = _leaves_of_call(Batch(example.args, example.kwargs))
-        self._positions = {path: index for index, path in enumerate(_leaves(example.args, example.kwargs))}
+        assert trace.in_spec is not None
+        args, kwargs = pytree.tree_unflatten(range(trace.in_spec.num_leaves), trace.in_spec)
+        self._positions: dict[str, int] = _leaves(args, kwargs)
         self._has_target = traced_target is not None
         self.signature = signature(Batch(example.args, example.kwargs, traced_target))
 

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -187,6 +187,42 @@ class LinkCache:
             Store.open().put_text(self._key, tables.to_json())
 
 
+_TRACED = frozenset({"loss_fn", "precision", "objective"})
+"""Settings that another trace would have to be made for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What `Plan.with_` solves again: a traced job with its prices. It stays in the process that made it: a copy in
+    another one is None."""
+
+    trace: Trace
+    cluster: Cluster
+    request: Request
+    tables: LinkTables | None
+    say: Say
+
+    def __call__(self, constraints: tuple[Any, ...], settings: dict[str, Any]) -> Plan:
+        names = {f.name for f in fields(Request)} - {"constraints"}
+        if unknown := sorted(settings.keys() - names):
+            raise UsageError(f"with_ does not take {', '.join(unknown)}", hints=[f"one of {', '.join(sorted(names))}"])
+        fixed = sorted(name for name in settings.keys() & _TRACED if settings[name] != getattr(self.request, name))
+        fixed += sorted(str(c) for c in constraints if isinstance(c, Leaf))
+        if fixed:
+            raise NotSupported(f"with_: {', '.join(fixed)} needs another trace", hints=["call plan with it"])
+        request = replace(self.request, constraints=(*self.request.constraints, *constraints), **settings)
+        cluster = self.cluster
+        if "memory_limit" in settings:
+            limit = request.memory_limit
+            cluster = replace(cluster, limits=()) if limit is None else cluster.with_memory(limit)
+        if request.batch_norm != self.trace.batch_norm:
+            raise NotSupported("with_: batch_norm needs another trace", hints=["call plan with it"])
+        return find_plan(self.trace, cluster, request, self.tables, self.say)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
 def find_plan(trace: Trace, cluster: Cluster, request: Request, tables: LinkTables | None, say: Say) -> Plan:
     """Price and solve. Raises NoFeasiblePlan, ConflictingConstraints, SolverTimeout and what else planning raises."""
     from shardplan.planner.costs.links import LinkModel
@@ -232,6 +268,7 @@ def find_plan(trace: Trace, cluster: Cluster, request: Request, tables: LinkTabl
         profile_seconds=costs.profile_seconds,
         flops=work,
         peak_flops=sum(device.kind.peak_flops(dtype) for device in cluster.devices),
+        again=Problem(trace, cluster, request, tables, say),
     )
 
 

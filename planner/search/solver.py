@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Mapping
@@ -13,9 +15,15 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, cast
 
-import pulp
+# PuLP keeps the errors of importing solvers that are not installed, and with them every frame below: that of a caller
+# who plans for the first time, with the model among its variables. In a thread of its own there is none.
+_importing = threading.Thread(target=importlib.import_module, args=("pulp",))
+_importing.start()
+_importing.join()
 
-from shardplan.errors import SolverTimeout, SolverUnavailable
+import pulp  # noqa: E402
+
+from shardplan.errors import SolverTimeout, SolverUnavailable  # noqa: E402
 
 SOLVERS = ("highs", "cbc")
 

@@ -26,7 +26,8 @@ from shardplan.planner.search.columns import Case, Columns, SegmentColumns
 from shardplan.planner.search.memory import Keeps
 from shardplan.planner.search.problem import Price, Weights
 from shardplan.planner.search.runs import held_by, ops_of
-from shardplan.planner.search.stage_dp import Known, certified, hull_steps
+from shardplan.planner.search.stage_cells import Known, hull_steps
+from shardplan.planner.search.stage_dp import certified
 from shardplan.planner.search.stage_ilp import StageChoice, StageProblem
 from shardplan.planner.search.stages import solve_stages
 from shardplan.planner.search.storing import AUTO, Stored, Window, ways_to_store

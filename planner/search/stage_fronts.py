@@ -115,20 +115,27 @@ class Fronts:
         cost = np.concatenate([f.cost for f in fronts])
         held = np.concatenate([f.held for f in fronts])
         transient = np.concatenate([f.transient for f in fronts])
-        fits = np.flatnonzero(held + transient <= room)
-        order = fits[np.lexsort((transient[fits], held[fits], cost[fits]))]
-        mine, level = held[order], transient[order]
-        kept = np.zeros(len(order), dtype=bool)
-        for value in np.unique(level):
-            # The least bytes held by what is cheaper and needs no more transient bytes.
-            least = np.minimum.accumulate(np.where(level <= value, mine, math.inf))
-            before = np.concatenate([[math.inf], least[:-1]])
-            kept |= (level == value) & (mine < before)
-        order = order[kept]
-        if len(order) > most:
-            order = order[_thinned(cost[order], held[order], transient[order], most)]
+        order = nondominated(cost, held, transient, room, most)
         back = np.concatenate([f.back for f in fronts])
         return Front(cost[order], held[order], transient[order], back[order])
+
+
+def nondominated(cost: Numbers, held: Numbers, transient: Numbers, room: float, most: int) -> Numbers:
+    """Positions of the points that fit and that no other is at least as good as in all three, by rising cost; of more
+    than `most` some, spread evenly."""
+    fits = np.flatnonzero(held + transient <= room)
+    order = fits[np.lexsort((transient[fits], held[fits], cost[fits]))]
+    mine, level = held[order], transient[order]
+    kept = np.zeros(len(order), dtype=bool)
+    for value in np.unique(level):
+        # The least bytes held by what is cheaper and needs no more transient bytes.
+        least = np.minimum.accumulate(np.where(level <= value, mine, math.inf))
+        before = np.concatenate([[math.inf], least[:-1]])
+        kept |= (level == value) & (mine < before)
+    order = order[kept]
+    if len(order) > most:
+        order = order[_thinned(cost[order], held[order], transient[order], most)]
+    return order
 
 
 def _thinned(cost: Numbers, held: Numbers, transient: Numbers, most: int) -> Numbers:

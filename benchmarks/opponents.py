@@ -1,4 +1,4 @@
-"""What `benchmarks.overhead` compares with: one small decoder trained in the ways that torch offers.
+"""What `benchmarks.overhead` and `benchmarks.peers` compare with: one small decoder trained in the ways that there are.
 
 Every contestant is a function without arguments that does a whole training step on this rank (gradients, AdamW) and
 returns the loss of what it computed. All start from the same weights and see the same global batch.
@@ -100,6 +100,16 @@ def eager(size: Size) -> Step:
     return _plain(model, ids, target)
 
 
+def device_map(size: Size) -> Step:
+    """accelerate's hooks around modules, which compute on one device at a time: here there is one kind of device, so
+    that nothing has to be moved."""
+    from accelerate import dispatch_model
+
+    model, ids, target = made(size)
+    mapped = dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
+    return _plain(mapped, ids, target)
+
+
 def _plain(model: nn.Module, ids: torch.Tensor, target: torch.Tensor) -> Step:
     optimizer = adamw(model.parameters())
 
@@ -116,8 +126,14 @@ def _plain(model: nn.Module, ids: torch.Tensor, target: torch.Tensor) -> Step:
 # -- data parallel -----------------------------------------------------------------------------------------------------
 
 
-def ddp(size: Size, rank: int, ways: int, microbatches: int = 1) -> Step:
-    """microbatches: gradients of all but the last are accumulated without communication (`no_sync`)."""
+def ddp(size: Size, rank: int, ways: int) -> Step:
+    model, ids, target = made(size)
+    wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return _plain(wrapped, ids.chunk(ways)[rank], target.chunk(ways)[rank])
+
+
+def ddp_accumulating(size: Size, rank: int, ways: int, microbatches: int) -> Step:
+    """Gradients of all microbatches but the last are accumulated without communication (`no_sync`)."""
     model, ids, target = made(size)
     wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     parts = list(
@@ -215,7 +231,7 @@ def megatron(size: Size, rank: int, ways: int) -> Step:
 # -- pipeline ----------------------------------------------------------------------------------------------------------
 
 
-class _Half(nn.Module):
+class Half(nn.Module):
     def __init__(self, model: Decoder, rank: int, ways: int) -> None:
         super().__init__()
         share = math.ceil(len(model.layers) / ways)
@@ -235,7 +251,7 @@ def torch_pipeline(size: Size, rank: int, ways: int, microbatches: int) -> Step:
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
     model, ids, target = made(size)
-    half = _Half(copy.deepcopy(model), rank, ways)
+    half = Half(copy.deepcopy(model), rank, ways)
     stage = PipelineStage(half, rank, ways, torch.device("cpu"))
     schedule = Schedule1F1B(stage, microbatches, loss_fn=loss_of)
     optimizer = adamw(half.parameters())
@@ -251,3 +267,25 @@ def torch_pipeline(size: Size, rank: int, ways: int, microbatches: int) -> Step:
         return torch.stack(losses).mean().detach() if losses else torch.zeros(())
 
     return step
+
+
+# -- planned -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """Ours as a user runs it."""
+
+    pm: Any
+    batch: tuple[torch.Tensor, torch.Tensor]
+
+    def __call__(self) -> torch.Tensor:
+        return self.pm.train_step(self.batch[0], target=self.batch[1])
+
+
+def planned(size: Size, ways: int) -> Planned:
+    """The plan is the planner's."""
+    import shardplan as sp
+
+    model, *batch = made(size)
+    return Planned(sp.auto_parallel(model, ways, tuple(batch), loss_fn=loss_of, optimizer=adamw), tuple(batch))

@@ -27,8 +27,8 @@ from typing import Any
 
 TIE = 0.05
 WARM_UPS = 2
-TRIAL = 2
-GIVE_UP = 1.6
+TRIAL = 3
+GIVE_UP = 1.3
 
 
 def interleaved(

@@ -28,6 +28,9 @@ from rich.console import Console
 from rich.table import Table
 from search_models import ROWS, inputs_of, model_of
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import records
 from shardplan.planner.cluster import Cluster
 from shardplan.planner.costs.links import LinkModel
 from shardplan.planner.costs.model import CostModel
@@ -67,6 +70,11 @@ def measure(name: str, time_limit: float, profiled: bool) -> dict[str, Any]:
     }
 
 
+def figures(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """What two runs can be compared by."""
+    return {f"{name}: {what}": row[what] for name, row in rows.items() for what in ("solve", "gap")}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", default=list(ROWS))
@@ -93,7 +101,7 @@ def main() -> int:
             continue
         found = rows[name] = json.loads(done.stdout.splitlines()[-1])
         if given.json is not None:
-            given.json.write_text(json.dumps(rows, indent=1) + "\n")
+            records.write(given.json, "search", rows=rows, comparable=figures(rows))
         table.add_row(
             name,
             f"{found['trace']:.1f}",

@@ -28,7 +28,7 @@ def benchmarks(folder: Path = FOLDER) -> dict[str, str]:
     for path in sorted([*folder.glob("*.py"), *folder.glob("*/__main__.py")]):
         text = path.read_text()
         summary = (ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0]
-        if '__name__ == "__main__"' in text and summary:
+        if '__name__ == "__main__"' in text and summary and path != folder / "__main__.py":
             found[path.parent.name if path.stem == "__main__" else path.stem] = " ".join(summary.split())
     return found
 

@@ -41,7 +41,6 @@ from shardplan.runtime import rank_calls
 from shardplan.runtime.launch import HEARTBEAT_SECONDS, TIMEOUT_SECONDS
 from shardplan.runtime.measure_links import measure_links, plan_groups
 
-_LINK_SECONDS = 8.0
 _SOLVE_SECONDS = 30.0
 
 
@@ -63,10 +62,11 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Conditions:
-    """Of a measurement. shares: of a core, that each rank gets; limit_nbytes: what plans of the planner
-    may hold on a rank, None for no limit.
-    repeats, give_up: see `protocol.interleaved`; memory: whether peaks are measured, too, which takes several more
-    steps a plan. most: plans that are predicted to take this many times as long as the best are not measured."""
+    """Of a measurement. shares: of a core, that each rank gets; limit_nbytes: what plans of the planner may hold on a
+    rank, None for no limit. repeats, give_up: see `protocol.interleaved`; memory: whether peaks are measured, too,
+    which takes several more steps a plan. most: plans that are predicted to take this many times as long as the best
+    are not measured. link_seconds: about what measuring the links may take.
+    """
 
     shares: tuple[float, ...]
     limit_nbytes: int | None = None
@@ -74,6 +74,7 @@ class Conditions:
     give_up: float = float("inf")
     memory: bool = True
     most: float = float("inf")
+    link_seconds: float = 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +161,7 @@ def _on_rank(
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": "0", "SHARDPLAN_CACHE": folder}
     job = _jobs[name] if name in _jobs else _jobs.setdefault(name, _made(name))
     if links not in _tables:
-        _tables[links] = measure_links(plan_groups(size), budget_seconds=_LINK_SECONDS)
+        _tables[links] = measure_links(plan_groups(size), budget_seconds=conditions.link_seconds)
     made = _plans(rank, job, _tables[links], wanted, conditions)
     plans = [Plan.from_json(text) if text else None for text, _, _ in made]
     results = [

@@ -71,7 +71,7 @@ FOUR = (
     Setting("deep", nodes(4, 2, 0, 200, 1), _wanted((4, 1, 1, 1), (2, 1, 2, 4), (1, 1, 4, 8))),
     Setting("translation", uniform(4, 1000), _wanted((4, 1, 1, 1), (2, 1, 2, 4))),
 )
-SMOKE = (Setting("usual", uniform(2, 1000), _wanted((2, 1, 1, 1), (1, 1, 2, 4))),)
+SMOKE = (Setting("images@4x16", uniform(2, 1000), _wanted((2, 1, 1, 1), (1, 1, 2, 4))),)
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,7 @@ def tied(seconds: float, other: float) -> bool:
 
 
 def spearman(predicted: Sequence[float], measured: Sequence[float]) -> float | None:
-    """Rank correlation; values that tie share a rank. None for fewer than three, or where all of one side tie."""
+    """Rank correlation; equal values share a rank. None for fewer than three, or where one side is all equal."""
     if len(predicted) < 3:
         return None
     try:
@@ -80,18 +80,9 @@ def spearman(predicted: Sequence[float], measured: Sequence[float]) -> float | N
 
 
 def _ranks(values: Sequence[float]) -> list[float]:
-    """Ranks in order of value; values within a tie of the first of their group share its mean rank."""
-    order = sorted(range(len(values)), key=lambda i: values[i])
-    ranks = [0.0] * len(values)
-    start = 0
-    while start < len(order):
-        stop = start
-        while stop < len(order) and values[order[stop]] <= values[order[start]] * (1 + TIE):
-            stop += 1
-        for place in range(start, stop):
-            ranks[order[place]] = (start + stop - 1) / 2
-        start = stop
-    return ranks
+    """Ranks in order of value; equal values have their mean rank."""
+    order = sorted(values)
+    return [order.index(value) + (order.count(value) - 1) / 2 for value in values]
 
 
 def geometric_mean(values: Sequence[float]) -> float:

@@ -73,8 +73,8 @@ def by_hand(runs: Mapping[str, Measured]) -> Measured | None:
 
 
 def rank_correlation(found: Sequence[Measured], ties: bool = True) -> float | None:
-    """See the module docstring. None for fewer than three plans."""
-    runs = [m for m in found if m.samples]
+    """See the module docstring. None for fewer than three different plans."""
+    runs = list({(m.predicted_seconds, m.seconds): m for m in found if m.samples}.values())
     if len(runs) < 3:
         return None
     scale = statistics.median(m.seconds / m.predicted_seconds for m in runs)

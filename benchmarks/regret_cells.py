@@ -103,4 +103,4 @@ def _cells() -> Iterator[Cell]:
 
 
 CELLS = tuple(_cells())
-SMOKE = (Cell("usual@4x16", uniform(2, 1000), _EVEN),)
+SMOKE = (Cell("images@4x16", uniform(2, 1000), _EVEN),)

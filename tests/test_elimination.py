@@ -51,7 +51,10 @@ def test_against_brute_force(wide, monkeypatch):
     seen = impossible = 0
     for _ in range(150):
         weights = [
-            Weights(rng.random(), rng.random() * rng.randint(0, 1), rng.randint(1, 3), rng.choice([1.0, 2.0]))
+            Weights(
+                *(rng.random(), rng.random() * rng.randint(0, 1), rng.randint(1, 3), rng.choice([1.0, 2.0])),
+                rng.random(),
+            )
             for _ in range(2)
         ]
         a, b = check(with_ends(rng, random_segment(rng)), weights)

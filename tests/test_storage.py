@@ -256,12 +256,17 @@ def test_ways_of_one_placement_are_one_class():
     for _ in range(30):
 
         def options(needs, rng=rng):
-            found = [(Price(*(rng.random() for _ in range(7))), (state,), needs) for state in (0, 1) for _ in range(3)]
+            found = [(Price(*(rng.random() for _ in range(8))), (state,), needs) for state in (0, 1) for _ in range(3)]
             return tuple(Option(*each) for each in rng.sample(found, 5))
 
         ops = (options(()), options((((0, 0), rng.randint(0, 1)),)))
         problem = SegmentProblem(("a", "b"), ops, {((0, 0), 0, 1): Price(0.3), ((0, 0), 1, 0): Price(0.2)}, ("R", "D"))
-        for weights in (Weights(), Weights(1.0, 2.0, 3.0), Weights(0.5, 0.1, 0.0, 2.0)):
+        for weights in (
+            Weights(),
+            Weights(1.0, 2.0, 3.0),
+            Weights(0.5, 0.1, 0.0, 2.0),
+            Weights(0.5, 1.0, gathered=0.5),
+        ):
             matrix = eliminate(problem, [Weights(0.1), weights])[1]
             prices = [total_price(problem, c) for c in itertools.product(range(5), range(5))]
             best = min(weights.of(price) for price in prices if price is not None)

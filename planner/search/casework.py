@@ -42,6 +42,8 @@ _ROUNDS = 4
 _PRICES = 8
 """Prices of a byte between what the fastest columns pay and what the leanest do."""
 _LEANEST = 1e8
+_SHARES = 2
+"""Of segments that a stage has many of, so many different numbers."""
 
 
 @dataclass(slots=True)
@@ -352,7 +354,8 @@ class Cases:
         """The case with columns that weigh memory, and what they prove. bound: proven already."""
         case = prepared.case
         flights = self._few_flights(case, between=False)
-        found = Sketch(prepared, self.problem(prepared, self.search.schedule), Known((), flights, True), bound)
+        known = Known((), flights, True, shares=self._shares(prepared))
+        found = Sketch(prepared, self.problem(prepared, self.search.schedule), known, bound)
         self._make(found)
         self._priced(found, self._spread(found, _PRICES // 3), best)
         return found
@@ -361,15 +364,25 @@ class Cases:
         """More prices of a byte, for more numbers of microbatches in flight: what it takes to solve the case well."""
         sketch.refined = True
         prices = self._spread(sketch, _PRICES)
-        sketch.known = Known((), self._few_flights(sketch.prepared.case), True)
+        sketch.known = replace(sketch.known, prices=(), flights=self._few_flights(sketch.prepared.case))
         self._priced(sketch, prices, best)
+
+    def _shares(self, prepared: Prepared) -> tuple[float, ...]:
+        """Of a byte's price, what a gathered byte counts: all of it in a segment that is one of its kind on a stage,
+        and as little as makes it one where a stage has many of them (see `stage_dp`)."""
+        counts: dict[int, int] = {}
+        for segment in prepared.segments:
+            counts[id(segment)] = counts.get(id(segment), 0) + 1
+        usual = {-(-count // prepared.case.stages) for count in counts.values()}
+        return tuple(1.0 / count for count in [1, *sorted(usual - {1}, reverse=True)[:_SHARES]])
 
     def _make(self, sketch: Sketch) -> None:
         """The columns that are known to be among the sketch's, and its program."""
         case, known = sketch.prepared.case, sketch.known
         weights = [self.once(case)]
         weights += [self._weighing(case, _LEANEST / self._limit(case), flight) for flight in known.flights]
-        weights += [self._weighing(case, price, flight) for price in known.prices for flight in known.flights]
+        each = [self._weighing(case, price, flight) for price in known.prices for flight in known.flights]
+        weights += [replace(w, gathered=share) for w in each for share in (0.0, *known.shares)]
         prepared = self._prepared(case, sketch.prepared.columns, sketch.prepared.forced, weights)
         assert prepared is not None
         sketch.prepared, sketch.problem = prepared, self.problem(prepared, self.search.schedule)

@@ -74,7 +74,6 @@ def _kept(price: Price) -> Price:
         backward_seconds=price.backward_seconds + price.regather_seconds,
         transient_nbytes=price.transient_nbytes + price.gathered_nbytes,
         regather_seconds=0.0,
-        gathered_nbytes=0.0,
     )
 
 
@@ -240,7 +239,7 @@ class Columns:
         self, index: int, kind: Hashable, forced: dict[str, Placement], weights: Sequence[Weights]
     ) -> SegmentColumns:
         modes = self._modes(index)
-        wanted = [(replace(w, forward=2.0, in_flight=0.0) if again else w, again) for w in weights for again in modes]
+        wanted = [(w.again() if again else w, again) for w in weights for again in modes]
         found = SegmentColumns()
         seen: set[tuple[object, ...]] = set()
         entering = self.boundary_layouts(index - 1)
@@ -331,13 +330,14 @@ class Columns:
         """The same column, its activations recomputed: the forward runs again, only what enters is kept."""
         tensor = self.boundaries.before(index)
         kept = self.local_nbytes(tensor, entering) if tensor is not None else 0.0
+        held = price.activation_nbytes + price.gathered_nbytes
         return replace(
             price,
             backward_seconds=price.backward_seconds + price.forward_seconds,
             activation_nbytes=kept,
-            transient_nbytes=price.transient_nbytes + price.activation_nbytes + price.gathered_nbytes,
+            transient_nbytes=price.transient_nbytes + held,
             regather_seconds=0.0,
-            gathered_nbytes=0.0,
+            gathered_nbytes=held,
         )
 
     def _solve(

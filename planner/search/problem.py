@@ -19,7 +19,9 @@ class Price:
     """forward_seconds, backward_seconds: per microbatch. once_seconds: per step. parameter_nbytes: parameters with
     gradients and optimizer state; activation_nbytes: kept per microbatch; transient_nbytes: while it runs.
     regather_seconds: of backward, where it does not run the forward again (which then has them); gathered_nbytes: held
-    while the whole segment runs, other than transient ones it adds up. A column's price has both in the other fields.
+    while the whole segment runs, other than transient ones it adds up. A column's price has the former in
+    backward_seconds; its transient_nbytes contain its gathered_nbytes, of which activations are part where it computes
+    them again.
     """
 
     forward_seconds: float = 0.0
@@ -44,7 +46,7 @@ class Price:
         )
 
     def vector(self) -> tuple[float, ...]:
-        """What adds up (all but the bytes that are held for a while)."""
+        """What adds up (all but transient bytes)."""
         return (
             self.forward_seconds,
             self.backward_seconds,
@@ -52,6 +54,7 @@ class Price:
             self.parameter_nbytes,
             self.activation_nbytes,
             self.regather_seconds,
+            self.gathered_nbytes,
         )
 
     @property
@@ -63,23 +66,30 @@ class Price:
 @dataclass(frozen=True, slots=True)
 class Weights:
     """Objective: forward * forward_seconds + backward_seconds + once * once_seconds
-    + nbytes * (parameter_nbytes + in_flight * activation_nbytes). forward: 2 where backward computes it again; where it
-    does not, regather_seconds count as well."""
+    + nbytes * (parameter_nbytes + in_flight * activation_nbytes + gathered * gathered_nbytes). forward: 2 where
+    backward computes it again; where it does not, regather_seconds count as well."""
 
     once: float = 0.0
     nbytes: float = 0.0
     in_flight: float = 1.0
     forward: float = 1.0
+    gathered: float = 0.0
 
     def of(self, price: Price) -> float:
         held = price.parameter_nbytes + self.in_flight * price.activation_nbytes
+        held += self.gathered * price.gathered_nbytes
         seconds = self.forward * price.forward_seconds + price.backward_seconds
         seconds += self._regather() * price.regather_seconds
         return seconds + self.once * price.once_seconds + self.nbytes * held
 
     def vector(self) -> tuple[float, ...]:
         """Factors of what `Price.vector` gives."""
-        return self.forward, 1.0, self.once, self.nbytes, self.nbytes * self.in_flight, self._regather()
+        held = self.nbytes, self.nbytes * self.in_flight
+        return self.forward, 1.0, self.once, *held, self._regather(), self.nbytes * self.gathered
+
+    def again(self) -> Weights:
+        """The same where activations are computed again: what they take is then held while the segment runs."""
+        return replace(self, forward=2.0, in_flight=self.gathered)
 
     def _regather(self) -> float:
         return 1.0 if self.forward == 1.0 else 0.0

@@ -8,7 +8,7 @@ known for a smaller share kappa of the once-a-step seconds than the problem's: t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -24,6 +24,8 @@ _COUNTED = 16
 """Numbers of recomputed segments that are told apart at least."""
 _ENTRIES = 1 << 18
 """Of the table of bounds: up to this size, more are."""
+_CLOSE = 1e-9
+_ANY_NBYTES = 1e30
 _AT_ONCE = 1 << 21
 """Entries of a product."""
 
@@ -31,13 +33,15 @@ _AT_ONCE = 1 << 21
 @dataclass(frozen=True, slots=True)
 class Known:
     """Weightings for which the best columns are among the given ones: prices of a byte, at each of `flights`; leanest:
-    those of the fewest bytes too. Without a price: always.
+    those of the fewest bytes too. Without a price: always. shares: of the price, what a gathered byte counts in further
+    weightings, beside those where it does not.
     kappa: the share of once-a-step seconds of weightings with a price (None: the problem's)."""
 
     prices: tuple[float, ...] = ()
     flights: tuple[int, ...] = ()
     leanest: bool = False
     kappa: float | None = None
+    shares: tuple[float, ...] = ()
 
 
 class StageCells:
@@ -63,7 +67,8 @@ class StageCells:
         if self.words is None:
             return
         self.counted = self._counted()
-        self.budget = self._budget()
+        self.rooms, self.needs = self._rooms(), self.words.needs(self.counted)
+        self.mixtures = self._mixtures()
         self.fronts = Fronts(problem, self.words, self.kappa)
         self.by_count = self._bounds()
         self.bounds = self.by_count.min(2)
@@ -79,11 +84,13 @@ class StageCells:
         return limit - self.problem.fixed.activation_nbytes - flight * received
 
     def _vectors(self) -> None:
-        """Per tuple of columns: [column] of c, P, A, recomputed, enters, leaves, c with the share known of prices."""
+        """Per tuple of columns: [column] of c, P, A, recomputed, enters, leaves, c with the share of prices, G."""
         known = self.kappa if self.known is None or self.known.kappa is None else self.known.kappa
         self.vectors: dict[int, Numbers] = {}
         for columns in self.problem.columns:
             if id(columns) not in self.vectors:
+                # Where these are all columns there are, all of their transient bytes are known to be held at once.
+                least = min(c.price.transient_nbytes for c in columns)
                 rows = [
                     (
                         c.price.seconds + self.kappa * c.price.once_seconds,
@@ -93,6 +100,7 @@ class StageCells:
                         c.enters,
                         c.leaves,
                         c.price.seconds + known * c.price.once_seconds,
+                        c.price.gathered_nbytes if self.known is not None else c.price.transient_nbytes - least,
                     )
                     for c in columns
                 ]
@@ -104,33 +112,54 @@ class StageCells:
         entries = len(self.pairs) * len(self.words) * self.words.width**2
         return min(self.words.most, max(_ENTRIES // entries, _COUNTED)) if len(modes) > 1 else 0
 
-    def _weighed(self, seconds: float, price: float, flight: int) -> Numbers:
-        """[kind, recomputed, enters, leaves]: least seconds * c + price * (P + q A) over the columns."""
+    def _rooms(self) -> Numbers:
+        """[group, word, a]: bytes for everything but what a stage is sent."""
+        assert self.words is not None
+        received = self.words.received[self.words.first]  # [word, a]
+        limits = np.array([limit for limit, _ in self.pairs]) - self.problem.fixed.activation_nbytes
+        flights = np.array([flight for _, flight in self.pairs])
+        return limits[:, None, None] - flights[:, None, None] * received[None]
+
+    def _mixtures(self) -> list[Numbers]:
+        """Shares of W, by [kind]: none, and for every kind as much as its segments on a stage have between them."""
+        assert self.words is not None
+        kinds = len(self.words.members)
+        found = [np.zeros(kinds)]
+        for kind, member in enumerate(self.words.members):
+            if not self.vectors[id(self.problem.columns[member])][:, 7].any():
+                continue
+            usual = -(-self.words.kinds.count(kind) // self.problem.stages)
+            shares = [1.0 / usual] if self.known is None else [s for s in self.known.shares if s * usual <= 1 + _CLOSE]
+            if shares:
+                found.append(np.where(np.arange(kinds) == kind, max(shares), 0.0))
+        return found
+
+    def _weighed(self, seconds: float, price: float, flight: int, shares: Numbers) -> Numbers:
+        """[kind, recomputed, enters, leaves]: least seconds * c + price * (P + q A + share G) over the columns."""
         assert self.words is not None
         width = self.words.width
         table = np.full((len(self.words.members), 2, width, width), math.inf)
         for kind, member in enumerate(self.words.members):
             v = self.vectors[id(self.problem.columns[member])]
-            value = seconds * v[:, 6 if price else 0] + price * (v[:, 1] + flight * v[:, 2])
+            held = v[:, 1] + flight * v[:, 2] + shares[kind] * v[:, 7]
+            value = seconds * v[:, 6 if price else 0] + price * held
             where = tuple(v[:, 3:6].T.astype(int))
             np.minimum.at(table[kind], where, value)
         return table
 
-    def _budget(self) -> Numbers:
-        """[group, word, count, a, 1]: bytes for parameters and activations, the least transient taken off."""
+    def _budget(self, shares: Numbers) -> Numbers:
+        """[group, word, count, a, 1]: bytes for parameters, activations and shares of what is gathered, the rest of the
+        least transient ones taken off; any number where the segments of a word would have more than all of W."""
         assert self.words is not None
-        words = self.words
-        received = words.received[words.first]  # [word, a]
-        transients = words.needs(self.counted)
-        limits = np.array([limit for limit, _ in self.pairs]) - self.problem.fixed.activation_nbytes
-        flights = np.array([flight for _, flight in self.pairs])
-        left = limits[:, None, None] - flights[:, None, None] * received[None]  # [group, word, a]
-        return (left[:, :, None, :] - transients[None, :, :, None])[..., None]
+        given = self.words.counts @ shares
+        mixed = np.where(given > 1 + _CLOSE, -_ANY_NBYTES, self.words.counts @ (shares * self.words.own))
+        transients = mixed[:, None] + np.maximum(1.0 - given, 0.0)[:, None] * self.needs
+        return (self.rooms[:, :, None, :] - transients[None, :, :, None])[..., None]
 
-    def _tables(self, seconds: float, price: float) -> tuple[list[int], Numbers]:
+    def _tables(self, seconds: float, price: float, shares: Numbers) -> tuple[list[int], list[Numbers]]:
         """Groups for which the price is known, and for each [kind, recomputed, a, b] at its own microbatches in flight:
         what lies between two that are known is bounded by the line between them."""
-        at = {flight: self._weighed(seconds, price, flight) for flight in self.given}
+        at = {flight: self._weighed(seconds, price, flight, shares) for flight in self.given}
         groups, tables = [], []
         for group, (_, flight) in enumerate(self.pairs):
             low = max((f for f in at if f <= flight), default=None)
@@ -143,34 +172,44 @@ class StageCells:
             else:
                 share = (high - flight) / (high - low)
                 tables.append(share * at[low] + (1 - share) * at[high])
-        return groups, np.array(tables)
+        return groups, tables
 
     def _bounds(self) -> Numbers:
         """[group, word, count, a, b]."""
         assert self.words is not None
-        fixed = self.problem.fixed.seconds
-        free = self.words.products(self._weighed(1.0, 0.0, 0)[None], self.counted) + fixed
+        fixed, none = self.problem.fixed.seconds, self.mixtures[0]
+        free = self.words.products(self._weighed(1.0, 0.0, 0, none)[None], self.counted) + fixed
         self.free = free[0] - fixed
         bounds = np.repeat(free, len(self.pairs), 0)
         if self.known is None or self.known.leanest:
-            for groups, held in self._batches(0.0, 1.0):
-                slack = 1e-6 * np.array([self.pairs[g][0] for g in groups])[:, None, None, None, None]
-                bounds[groups] = np.where(held > self.budget[groups] + slack, math.inf, bounds[groups])
+            budget = self._budget(none)
+            for _, group, held in self._products(0.0, [1.0], none):
+                slack = 1e-6 * self.pairs[group][0]
+                bounds[group] = np.where(held > budget[group] + slack, math.inf, bounds[group])
         self.prices = self._spread() if self.known is None else self.known.prices
-        for price in self.prices:
-            for groups, relaxed in self._batches(1.0, price):
-                relaxed = relaxed + fixed - price * self.budget[groups]
-                bounds[groups] = np.maximum(bounds[groups], relaxed)
+        for shares in self.mixtures:
+            budget = self._budget(shares)
+            for price, group, held in self._products(1.0, self.prices, shares):
+                np.maximum(bounds[group], held + (fixed - price * budget[group]), out=bounds[group])
         return bounds
 
-    def _batches(self, seconds: float, price: float) -> Iterator[tuple[list[int], Numbers]]:
-        """(groups, product of their tables) of one weighting, in parts that are not too large."""
+    def _products(
+        self, seconds: float, prices: Sequence[float], shares: Numbers
+    ) -> Iterator[tuple[float, int, Numbers]]:
+        """(price, group, product of the tables: [word, count, a, b])."""
         assert self.words is not None
-        groups, tables = self._tables(seconds, price)
+        every = [
+            (price, group, table)
+            for price in prices
+            for group, table in zip(*self._tables(seconds, price, shares), strict=True)
+        ]
         entries = len(self.words) * (self.counted + 1) * self.words.width**2
         step = max(_AT_ONCE // entries, 1)
-        for first in range(0, len(groups), step):
-            yield groups[first : first + step], self.words.products(tables[first : first + step], self.counted)
+        for first in range(0, len(every), step):
+            some = every[first : first + step]
+            held = self.words.products(np.array([table for _, _, table in some]), self.counted)
+            for (price, group, _), product in zip(some, held, strict=True):
+                yield price, group, product
 
     def _spread(self) -> tuple[float, ...]:
         """Prices of a byte between which the best one must lie: the steps between columns, spread evenly."""

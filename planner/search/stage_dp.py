@@ -17,6 +17,15 @@ with D_mu[k] = min { sum c + mu (P + q_s A) : k segments recomputed }, by min-pl
 once (`stage_words`). To recompute one segment more is the large step in a cell's memory and time; with k fixed, what
 the relaxation blurs is the small steps.
 
+A segment's transient bytes are those of one op, at least w_i, and G_i that add up over it: parameters that are
+gathered, activations that are computed again. As W >= w_i + G_i for every segment, W may stand for any mixture of them:
+with shares r_i >= 0 of a sum R <= 1,
+
+    W >= sum r_i (w_i + G_i) + (1 - R) W_min,
+
+so G_i gets the price mu r_i in D. Tried are no shares at all, and those of one kind of segments at a time: what gathers
+most are often all layers alike, or one segment. Each gives a bound, and the largest holds.
+
 `stage_cells` has both. `certified` bounds the program over *all* columns: it uses only weightings for which the best
 there is is among the given ones, and since D is concave in (mu, mu q), what lies between two weightings is bounded by
 the line between them. `solve_quickly` starts from bounds of the given columns and replaces the cells on the best path
@@ -108,15 +117,14 @@ class _Program(StageCells):
             by_group.setdefault(self.groups[s], []).append((int(self.words.number[i, j - i]), a, b))
         wanted: dict[float, None] = {}
         for group, mine in list(by_group.items())[:: max(len(by_group) // 8, 1)]:
-            tables = [self._at(group, price) for price in ordered]
-            if any(t is None for t in tables):
+            duals = self._duals(group, ordered)
+            if duals is None:
                 continue
-            products = self.words.products(np.array(tables), self.counted)
             for word, a, b in dict.fromkeys(mine):
                 k = int(self.by_count[group, word, :, a, b].argmin())
-                duals = products[:, word, k, a, b] - np.array(ordered) * self.budget[group, word, k, a, 0]
-                at = int(duals.argmax())
-                if not math.isfinite(duals[at]) or duals[at] <= self.free[word, k, a, b]:
+                values = duals[:, word, k, a, b]
+                at = int(values.argmax())
+                if not math.isfinite(values[at]) or values[at] <= self.free[word, k, a, b]:
                     continue
                 below = ordered[at - 1] if at else ordered[0] / _FURTHER**2
                 above = ordered[at + 1] if at + 1 < len(ordered) else ordered[-1] * _FURTHER**2
@@ -126,9 +134,21 @@ class _Program(StageCells):
                         wanted[middle] = None
         return tuple(sorted(wanted))
 
-    def _at(self, group: int, price: float) -> Numbers | None:
-        groups, tables = self._tables(1.0, price)
-        return tables[groups.index(group)] if group in groups else None
+    def _duals(self, group: int, prices: Sequence[float]) -> Numbers | None:
+        """[price, word, count, a, b]: the bounds of a group's cells by each price, of the best mixture."""
+        assert self.words is not None
+        found: Numbers | None = None
+        for shares in self.mixtures:
+            tables = []
+            for price in prices:
+                groups, mine = self._tables(1.0, price, shares)
+                if group not in groups:
+                    return None
+                tables.append(mine[groups.index(group)])
+            products = self.words.products(np.array(tables), self.counted)
+            duals = products - np.array(prices)[:, None, None, None, None] * self._budget(shares)[group]
+            found = duals if found is None else np.maximum(found, duals)
+        return found
 
     # -- the given columns ---------------------------------------------------------------------------------------------
 

@@ -27,7 +27,8 @@ class Words:
     starts[n] .. starts[n + 1]. parent: the word without its last segment (-1), last: kind of that, first: one segment
     with which a run of the word begins. members: per kind, one segment of it. received, send: [segment, layout], bytes
     that stay of what enters a segment, seconds of its message. transients: [word], bytes that every run of the word
-    needs while it computes."""
+    needs while it computes. counts: [word, kind], how many segments of a kind there are. own: [kind], bytes that a
+    segment needs while it computes."""
 
     def __init__(self, problem: StageProblem, most: int, transients: tuple[float, ...], again: tuple[float, ...]):
         self.count, self.most = len(problem.columns), most
@@ -61,6 +62,8 @@ class Words:
         self.number = np.full((self.count, self.most + 1), -1)
         self.parent, self.last, self.first, self.starts = [], [], [], [0]
         needs: list[float] = []
+        counts: list[Numbers] = []
+        one = np.eye(len(self.members), dtype=np.int32)
         for length in range(1, self.most + 1):
             self.starts.append(len(self.parent))
             known: dict[object, int] = {}
@@ -75,9 +78,12 @@ class Words:
                     self.last.append(self.kinds[end])
                     self.first.append(i)
                     needs.append(max(transients[end], needs[parent] if length > 1 else 0.0))
+                    counts.append(one[self.kinds[end]] + (counts[parent] if length > 1 else 0))
                 self.number[i, length] = known[key]
         self.starts.append(len(self.parent))
         self.transients = np.array(needs)
+        self.counts = np.array(counts)
+        self.own = np.array([transients[member] for member in self.members])
 
     def __len__(self) -> int:
         return len(self.parent)

@@ -130,33 +130,39 @@ class Curves:
 
 
 @dataclass(frozen=True, slots=True)
-class Flow:
-    """Bytes of a step from one stage to another, all ranks together. seconds: of one message."""
-
-    source: int
-    target: int
-    nbytes: int
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
 class Topology:
-    """nodes: per node (number, devices as (rank, kind, stage or -1)); flows: what stages send each other."""
+    """nodes: per node (number, devices as (rank, kind, stage or -1)); inside: node -> bytes that its devices send each
+    other in a step; between: (from, to) nodes -> bytes."""
 
     nodes: tuple[tuple[int, tuple[tuple[int, str, int], ...]], ...]
-    flows: tuple[Flow, ...]
+    inside: dict[int, float]
+    between: dict[tuple[int, int], float]
 
 
 @dataclass(frozen=True, slots=True)
 class Map:
-    """Which share of every part of the model the devices hold. columns: (device group, stage); rows: (part, bytes of
-    all its parameters, share that one device of every column holds)."""
+    """Which part of every layer the devices hold. columns: (device, stage); rows: (layer, its bytes, per column (start,
+    share) of the layer that the device holds, in parts of one, share 0: nothing). note: what the columns leave out."""
 
     columns: tuple[tuple[str, int], ...]
-    rows: tuple[tuple[str, int, tuple[float, ...]], ...]
+    rows: tuple[tuple[str, int, tuple[tuple[float, float], ...]], ...]
+    note: str = ""
 
 
-Block = Lines | Table | Bars | Chart | Shares | Curves | Topology | Map
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """A curve of numbers over numbers. points: (x, y, words), by x; marked: the x of this plan. even: y at x if it grew
+    evenly from the marked point, drawn beside it."""
+
+    name: str
+    x_name: str
+    y_name: str
+    points: tuple[tuple[float, float, str], ...]
+    marked: float
+    even: bool = False
+
+
+Block = Lines | Table | Bars | Chart | Shares | Curves | Topology | Map | Plot
 
 
 @dataclass(frozen=True, slots=True)

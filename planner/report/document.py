@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from shardplan.planner.plan import Alternative, Memory, Plan
 from shardplan.planner.report import pictures
 from shardplan.planner.report.blocks import Bar, Bars, Block, Chart, Lines, Section, Table
-from shardplan.planner.report.facts import SUMMED, Facts, SplitFacts
+from shardplan.planner.report.facts import STORED, SUMMED, Facts, SplitFacts
+from shardplan.planner.report.why import reasons
 from shardplan.planner.report.words import (
     change_text,
     names_text,
@@ -32,6 +33,7 @@ def document(facts: Facts) -> tuple[Section, ...]:
         Section("Memory over the step", pictures.memory_curves(facts)),
         Section("Where the model lies", pictures.held(facts)),
         Section("Splits", _splits(facts)),
+        Section("Why", _lines(reasons(facts.plan))),
         Section("What binds", _lines(facts.binds)),
         Section("Alternatives", _alternatives(facts)),
         Section("What if", _what_if(facts)),
@@ -138,6 +140,10 @@ def _splits(facts: Facts) -> tuple[Block, ...]:
     blocks: list[Block] = [Table(tuple(columns), rows)] if rows else []
     if any(SUMMED in split.axes.values() for split in shown):
         blocks.append(Lines((f"{SUMMED}: whole on every device, the gradient is summed once a step.",)))
+    levels = {stored.level for stored in facts.plan.storage.values()}
+    notes = [f"{short}: {meaning}." for level, (short, meaning) in STORED.items() if level in levels]
+    if notes:
+        blocks.append(Lines(tuple(notes)))
     if plain:
         names = sum(len(split.names) for split in plain)
         nbytes = sum(len(split.names) * split.local_nbytes for split in plain)
@@ -238,8 +244,11 @@ def _comparison(facts: Facts) -> tuple[Block, ...]:
 
 
 def _links(plan: Plan) -> tuple[Block, ...]:
+    drawn = pictures.topology(plan)
+    if len(drawn) > 1:
+        drawn += (Lines(("Collectives are counted as rings between neighbours.",)),)
     if not plan.links:
-        return pictures.topology(plan)
+        return drawn
     rows: list[tuple[str, ...]] = []
     for link in plan.links:
         step = plan.microbatches * link.nbytes
@@ -263,7 +272,7 @@ def _links(plan: Plan) -> tuple[Block, ...]:
                 )
             )
     columns = (("stages", False), ("what", False), ("a message", True), ("takes", True), ("a step", True))
-    return (*pictures.topology(plan), Table(columns, tuple(rows)))
+    return (*drawn, Table(columns, tuple(rows)))
 
 
 def _leaves(plan: Plan) -> tuple[Block, ...]:

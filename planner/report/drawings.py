@@ -1,15 +1,15 @@
-"""More drawings of the HTML report as inline SVG: bars of seconds, curves of memory, the topology, who holds what."""
+"""More drawings of the HTML report: bars of seconds, curves of memory, the topology, who holds what, what-if curves."""
 
 from __future__ import annotations
 
+import math
 from html import escape
 
-from shardplan.planner.report.blocks import Curve, Curves, Map, Share, Shares, Topology
+from shardplan.planner.report.blocks import Curve, Curves, Map, Plot, Share, Shares, Topology
 from shardplan.planner.report.words import nbytes_text, plural, ranges, seconds_text, share_text
 
 _WIDTH = 1000.0
 _MOST_NODES = 12
-_MOST_COLUMNS = 64
 _MOST_POINTS = 2400
 """Of all curves of a report together."""
 _HUES = 8
@@ -74,7 +74,8 @@ def topology_svg(topology: Topology) -> str:
     columns = min(len(shown), 4)
     per_row = 8
     cell, gap = 26.0, 4.0
-    box = per_row * (cell + gap) + gap if max(len(d) for _, d in shown) > 4 else 4 * (cell + gap) + gap
+    # Wide enough for what stands above it.
+    box = per_row * (cell + gap) + gap
     wide = int((box - gap) // (cell + gap))
     # A machine with very many devices shows the first of them.
     most = 4 * wide
@@ -87,7 +88,12 @@ def topology_svg(topology: Topology) -> str:
         for at, (node, devices) in enumerate(line):
             x = at * (box + 16)
             more = f", first {most} of {len(devices)} devices" if len(devices) > most else ""
-            parts.append(f'<text class="small" x="{x:.0f}" y="{y + 11:.0f}">node {node}{more}</text>')
+            text = f"node {node}{more}"
+            if inside := topology.inside.get(node):
+                text += f": {nbytes_text(inside)} a step inside"
+            if out := sum(nbytes for (source, _), nbytes in topology.between.items() if source == node):
+                text += f", {nbytes_text(out)} out" if inside else f": {nbytes_text(out)} a step out"
+            parts.append(f'<text class="small" x="{x:.0f}" y="{y + 11:.0f}">{text}</text>')
             parts.append(
                 f'<rect class="node" x="{x:.0f}" y="{y + 16:.0f}" width="{box:.0f}" height="{height - 18:.0f}" rx="4"/>'
             )
@@ -111,55 +117,118 @@ def topology_svg(topology: Topology) -> str:
     )
 
 
-def flow_lines(topology: Topology) -> list[str]:
-    """What stages send each other a step, in words, the largest first."""
-    flows = sorted(topology.flows, key=lambda flow: (-flow.nbytes, flow.source, flow.target))
-    return [f"stage {f.source} to {f.target}: {nbytes_text(f.nbytes)} a step" for f in flows[:16]]
+def traffic_lines(topology: Topology) -> list[str]:
+    """Bytes of a step on the links between nodes, in words, the most first; pairs with the same bytes share a line."""
+    groups: dict[str, list[tuple[int, int]]] = {}
+    for pair, nbytes in sorted(topology.between.items(), key=lambda item: (-item[1], item[0])):
+        groups.setdefault(nbytes_text(nbytes), []).append(pair)
+    lines = []
+    for text, pairs in list(groups.items())[:8]:
+        shown = ", ".join(f"{a} to {b}" for a, b in pairs[:6]) + (", ..." if len(pairs) > 6 else "")
+        lines.append(f"node {shown}: {text} a step" + (" each" if len(pairs) > 1 else ""))
+    return lines
 
 
 def node_lines(topology: Topology) -> list[str]:
-    """Nodes and their devices by stage, in words; nodes that are alike share a line."""
-    groups: dict[tuple[str, int], list[tuple[int, str]]] = {}
+    """Nodes and their devices by stage, in words; neighbouring nodes that hold the same stages share a line."""
+    groups: list[tuple[tuple[object, ...], list[int], dict[int, list[int]]]] = []
     for node, devices in topology.nodes:
         stages: dict[int, list[int]] = {}
         for rank, _, stage in devices:
             stages.setdefault(stage, []).append(rank)
+        key = (tuple(sorted({kind for _, kind, _ in devices})), len(devices), tuple(stages))
+        if not groups or groups[-1][0] != key:
+            groups.append((key, [], {}))
+        groups[-1][1].append(node)
+        for stage, ranks in stages.items():
+            groups[-1][2].setdefault(stage, []).extend(ranks)
+    lines = []
+    for (kinds, count, _), nodes, stages in groups[:16]:
         text = ", ".join(
             (f"stage {stage}" if stage >= 0 else "unused") + f" on {ranges(ranks)}" for stage, ranks in stages.items()
         )
-        kinds = "/".join(sorted({kind for _, kind, _ in devices}))
-        groups.setdefault((kinds, len(devices)), []).append((node, text))
-    lines = []
-    for (kinds, count), nodes in groups.items():
-        lines += [f"node {node} ({count} x {kinds}): {text}" for node, text in nodes[:8]]
-        if len(nodes) > 8:
-            lines.append(f"and {plural(len(nodes) - 8, 'node')} more of {count} x {kinds}")
+        name = f"node {nodes[0]}" if len(nodes) == 1 else f"nodes {ranges(nodes)}"
+        each = " each" if len(nodes) > 1 else ""
+        lines.append(f"{name} ({count} x {'/'.join(map(str, kinds))}{each}): {text}")  # type: ignore[arg-type]
+    if len(groups) > 16:
+        lines.append(f"and {plural(sum(len(nodes) for _, nodes, _ in groups[16:]), 'node')} more")
     return lines
 
 
 def map_table(found: Map) -> str:
-    """Rows are layers, columns stages; a cell is as full as the share that one of its devices holds."""
-    columns = found.columns[:_MOST_COLUMNS]
-    head = "".join(
-        f'<th title="devices {escape(devices)}">{"stage " if len(columns) <= 8 else ""}{stage}</th>'
-        for devices, stage in columns
-    )
+    """Rows are layers, columns devices; a cell shows which part of the layer the device holds."""
+    head = "".join(f'<th class="at" title="stage {stage}">{escape(device)}</th>' for device, stage in found.columns)
     rows = []
-    for part, nbytes, shares in found.rows:
+    for part, nbytes, slices in found.rows:
         cells = []
-        for (devices, stage), share in zip(columns, shares):
+        for (device, stage), (start, share) in zip(found.columns, slices, strict=True):
             if share <= 0:
                 cells.append("<td></td>")
                 continue
-            title = f"{part}: {share_text(share)} of {nbytes_text(nbytes)} on each of devices {devices}"
-            fill = f'<i class="s{stage % _HUES}" style="width:{max(share, 0.04) * 100:.0f}%"></i>'
+            title = f"{part}: device {device} of stage {stage} holds {share_text(share)}"
+            title += f" of {nbytes_text(nbytes)}" + (f", from {share_text(start)} on" if share < 1 else "")
+            left = min(start, 0.97) * 100
+            fill = f'<i class="s{stage % _HUES}" style="margin-left:{left:.0f}%;width:{max(share * 100, 3):.0f}%"></i>'
             cells.append(f'<td title="{escape(title)}">{fill}</td>')
         rows.append(
             f'<tr><td class="name">{escape(part)}</td><td class="n">{nbytes_text(nbytes)}</td>{"".join(cells)}</tr>'
         )
-    left = len(found.columns) - len(columns)
-    more = f'<p class="dim">and {plural(left, "stage")} more</p>' if left > 0 else ""
+    more = f'<p class="dim">{escape(found.note)}</p>' if found.note else ""
     return (
-        '<div class="scroll"><table class="map"><thead><tr><th>part of the model</th><th class="n">bytes</th>'
+        '<p class="dim">A cell is as wide as the layer; the bar in it is the part that the device above holds, in its '
+        "stage's colour.</p>"
+        '<div class="scroll" tabindex="0"><table class="map"><thead><tr><th>layer</th><th class="n">bytes each</th>'
         f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>{more}"
     )
+
+
+def plot_svg(plot: Plot) -> str:
+    """A curve with its points; the point of the plan itself is filled."""
+    width, height, left, bottom, top = 460.0, 210.0, 62.0, 44.0, 12.0
+    xs, ys = [x for x, _, _ in plot.points], [y for _, y, _ in plot.points]
+    here = next((y for x, y, _ in plot.points if x == plot.marked), ys[0])
+    even = [(x, here * x / plot.marked) for x in (xs[0], xs[-1])] if plot.even and plot.marked else []
+    high = max([*ys, *(y for _, y in even)]) * 1.08 or 1.0
+    span = xs[-1] - xs[0] or 1.0
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return left + (x - xs[0]) / span * (width - left - 18), top + (1 - y / high) * (height - top - bottom)
+
+    def path(points: list[tuple[float, float]]) -> str:
+        return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in (at(*point) for point in points))
+
+    base = height - bottom
+    parts = [f'<line x1="{left:.0f}" y1="{base:.0f}" x2="{width - 10:.0f}" y2="{base:.0f}"/>']
+    for y in _ticks(high):
+        _, row = at(xs[0], y)
+        parts.append(f'<line class="grid" x1="{left:.0f}" y1="{row:.1f}" x2="{width - 10:.0f}" y2="{row:.1f}"/>')
+        parts.append(f'<text class="small end" x="{left - 6:.0f}" y="{row + 4:.1f}">{y:,.4g}</text>')
+    shown = -1e9
+    for x in xs:
+        column, _ = at(x, 0)
+        if column - shown > 40:
+            parts.append(f'<text class="small middle" x="{column:.1f}" y="{base + 16:.0f}">{x:,.4g}</text>')
+            shown = column
+    if even:
+        parts.append(f'<path class="even" d="{path(even)}"/>')
+    parts.append(f'<path class="line" d="{path([(x, y) for x, y, _ in plot.points])}"/>')
+    for x, y, words in plot.points:
+        column, row = at(x, y)
+        kind = "point here" if x == plot.marked else "point"
+        parts.append(
+            f'<circle class="{kind}" cx="{column:.1f}" cy="{row:.1f}" r="4.5"><title>{escape(words)}</title></circle>'
+        )
+    foot = plot.x_name + ("; dashed: in proportion" if even else "")
+    parts.append(f'<text class="small middle" x="{(left + width) / 2:.0f}" y="{height - 4:.0f}">{escape(foot)}</text>')
+    label = f"{plot.y_name} over {plot.x_name}"
+    return (
+        f'<svg class="plot" role="img" aria-label="{escape(label)}" viewBox="0 0 {width:.0f} {height:.0f}">'
+        f"{''.join(parts)}</svg>"
+    )
+
+
+def _ticks(high: float) -> list[float]:
+    """About four round numbers up to `high`."""
+    step = 10.0 ** math.floor(math.log10(high / 2))
+    step = next(step * factor for factor in (1, 2, 5, 10) if high / (step * factor) <= 5)
+    return [step * count for count in range(int(high / step) + 1)]

@@ -10,6 +10,7 @@ from shardplan.errors import NoMatch, UsageError
 from shardplan.planner.placement import MICROBATCH_AXIS, Placement, R, conversion
 from shardplan.planner.plan import NodeSummary, Plan
 from shardplan.planner.report.facts import SUMMED, axis_sizes, itemsize, parse_tensor, placement_words
+from shardplan.planner.report.why import reasons_of
 from shardplan.planner.report.words import nbytes_text, ranges
 
 _SOURCES = ("param", "buffer", "constant", "input")
@@ -70,6 +71,8 @@ def _node(plan: Plan, node: str, summary: NodeSummary) -> Iterable[str]:
         f"  {axis}/{size}: {text}" for axis, size in axes.items() if size > 1 for text in _axis(plan, node, axis, size)
     ]
     yield from lines or ["  the same on every device"]
+    if summary.op == "param":
+        yield from (f"  why: {reason}" for reason in reasons_of(plan, summary.name))
 
 
 def _axis(plan: Plan, node: str, axis: str, size: int) -> Iterable[str]:

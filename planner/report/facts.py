@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from shardplan.planner.instructions import Op
 from shardplan.planner.placement import MICROBATCH_AXIS, Placement
 from shardplan.planner.plan import Alternative, Memory, Plan, StagePlan, Status
 from shardplan.planner.reductions import times_of
@@ -23,12 +24,19 @@ from shardplan.planner.report.words import (
     share_text,
 )
 from shardplan.planner.rules.strategy import Strategy
-from shardplan.planner.simulate import Simulation, messages_of, simulate
+from shardplan.planner.simulate import Simulation, StageTimes, messages_of, simulate
 from shardplan.planner.storage import Storage
 from shardplan.planner.timeline import Timeline
 
 SUMMED = "copies+sum"
 """In words: whole on every device of the axis, its gradient summed over the axis once a step."""
+
+STORED = {
+    1: ("state in parts", "optimizer state in parts, the updated parameter is all-gathered once a step"),
+    2: ("grads in parts", "gradient and optimizer state in parts, the updated parameter is all-gathered once a step"),
+    3: ("in parts", "the parameter itself in parts, all-gathered for every use"),
+}
+"""By level: how tables name it, and what it means."""
 
 _TENSOR = re.compile(r"^(\w+)\[([\d,]*)\]$")
 
@@ -152,15 +160,25 @@ def facts(plan: Plan, measured: Measured | None = None, what_if: tuple[WhatIf, .
 
 def simulate_plan(plan: Plan) -> Simulation:
     """The plan's instruction list in virtual time."""
-    counts = [max((i.microbatch + 1 for i in line), default=1) for line in plan.instructions]
-    held = max(counts, default=1)
-    times = []
+    return simulate(plan.instructions, stage_times(plan), messages_of(plan.links))
+
+
+def stage_times(plan: Plan) -> list[StageTimes]:
+    """What the simulator has to know of every stage."""
+    found = []
     for index, stage in enumerate(plan.stages):
-        memory = stage.memory
-        # What the stage holds at its peak is min(m, S - s) microbatches under 1F1B and all of them under GPipe.
-        alive = held if plan.schedule == "gpipe" else min(held, len(plan.stages) - index)
-        times.append(times_of(stage, memory.activations // max(alive, 1), memory.peak_nbytes - memory.activations))
-    return simulate(plan.instructions, times, messages_of(plan.links))
+        held = stage.memory.activations // max(_most_alive(plan, index), 1)
+        found.append(times_of(stage, held, stage.memory.peak_nbytes - stage.memory.activations))
+    return found
+
+
+def _most_alive(plan: Plan, stage: int) -> int:
+    """Microbatches of a stage whose forward is done and whose backward is not, at most."""
+    most = now = 0
+    for i in (i for line in plan.instructions for i in line if i.stage == stage):
+        now += (i.op is Op.FORWARD) - (i.op in (Op.BACKWARD, Op.BACKWARD_INPUT))
+        most = max(most, now)
+    return most
 
 
 def axis_sizes(plan: Plan) -> dict[str, tuple[int, ...]]:
@@ -199,8 +217,7 @@ def placement_words(placement: Placement, kind: str) -> str:
 
 def storage_words(stored: Storage) -> str:
     """What is split of a parameter whose use is not."""
-    what = {1: "optimizer state", 2: "gradient, optimizer state", 3: "stored"}[stored.level]
-    return f"{what} in parts of dim {stored.dim}"
+    return f"{STORED[stored.level][0]}, dim {stored.dim}"
 
 
 def parameter_splits(plan: Plan) -> tuple[SplitFacts, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from html import escape
 
@@ -14,13 +15,14 @@ from shardplan.planner.report.blocks import (
     Curves,
     Lines,
     Map,
+    Plot,
     Section,
     Shares,
     Table,
     Topology,
 )
 from shardplan.planner.report.document import document
-from shardplan.planner.report.drawings import curve_svg, flow_lines, map_table, share_svg, topology_svg
+from shardplan.planner.report.drawings import curve_svg, map_table, plot_svg, share_svg, topology_svg, traffic_lines
 from shardplan.planner.report.facts import Facts, facts
 from shardplan.planner.report.measured import Measured
 from shardplan.planner.report.script import SCRIPT
@@ -29,6 +31,8 @@ from shardplan.planner.report.svg import bar_svg, timeline_svg
 from shardplan.planner.report.what_if import WhatIf
 from shardplan.planner.report.words import nbytes_text, plural, ratio_text, seconds_text, share_text
 
+_QUANTITY = re.compile(r"([-+]?[\d,.]+)\s*(\w*)")
+_UNITS = {"ms": 1e-3, "us": 1e-6, "ns": 1e-9, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30, "TiB": 2.0**40}
 _MOST_BARS = 64
 _MOST_CURVES = 16
 _MOST_ROWS = 400
@@ -83,12 +87,18 @@ def _section(section: Section) -> Iterable[str]:
     yield f"<section><h2>{escape(section.title)}</h2>"
     if any(isinstance(block, Chart) for block in section.blocks):
         yield _key(("forward", "backward", "reduce", "transfer"), {"reduce": "once a step", "transfer": "message"})
+    plots = [block for block in section.blocks if isinstance(block, Plot)]
+    if plots:
+        drawn = (f"<figure><figcaption>{escape(plot.y_name)}</figcaption>{plot_svg(plot)}</figure>" for plot in plots)
+        yield f'<div class="plots">{"".join(drawn)}</div>'
     for block in section.blocks:
-        yield from _block(block)
+        if not isinstance(block, Plot):
+            yield from _block(block)
     yield "</section>"
 
 
 def _block(block: Block) -> Iterable[str]:
+    assert not isinstance(block, Plot)  # these stand side by side
     if isinstance(block, Lines):
         yield from (f"<p>{escape(item)}</p>" for item in block.items)
     elif isinstance(block, Table):
@@ -101,7 +111,7 @@ def _block(block: Block) -> Iterable[str]:
         yield _curves(block)
     elif isinstance(block, Topology):
         yield f'<div class="scroll" tabindex="0">{topology_svg(block)}</div>'
-        yield from (f'<p class="dim">{escape(line)}</p>' for line in flow_lines(block))
+        yield from (f'<p class="dim">{escape(line)}</p>' for line in traffic_lines(block))
     elif isinstance(block, Map):
         yield map_table(block)
     elif drawing := timeline_svg(block.timeline, block.end_seconds):
@@ -116,14 +126,25 @@ def _key(classes: Iterable[str], names: dict[str, str]) -> str:
 def _table(table: Table) -> str:
     head = "".join(f"<th{_class('', number)}>{escape(name)}</th>" for name, number in table.columns)
     rows = []
+    sorts = len(table.rows) > 2
     for row in table.rows[:_MOST_ROWS]:
-        cells = (f"<td{_class(name, number)}>{escape(cell)}</td>" for cell, (name, number) in zip(row, table.columns))
+        cells = (
+            f"<td{_class(name, number)}{_sort_key(cell) if sorts and number else ''}>{escape(cell)}</td>"
+            for cell, (name, number) in zip(row, table.columns)
+        )
         rows.append(f"<tr>{''.join(cells)}</tr>")
     left = len(table.rows) - _MOST_ROWS
     more = f'<p class="dim">and {plural(left, "row")} more, in the JSON report</p>' if left > 0 else ""
-    return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>{more}'
-    )
+    whole = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    return f'<div class="scroll" tabindex="0"><table{" class=sorts" * sorts}>{whole}</table></div>{more}'
+
+
+def _sort_key(cell: str) -> str:
+    """What the script sorts a cell of numbers with units by."""
+    found = _QUANTITY.match(cell)
+    if not found:
+        return ""
+    return f' data-v="{float(found[1].replace(",", "")) * _UNITS.get(found[2], 1.0):g}"'
 
 
 def _class(name: str, number: bool) -> str:

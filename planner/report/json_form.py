@@ -10,6 +10,7 @@ from shardplan.planner.report.document import parts_of
 from shardplan.planner.report.facts import Facts, facts
 from shardplan.planner.report.measured import Measured
 from shardplan.planner.report.what_if import WhatIf
+from shardplan.planner.report.why import schedule_decisions, sentence
 
 SCHEMA = 1
 
@@ -103,6 +104,18 @@ def report_object(found: Facts) -> dict[str, Any]:
         "solve_seconds": status.seconds,
         "baselines": _alternatives(found.baselines),
         "runners_up": _alternatives(found.runners_up),
+        "decisions": [
+            {
+                "topic": d.topic,
+                "chosen": d.chosen,
+                "other": d.other,
+                "step_seconds": d.seconds,
+                "proven": d.proven,
+                "peak_memory_bytes": d.nbytes or None,
+                "why": sentence(plan, d),
+            }
+            for d in (*plan.decisions, *schedule_decisions(plan))
+        ],
         "coverage": dict(sorted(plan.coverage.items())),
         "replicated_ops": [{"op": o, "nodes": n, "share": s, "reason": r} for o, n, s, r in plan.replicated_ops],
         "discovered_ops": [{"op": o, "nodes": n, "splits": ways} for o, n, ways in plan.discovered_ops],

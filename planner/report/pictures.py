@@ -1,8 +1,7 @@
-"""What the drawings of a report show: seconds by stage, memory over the step, who holds what and sends what to whom."""
+"""What the drawings of a report show: seconds by stage, memory over the step, who holds what, links, curves."""
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -11,20 +10,39 @@ from shardplan.planner.report.blocks import (
     Block,
     Curve,
     Curves,
-    Flow,
     Map,
+    Plot,
     Share,
     Shares,
+    Table,
     Topology,
 )
-from shardplan.planner.report.facts import Facts, itemsize, parse_tensor
-from shardplan.planner.report.words import change_text, numbers, ranges, seconds_text, share_text
+from shardplan.planner.report.facts import Facts, parse_tensor
+from shardplan.planner.report.traffic import Sent, Traffic, tensor_nbytes, traffic
+from shardplan.planner.report.words import (
+    change_text,
+    names_text,
+    nbytes_text,
+    numbers,
+    pattern,
+    ranges,
+    seconds_text,
+    share_text,
+)
 
 _MOST_CLASSES = 4
 _COLOURS = ("forward", "backward", "weight", "optimizer")
 """Colours of the classes of ops, the costliest first."""
 
-_SETTINGS = {"devices": "backward", "batch": "weight", "memory": "optimizer", "links": "reduce"}
+_SETTINGS = {
+    "devices": "devices",
+    "batch": "samples of the global batch",
+    "memory": "GiB of memory a device",
+    "links": "times the links' speed",
+}
+"""What a plot of each says at its foot."""
+_MOST_DEVICES, _MOST_OF_STAGE = 32, 8
+"""Columns of the map of devices."""
 
 
 def seconds_of_stages(facts: Facts) -> tuple[Block, ...]:
@@ -48,7 +66,7 @@ def _seconds(facts: Facts, index: int, stage: StagePlan, shown: list[str], step:
         named = 0.0
         for colour, name in zip(_COLOURS, shown):
             seconds = count * sum(stage.op_seconds.get(name, (0.0, 0.0, 0.0)))
-            parts.append((name.removesuffix(".default"), colour, seconds))
+            parts.append((name.removesuffix(".default").removesuffix(".Tensor"), colour, seconds))
             named += seconds
         parts.append(("other ops and messages within the stage", "transfer", max(compute - named, 0.0)))
     else:
@@ -75,23 +93,28 @@ def costs(facts: Facts) -> tuple[Block, ...]:
 
 
 def rates(facts: Facts) -> tuple[Block, ...]:
-    """Seconds a sample of this plan and of every variant that has one."""
-    if not facts.samples_per_second:
+    """Samples a second over every setting that was varied, this plan among them."""
+    mine = facts.samples_per_second
+    if not mine:
         return ()
-    mine = 1 / facts.samples_per_second
-    rows = [Share("this plan", (("this plan", "forward", mine),), f"{seconds_text(mine)} a sample")]
-    for found in facts.what_if:
-        if found.seconds and found.samples_per_second:
-            name = f"{found.setting} {found.value}"
-            each = 1 / found.samples_per_second
-            rows.append(
-                Share(
-                    name,
-                    ((found.setting, _SETTINGS.get(found.setting, "transfer"), each),),
-                    f"{seconds_text(each)} a sample",
-                )
-            )
-    return (Shares(tuple(rows)),) if len(rows) > 1 else ()
+    plan = facts.plan
+    limits = [device.limit_nbytes for device in plan.devices if device.limit_nbytes]
+    here = {
+        "devices": float(len(plan.devices)),
+        "batch": float(plan.batch_size),
+        "memory": min(limits, default=0) / (1 << 30),
+        "links": 1.0,
+    }
+    found = []
+    for setting, x_name in _SETTINGS.items():
+        points = {here[setting]: (mine, f"this plan, {plan.degrees()}")}
+        for other in facts.what_if:
+            if other.setting == setting and other.number is not None and other.seconds:
+                points.setdefault(other.number, (other.samples_per_second, other.degrees))
+        if len(points) > 1:
+            listed = tuple((x, y, f"{x:g}: {y:,.1f} samples/s, {text}") for x, (y, text) in sorted(points.items()))
+            found.append(Plot(setting, x_name, "samples/s", listed, here[setting], setting == "devices"))
+    return tuple(found)
 
 
 def memory_curves(facts: Facts) -> tuple[Block, ...]:
@@ -107,47 +130,69 @@ def memory_curves(facts: Facts) -> tuple[Block, ...]:
 
 
 def topology(plan: Plan) -> tuple[Block, ...]:
-    """Nodes with their devices, and what stages send each other; nothing for a single device."""
+    """Nodes with their devices and the bytes on links; nothing for a single device."""
     if len(plan.devices) < 2:
         return ()
     stage_of = {rank: index for index, stage in enumerate(plan.stages) for rank in stage.ranks}
     nodes: dict[int, list[tuple[int, str, int]]] = defaultdict(list)
     for rank, device in enumerate(plan.devices):
         nodes[device.node].append((rank, device.kind, stage_of.get(rank, -1)))
-    flows = []
-    for link in plan.links:
-        for source, target, nbytes, seconds in (
-            (link.source, link.target, link.nbytes, link.seconds),
-            (link.target, link.source, link.grad_nbytes, link.grad_seconds),
-        ):
-            if nbytes:
-                messages = plan.microbatches * min(len(plan.stages[s].ranks) for s in (source, target))
-                flows.append(Flow(source, target, messages * nbytes, seconds))
-    return (Topology(tuple((node, tuple(devices)) for node, devices in sorted(nodes.items())), tuple(flows)),)
+    found = traffic(plan)
+    drawn = Topology(tuple((node, tuple(mine)) for node, mine in sorted(nodes.items())), found.inside, found.between)
+    return (drawn, _sent(found)) if found.sent else (drawn,)
+
+
+def _sent(found: Traffic) -> Block:
+    """What a device of every stage sends in a step. Stages that send alike share a row."""
+    groups: dict[tuple[str, str, float, bool], list[Sent]] = defaultdict(list)
+    for sent in found.sent:
+        groups[sent.axis, sent.what, sent.nbytes, sent.between_nodes].append(sent)
+    rows = tuple(
+        (
+            ", ".join(f"{s.stage} > {s.target}" for s in mine[:4]) + (", ..." if len(mine) > 4 else "")
+            if mine[0].target >= 0
+            else ranges(s.stage for s in mine),
+            f"{what} over {axis}" if axis else what,
+            nbytes_text(nbytes),
+            "between nodes" if far else "inside a node",
+        )
+        for (axis, what, nbytes, far), mine in groups.items()
+    )
+    columns = (("stage", False), ("what", False), ("a device sends a step", True), ("where", False))
+    return Table(columns, rows)
 
 
 def held(facts: Facts) -> tuple[Block, ...]:
-    """The share of every layer's parameters that a device of every stage holds."""
+    """Which part of every layer's parameters a device holds; layers that lie alike share a row."""
     plan = facts.plan
+    ranks = range(len(plan.devices))
+    note = ""
+    if len(plan.devices) > _MOST_DEVICES:
+        ranks = [rank for stage in plan.stages for rank in stage.ranks[:_MOST_OF_STAGE]][:_MOST_DEVICES]
+        note = f"{len(ranks)} of {len(plan.devices)} devices: the first of every stage."
+    place = {rank: (index, at) for index, stage in enumerate(plan.stages) for at, rank in enumerate(stage.ranks)}
     totals: dict[str, int] = {}
-    local: dict[tuple[str, int], float] = defaultdict(float)
+    local: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
     for node, summary in sorted(plan.nodes.items(), key=lambda item: item[1].order):
         if summary.op != "param" or not summary.outputs:
             continue
-        part = part_of(summary.name)
-        dtype, shape = parse_tensor(summary.outputs[0])
-        nbytes = itemsize(dtype) * math.prod(shape)
-        totals[part] = totals.get(part, 0) + nbytes
-        for stage in summary.stages:
-            local[part, stage] += nbytes * _share(plan, node, summary, plan.stages[stage])
+        part, nbytes = part_of(summary.name), tensor_nbytes(summary.outputs[0])
+        totals[part] = totals.get(part, 0) + int(nbytes)
+        for rank in ranks:
+            stage, at = place.get(rank, (-1, 0))
+            if stage in summary.stages:
+                start, share = _slice(plan, node, summary, plan.stages[stage], at)
+                local[part, rank][0] += nbytes * start
+                local[part, rank][1] += nbytes * share
     if not totals or len(plan.devices) < 2:
         return ()
-    columns = tuple((ranges(stage.ranks), index) for index, stage in enumerate(plan.stages))
-    rows = tuple(
-        (part, nbytes, tuple(local[part, stage] / nbytes if nbytes else 0.0 for stage in range(len(columns))))
-        for part, nbytes in totals.items()
-    )
-    return (Map(columns, rows),)
+    groups: dict[tuple[object, ...], list[str]] = defaultdict(list)
+    for part, nbytes in totals.items():
+        cells = tuple(tuple(round(value / (nbytes or 1), 6) for value in local[part, rank]) for rank in ranks)
+        groups[pattern(part), nbytes, cells].append(part)
+    rows = tuple((names_text(parts), key[1], key[2]) for key, parts in groups.items())
+    columns = tuple((str(rank), place.get(rank, (-1, 0))[0]) for rank in ranks)
+    return (Map(columns, rows, note),)  # type: ignore[arg-type]
 
 
 def part_of(name: str) -> str:
@@ -159,17 +204,18 @@ def part_of(name: str) -> str:
     return ".".join(words[:-1]) or name
 
 
-def _share(plan: Plan, node: str, summary: NodeSummary, stage: StagePlan) -> float:
-    """Of a parameter, what one device of a stage keeps."""
-    share = 1.0
-    for axis, size in zip(stage.mesh.axes, stage.mesh.sizes, strict=True):
-        strategy = plan.strategy(axis, node)
-        if strategy and strategy.outputs and strategy.outputs[0].is_shard:
-            share /= size
+def _slice(plan: Plan, node: str, summary: NodeSummary, stage: StagePlan, at: int) -> tuple[float, float]:
+    """(start, share) of a parameter that the device at position `at` of a stage keeps."""
+    start, share = 0.0, 1.0
+    tp = stage.mesh.size("tp")
     stored = plan.storage.get(summary.name)
-    if stored is not None and stored.level == 3:
-        share /= stage.mesh.size(stored.axis)
-    return share
+    for axis, index in (("tp", at % tp), ("dp", at // tp)):
+        strategy, size = plan.strategy(axis, node), stage.mesh.size(axis)
+        split = bool(strategy and strategy.outputs and strategy.outputs[0].is_shard)
+        if split or (stored is not None and stored.level == 3 and stored.axis == axis):
+            share /= size
+            start += index * share
+    return start, share
 
 
 def slices(plan: Plan, node: str) -> Iterable[tuple[int, int, str]]:

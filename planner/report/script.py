@@ -1,5 +1,6 @@
 """The little script of the HTML report. Without it everything is there to read; with it drawings answer a pointer at
-once and timelines can be zoomed (buttons, or the wheel with Ctrl) and dragged."""
+once, timelines can be zoomed (buttons, or the wheel with Ctrl) and dragged, predicted and measured ones together, and
+tables are sorted by a click on a heading."""
 
 SCRIPT = """
 (function () {
@@ -12,7 +13,7 @@ SCRIPT = """
     return title ? title.textContent : '';
   }
   document.addEventListener('pointermove', function (event) {
-    var found = event.target.closest && event.target.closest('svg rect') ? text(event.target) : '';
+    var found = event.target.closest && event.target.closest('svg rect, svg circle') ? text(event.target) : '';
     tip.style.display = found ? 'block' : 'none';
     if (!found) return;
     tip.textContent = found;
@@ -22,8 +23,9 @@ SCRIPT = """
   });
   document.addEventListener('pointerleave', function () { tip.style.display = 'none'; });
 
-  document.querySelectorAll('svg.timeline').forEach(function (svg) {
-    var left = +svg.dataset.left, width = svg.viewBox.baseVal.width, zoom = 1, at = left;
+  var lines = Array.from(document.querySelectorAll('svg.timeline')), views = [];
+  lines.forEach(function (svg) {
+    var left = +svg.dataset.left, width = svg.viewBox.baseVal.width;
     var shapes = Array.from(svg.querySelectorAll('rect:not(.idle), text.on')).filter(function (shape) {
       return +shape.getAttribute('x') >= left - 1;
     }).map(function (shape) {
@@ -31,24 +33,33 @@ SCRIPT = """
     });
     var ends = svg.querySelectorAll('text.small:not([x="0"])');
     var clip = document.createElementNS(svg.namespaceURI, 'clipPath');
-    clip.id = 'plot' + Math.random().toString(36).slice(2);
+    clip.id = 'plot' + views.length;
     clip.innerHTML = '<rect x="' + left + '" y="0" width="' + (width - left) + '" height="9999"/>';
     svg.appendChild(clip);
     shapes.forEach(function (shape) { shape[0].setAttribute('clip-path', 'url(#' + clip.id + ')'); });
-    function draw() {
-      at = Math.max(left, Math.min(at, width - (width - left) / zoom));
+    var view = { group: svg.dataset.group, zoom: 1, at: left };
+    view.draw = function () {
+      view.at = Math.max(left, Math.min(view.at, width - (width - left) / view.zoom));
       shapes.forEach(function (shape) {
-        shape[0].setAttribute('x', left + (shape[1] - at) * zoom);
-        if (shape[2]) shape[0].setAttribute('width', shape[2] * zoom);
+        shape[0].setAttribute('x', left + (shape[1] - view.at) * view.zoom);
+        if (shape[2]) shape[0].setAttribute('width', shape[2] * view.zoom);
       });
-      ends.forEach(function (label) { label.style.visibility = zoom > 1 ? 'hidden' : 'visible'; });
-      svg.dataset.zoom = zoom;
+      ends.forEach(function (label) { label.style.visibility = view.zoom > 1 ? 'hidden' : 'visible'; });
+      svg.dataset.zoom = view.zoom;
+    };
+    views.push(view);
+    function all(zoom, at) {
+      views.forEach(function (other) {
+        if (other.group !== view.group) return;
+        other.zoom = zoom;
+        other.at = at;
+        other.draw();
+      });
     }
     function change(factor, where) {
-      var before = at + (where - left) / zoom;
-      zoom = Math.max(1, Math.min(400, zoom * factor));
-      at = before - (where - left) / zoom;
-      draw();
+      var before = view.at + (where - left) / view.zoom;
+      var zoom = Math.max(1, Math.min(400, view.zoom * factor));
+      all(zoom, before - (where - left) / zoom);
     }
     function place(event) {
       var box = svg.getBoundingClientRect();
@@ -60,13 +71,12 @@ SCRIPT = """
       change(event.deltaY < 0 ? 1.3 : 1 / 1.3, place(event));
     }, { passive: false });
     var held = null;
-    svg.addEventListener('pointerdown', function (event) { if (zoom > 1) held = place(event); });
+    svg.addEventListener('pointerdown', function (event) { if (view.zoom > 1) held = place(event); });
     svg.addEventListener('pointermove', function (event) {
       if (held === null) return;
       var now = place(event);
-      at -= (now - held) / zoom;
+      all(view.zoom, view.at - (now - held) / view.zoom);
       held = now;
-      draw();
     });
     ['pointerup', 'pointerleave'].forEach(function (name) {
       svg.addEventListener(name, function () { held = null; });
@@ -78,11 +88,31 @@ SCRIPT = """
       button.textContent = item[0];
       button.setAttribute('aria-label', item[2]);
       button.addEventListener('click', function () {
-        if (item[1]) change(item[1], left + (width - left) / 2); else { zoom = 1; at = left; draw(); }
+        if (item[1]) change(item[1], left + (width - left) / 2); else all(1, left);
       });
       bar.appendChild(button);
     });
     svg.parentNode.parentNode.insertBefore(bar, svg.parentNode);
+  });
+
+  document.querySelectorAll('table.sorts').forEach(function (table) {
+    var body = table.tBodies[0], heads = Array.from(table.tHead.rows[0].cells);
+    heads.forEach(function (head, column) {
+      var button = document.createElement('button');
+      button.textContent = head.textContent;
+      head.textContent = '';
+      head.appendChild(button);
+      button.addEventListener('click', function () {
+        var down = head.getAttribute('aria-sort') === 'ascending' ? -1 : 1;
+        heads.forEach(function (other) { other.removeAttribute('aria-sort'); });
+        head.setAttribute('aria-sort', down > 0 ? 'ascending' : 'descending');
+        Array.from(body.rows).sort(function (a, b) {
+          var x = a.cells[column].dataset.v, y = b.cells[column].dataset.v;
+          if (x !== undefined || y !== undefined) return down * ((x || -1) - (y || -1));
+          return down * a.cells[column].textContent.localeCompare(b.cells[column].textContent);
+        }).forEach(function (row) { body.appendChild(row); });
+      });
+    });
   });
 })();
 """

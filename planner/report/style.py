@@ -56,8 +56,18 @@ svg .limit { fill: var(--red); } svg .seen { fill: var(--ink); }
 svg.curve { width: 100%; height: 64px; background: var(--soft); }
 svg.topology { max-width: none; font-size: 12px; margin: 8px 0; }
 svg .node { fill: none; stroke: var(--line); }
+.plots { display: flex; flex-wrap: wrap; gap: 12px 28px; margin: 8px 0; }
+.plots figure { margin: 0; flex: 1 1 320px; max-width: 520px; }
+.plots figcaption { color: var(--dim); font-size: 13px; }
+svg.plot { width: 100%; } .plot .small { font-size: 13px; }
+svg .middle { text-anchor: middle; } svg .grid { stroke: var(--soft); }
+svg .line { fill: none; stroke: var(--blue); stroke-width: 2; }
+svg .even { fill: none; stroke: var(--dim); stroke-dasharray: 4 4; }
+svg .point { fill: var(--bg); stroke: var(--blue); stroke-width: 2; } svg .here { fill: var(--blue); }
+.map .at { text-align: center; font-weight: 400; font-variant-numeric: tabular-nums; }
+.map td:nth-child(n+3) { border-left: 1px solid var(--line); }
 .map td i { display: block; height: 12px; border-radius: 2px; }
-.map th, .map td { padding: 2px 10px 2px 0; } .map td:nth-child(n+3) { min-width: 28px; }
+.map th, .map td { padding: 3px 10px 3px 0; } .map td:nth-child(n+3), .map .at { min-width: 26px; padding: 5px 0 3px; }
 .map td.name { min-width: 10em; }
 .s0 { fill: var(--blue); background: var(--blue); } .s1 { fill: var(--green); background: var(--green); }
 .s2 { fill: var(--amber); background: var(--amber); } .s3 { fill: var(--purple); background: var(--purple); }
@@ -65,6 +75,9 @@ svg .node { fill: none; stroke: var(--line); }
 .s6 { fill: var(--gray); background: var(--gray); } .s7 { fill: var(--dim); background: var(--dim); }
 .tip { display: none; position: fixed; z-index: 2; max-width: 90vw; padding: 3px 8px; border-radius: 4px;
   background: var(--ink); color: var(--bg); font-size: 13px; pointer-events: none; }
+th button { padding: 0; border: 0; background: none; color: inherit; font: inherit; cursor: pointer; }
+th[aria-sort=ascending] button::after { content: " \\2191"; }
+th[aria-sort=descending] button::after { content: " \\2193"; }
 .zoom { display: flex; gap: 6px; justify-content: flex-end; }
 .zoom button { min-width: 32px; padding: 2px 8px; border: 1px solid var(--line); border-radius: 4px; color: inherit;
   background: var(--soft); font: inherit; font-size: 13px; cursor: pointer; }

@@ -44,13 +44,15 @@ class _Scale:
 
 
 def timeline_svg(timeline: Timeline, end: float) -> str:
-    """One row per track, from 0 to `end` seconds; long timelines show their beginning and end."""
+    """One row per track, from 0 to `end` seconds; long timelines show their beginning and end. Those on one scale are
+    one group, which the script zooms together."""
     if timeline.end_seconds <= 0:
         return ""
     compute = [track for track in timeline.tracks if not _is_link(track)]
     links = [track for track in timeline.tracks if _is_link(track)]
     # A timeline that is cut has a scale of its own.
     windows = _windows(timeline)
+    group = "own " + timeline.name if len(windows) > 1 else "one scale"
     scale = _Scale(windows if len(windows) > 1 else [(0.0, max(end, timeline.end_seconds))])
     parts: list[str] = []
     top = 4.0
@@ -64,7 +66,7 @@ def timeline_svg(timeline: Timeline, end: float) -> str:
     label = f"{timeline.name} timeline of one step, {seconds_text(timeline.end_seconds)}"
     return (
         f'<svg class="timeline" role="img" aria-label="{escape(label)}" viewBox="0 0 {_WIDTH:.0f} {top + 22:.0f}" '
-        f'data-left="{_LABEL:.0f}">' + "".join(parts) + "</svg>"
+        f'data-left="{_LABEL:.0f}" data-group="{escape(group)}">' + "".join(parts) + "</svg>"
     )
 
 

@@ -19,17 +19,18 @@ from shardplan.planner.report.blocks import (
     Curves,
     Lines,
     Map,
+    Plot,
     Section,
     Shares,
     Table,
     Topology,
 )
 from shardplan.planner.report.document import document
-from shardplan.planner.report.drawings import node_lines
+from shardplan.planner.report.drawings import node_lines, traffic_lines
 from shardplan.planner.report.facts import facts
 from shardplan.planner.report.measured import Measured
 from shardplan.planner.report.what_if import WhatIf
-from shardplan.planner.report.words import names_text, nbytes_text, seconds_text, share_text
+from shardplan.planner.report.words import nbytes_text, ranges, seconds_text, share_text
 from shardplan.planner.timeline import Track
 
 _PART_STYLES: dict[str, str] = dict(
@@ -77,9 +78,13 @@ def _block(block: Block, width: int) -> Iterable[object]:
     elif isinstance(block, Curves):
         yield from _peaks(block)
     elif isinstance(block, Topology):
-        yield from map(Text, node_lines(block))
+        yield from map(Text, (*node_lines(block), *traffic_lines(block)))
     elif isinstance(block, Map):
         yield _table(_held(block), width)
+        if block.note:
+            yield Text(block.note, style="bright_black")
+    elif isinstance(block, Plot):
+        yield from _plot(block, width)
     else:
         yield from _chart(block, width)
 
@@ -102,7 +107,10 @@ def _widths(table: Table, width: int) -> list[int]:
     words = [max(len(word) for text in column for word in text.split() or [""]) for column in texts]
     excess = sum(widths) + 2 * (len(widths) - 1) - width
     shrinking = [at for at, (_, number) in enumerate(table.columns) if not number]
-    for leasts in (words, [24, *words[1:]], [8] * len(words)):
+    short = [max(24, widths[0] * 3 // 5), *(min(width, max(word, 20)) for width, word in zip(widths, words))][
+        : len(words)
+    ]
+    for leasts in (short, words, [24, *words[1:]], [8] * len(words)):
         for at in reversed(shrinking):
             taken = max(min(excess, widths[at] - leasts[at]), 0)
             widths[at] -= taken
@@ -172,19 +180,30 @@ def _peaks(curves: Curves) -> Iterable[Text]:
 
 
 def _held(found: Map) -> Table:
-    """Parts of the model that lie alike share a row."""
-    groups: dict[tuple[int, tuple[float, ...]], list[str]] = {}
-    for part, nbytes, shares in found.rows:
-        groups.setdefault((nbytes, shares), []).append(part)
+    """Devices that hold as much of a layer stand together."""
     rows = []
-    for (nbytes, shares), parts in groups.items():
-        where = [
-            f"{share_text(share)} on {devices}" if share < 1 else f"whole on {devices}"
-            for share, (devices, _) in zip(shares, found.columns, strict=True)
-            if share > 0
-        ]
-        rows.append((names_text(parts), nbytes_text(nbytes), ", ".join(where)))
-    return Table((("part of the model", False), ("bytes each", True), ("on each device", False)), tuple(rows))
+    for part, nbytes, slices in found.rows:
+        shares: dict[tuple[int, str], list[int]] = {}
+        for (device, stage), (_, share) in zip(found.columns, slices, strict=True):
+            if share > 0:
+                shares.setdefault((stage, "whole" if share == 1 else share_text(share)), []).append(int(device))
+        where = [f"{text} on {ranges(devices)}" for (_, text), devices in shares.items()]
+        rows.append((part, nbytes_text(nbytes), ", ".join(where)))
+    return Table((("layer", False), ("bytes each", True), ("on each device", False)), tuple(rows))
+
+
+def _plot(plot: Plot, width: int) -> Iterable[Text]:
+    """A bar per point; the curve itself is in the HTML report."""
+    yield Text(f"{plot.y_name} over {plot.x_name}", style="bright_black")
+    most = max(y for _, y, _ in plot.points) or 1.0
+    names = [f"{x:g}" + (" (this plan)" if x == plot.marked else "") for x, _, _ in plot.points]
+    texts = [f"{y:,.1f}" for _, y, _ in plot.points]
+    room = max(width - max(map(len, names)) - max(map(len, texts)) - 4, 10)
+    for name, text, (_, y, _) in zip(names, texts, plot.points, strict=True):
+        bar = "#" * round(y / most * room)
+        line = Text(f"{name:>{max(map(len, names))}} [{bar:<{room}}] {text}")
+        line.no_wrap = True
+        yield line
 
 
 def _chart(chart: Chart, width: int) -> Iterable[Text]:

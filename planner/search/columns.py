@@ -242,14 +242,13 @@ class Columns:
         wanted = [(w.again() if again else w, again) for w in weights for again in modes]
         found = SegmentColumns()
         seen: set[tuple[object, ...]] = set()
-        entering = self.boundary_layouts(index - 1)
         solved = self._solve(index, kind, forced, [w for w, _ in wanted])
         for ends in sorted({key for made in solved for key in made}):
             for (_, recompute), made in zip(wanted, solved, strict=True):
                 if ends not in made:
                     continue
                 price, run = made[ends].price, made[ends].run
-                mine = self._recomputed(index, price, entering[ends[0]]) if recompute else _kept(price)
+                mine = self.whole(index, price, ends[0], recompute)
                 if (ends, mine) in seen:
                     continue
                 seen.add((ends, mine))
@@ -325,6 +324,10 @@ class Columns:
         if not self.training or writes or self.rematerialize is False:
             return (False,)
         return (True,) if self.rematerialize is True else (False, True)
+
+    def whole(self, index: int, price: Price, enters: int, recompute: bool) -> Price:
+        """The price of a column from that of its ops; enters: number of the layout that comes in."""
+        return self._recomputed(index, price, self.boundary_layouts(index - 1)[enters]) if recompute else _kept(price)
 
     def _recomputed(self, index: int, price: Price, entering: Placement) -> Price:
         """The same column, its activations recomputed: the forward runs again, only what enters is kept."""

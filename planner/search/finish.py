@@ -29,6 +29,7 @@ from shardplan.planner.plan import (
 from shardplan.planner.propagate import norm_notes, placed
 from shardplan.planner.reductions import times_of
 from shardplan.planner.rules import Strategy, has_rule, is_discovered, strategies, why_whole
+from shardplan.planner.search.comparing import causes, spent
 from shardplan.planner.search.runs import held_by, ops_of
 from shardplan.planner.search.stage_memory import with_memory
 from shardplan.planner.search.storing import Window, ways_to_store
@@ -75,24 +76,27 @@ class Finished:
         """Whether no stage holds more than its devices may, op by op (the search adds up less finely)."""
         return all(not s.memory.limit or s.memory.peak_nbytes <= s.memory.limit for s in self.stages)
 
-    def compared(self, best: Finished) -> str:
-        """Why it lost, in words with a number."""
-        if self.candidate.case == best.candidate.case and self.seconds <= best.seconds:
-            return "this is the plan"
-        slower = self.seconds / best.seconds - 1
-        case, other = self.candidate.case, best.candidate.case
-        causes = []
-        if case.stages > 1 and self.simulation.bubble_share > best.simulation.bubble_share + 0.02:
-            causes.append(f"{self.simulation.bubble_share:.0%} of the time idle in the pipeline")
-        mine, theirs = self._communication(), best._communication()
-        if mine > theirs + 0.02 * best.seconds:
-            causes.append(f"{(mine - theirs) * 1e3:.2f} ms more once-a-step work and messages")
-        if case.devices < other.devices:
-            causes.append(f"uses {case.devices} of {other.devices} devices")
-        return f"{slower:.1%} slower" + (f": {', '.join(causes)}" if causes else "")
+    @property
+    def bounds(self) -> tuple[tuple[int, int], ...]:
+        """(first, last) of the segments of every stage."""
+        return tuple((stage.first, stage.last) for stage in self.stages)
 
-    def _communication(self) -> float:
-        return max(s.once_seconds for s in self.stages) + sum(link.seconds + link.grad_seconds for link in self.links)
+    def detailed(self, search: Search) -> tuple[StagePlan, ...]:
+        """The stages with where their seconds go."""
+        return tuple(_detailed(search, self.candidate, self.chosen, stage) for stage in self.stages)
+
+    def compared(self, search: Search, best: Finished) -> str:
+        """Why it lost, in words with numbers."""
+        case, other = self.candidate.case, best.candidate.case
+        if case == other and self.seconds <= best.seconds:
+            return "this is the plan"
+        used = f"uses {case.devices} of {other.devices} devices" if case.devices < other.devices else ""
+        more = causes(
+            spent(self.seconds, self.detailed(search), case.microbatches),
+            spent(best.seconds, best.detailed(search), other.microbatches),
+        )
+        reasons = ", ".join(filter(None, (used, more)))
+        return f"{self.seconds / best.seconds - 1:.1%} slower" + (f": {reasons}" if reasons else "")
 
     def plan(self, search: Search, baselines: tuple[Alternative, ...], runners_up: tuple[Alternative, ...]) -> Plan:
         """The Plan of this candidate."""
@@ -116,7 +120,7 @@ class Finished:
                 DeviceSummary(d.kind.name, d.node, search.cluster.memory_limit(i))
                 for i, d in enumerate(search.cluster.devices)
             ),
-            stages=tuple(_detailed(search, candidate, self.chosen, stage) for stage in self.stages),
+            stages=self.detailed(search),
             microbatches=candidate.case.microbatches,
             schedule=candidate.schedule,
             instructions=self.instructions,

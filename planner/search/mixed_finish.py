@@ -7,21 +7,25 @@ Messages are priced on the plan's ranks by the boxes that the runtime sends (`pl
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from shardplan.planner import schedules
 from shardplan.planner.placement import Mesh, R
-from shardplan.planner.plan import Alternative, Plan, StageLink, StagePlan
+from shardplan.planner.plan import Alternative, Decision, Plan, StageLink, StagePlan
 from shardplan.planner.rules import Strategy
 from shardplan.planner.search import finish
 from shardplan.planner.search.baselines import NAMES
 from shardplan.planner.search.candidate import Candidate
 from shardplan.planner.search.columns import Case
+from shardplan.planner.search.comparing import causes, spent
+from shardplan.planner.search.decisions import Other, nearest
 from shardplan.planner.search.finish import Finished
 from shardplan.planner.search.infeasible import explain_infeasible
 from shardplan.planner.search.mixed import MixedCandidate, MixedSearch
 from shardplan.planner.search.mixed_baselines import hand_made
+from shardplan.planner.search.otherwise import Piece, otherwise
 from shardplan.planner.search.stage_ilp import StageChoice, StageProblem
 from shardplan.planner.search.summing import Part, with_sums
 from shardplan.planner.stages import split_stages
@@ -50,7 +54,20 @@ def solve_unequal(search: Search) -> Plan:
     for name in NAMES:
         shown.setdefault(name, Alternative(name, None, 0, mixed.why_missing(name)))
     runners = [each.shown(best) for each in made[1:] if not each.candidate.label]
-    return best.plan(tuple(shown.values()), tuple(runners[:_RUNNERS_UP]))
+    plan = best.plan(tuple(shown.values()), tuple(runners[:_RUNNERS_UP]))
+    return replace(plan, decisions=_decisions(best, made))
+
+
+def _decisions(best: _Mixed, made: Sequence[_Mixed]) -> tuple[Decision, ...]:
+    """Against the plans that were drawn up (bounds are those of whole families of plans here), and within the plan."""
+    others = [
+        Other(each.values(), each.seconds, False, each.name, each.causes(best)) for each in made if each is not best
+    ]
+    pieces = [
+        Piece(part.search, part.candidate, ((number, (stage.first, stage.last)),))
+        for number, (part, stage) in enumerate(zip(best.parts, best.stages, strict=True))
+    ]
+    return (*nearest(best.values(), others), *otherwise(pieces, best.stages, best.links, best.instructions))
 
 
 class _Mixed:
@@ -86,18 +103,38 @@ class _Mixed:
         stages = zip(self.candidate.groups, self.candidate.ranks, self.bounds, strict=True)
         return " | ".join(f"{group} on {_ranks(ranks)} from {first}" for group, ranks, first in stages)
 
-    def shown(self, best: _Mixed) -> Alternative:
-        name = self.candidate.label or f"pp{len(self.bounds)} m{self.candidate.microbatches}: {self.text}"
-        peak = max(stage.memory.peak_nbytes for stage in self.stages)
-        if self is best:
-            return Alternative(name, self.seconds, peak, "this is the plan")
+    @property
+    def name(self) -> str:
+        return self.candidate.label or f"pp{len(self.bounds)} m{self.candidate.microbatches}: {self.text}"
+
+    def values(self) -> dict[str, str]:
+        """What the plan decides, by topic."""
+        kinds = [device.kind.name for device in self.search.cluster.devices]
+        used: dict[str, int] = {}
+        for rank in sorted(rank for ranks in self.candidate.ranks for rank in ranks):
+            used[kinds[rank]] = used.get(kinds[rank], 0) + 1
+        order = " then ".join(dict.fromkeys(kinds[ranks[0]] for ranks in self.candidate.ranks))
+        meshes = " | ".join(f"dp{group.dp} x tp{group.tp}" for group in self.candidate.groups)
+        return {
+            "devices in use": ", ".join(f"{count} x {kind}" for kind, count in used.items()),
+            "order of kinds": order,
+            "pipeline stages": str(len(self.bounds)),
+            "meshes of the stages": meshes,
+            "microbatches": str(self.candidate.microbatches),
+        }
+
+    def causes(self, best: _Mixed) -> str:
+        """Why it lost, in words with numbers."""
         used, theirs = (sum(map(len, each.candidate.ranks)) for each in (self, best))
-        reason = f"{self.seconds / best.seconds - 1:.1%} slower"
-        if used < theirs:
-            reason += f": uses {used} of {theirs} devices"
-        elif self.simulation.bubble_share > best.simulation.bubble_share + 0.02:
-            reason += f": {self.simulation.bubble_share:.0%} of the time idle in the pipeline"
-        return Alternative(name, self.seconds, peak, reason)
+        more = causes(
+            *(spent(each.seconds, each.stages, each.candidate.microbatches) for each in (self, best)),
+        )
+        reasons = ", ".join(filter(None, (f"uses {used} of {theirs} devices" if used < theirs else "", more)))
+        return f"{self.seconds / best.seconds - 1:.1%} slower" + (f": {reasons}" if reasons else "")
+
+    def shown(self, best: _Mixed) -> Alternative:
+        peak = max(stage.memory.peak_nbytes for stage in self.stages)
+        return Alternative(self.name, self.seconds, peak, "this is the plan" if self is best else self.causes(best))
 
     # -- stages --------------------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from shardplan.errors import BatchNotDivisible, ConflictingConstraints, SolverTimeout
 from shardplan.planner.cluster import Cluster
@@ -32,6 +32,7 @@ from shardplan.planner.search.baselines import NAMES, hand_made, why_missing
 from shardplan.planner.search.casework import Cases, Lower, Sketch
 from shardplan.planner.search.columns import Case
 from shardplan.planner.search.decided import decide
+from shardplan.planner.search.decisions import Ledger, decisions
 from shardplan.planner.search.even import NAME, even_stages
 from shardplan.planner.search.finish import Finished, finish
 from shardplan.planner.search.infeasible import explain_infeasible
@@ -79,6 +80,7 @@ class Search:
         if len(self.cluster) > self.most_tensor and "tp" not in self.decided.degrees:
             self.tally.notes.append(f"tensor parallelism was searched up to {self.most_tensor} devices")
         self.work = Cases(self)
+        self.ledger = Ledger()
 
     # -- cases ---------------------------------------------------------------------------------------------------------
 
@@ -203,6 +205,7 @@ class Search:
                 break
             if isinstance(work, Sketch) and not work.refined:
                 self.work.refine(work, best)
+                self.ledger.saw(case, text, max(bound, work.bound))
                 if work.bound < math.inf:
                     heapq.heappush(queue, (max(bound, work.bound), devices, text, work, case))
                 else:
@@ -224,14 +227,18 @@ class Search:
                     self.tally.infeasible += 1
                     unfit.append(case)
             elif not self.can_hold(case):
+                self.ledger.drop(case, text)
                 self.tally.infeasible += 1
                 unfit.append(case)
             elif not work:
                 better = max(bound, self.bound(case, self.work.cheapest(case)))
+                self.ledger.saw(case, text, better)
                 heapq.heappush(queue, (better, devices, text, True, case))
             else:
                 sketches = self._sketches(case, bound, best)
+                self.ledger.drop(case, text)
                 for number, sketch in enumerate(sketches):
+                    self.ledger.saw(case, f"{text} {number}", sketch.bound)
                     heapq.heappush(queue, (sketch.bound, devices, f"{text} {number}", sketch, case))
                 if not sketches:
                     self.tally.infeasible += 1
@@ -268,6 +275,7 @@ class Search:
             if reason is None:
                 bound = self.bound(case, self.work.floor(case))
                 found.append((bound, case.devices, str(case), False, case))
+                self.ledger.saw(case, str(case), bound)
             else:
                 excluded[reason] = None
         self.tally.notes += [f"not exact with {reason}" for reason in sorted(excluded)]
@@ -294,9 +302,9 @@ class Search:
         best = finished[0]
         names = {id(c): name for name, c in baselines.items()}
         shown = {
-            names[id(f.candidate)]: Alternative(names[id(f.candidate)], f.seconds, f.peak_nbytes, f.compared(best))
+            name: Alternative(name, f.seconds, f.peak_nbytes, f.compared(self, best))
             for f in finished
-            if id(f.candidate) in names
+            if (name := names.get(id(f.candidate))) is not None
         }
         for f in hand:
             if not any(f is kept for kept in finished):
@@ -307,11 +315,12 @@ class Search:
         if len(self.cluster) > 1:
             shown.setdefault(NAME, Alternative(NAME, None, 0, "does not fit into memory in equal stages"))
         runners = [
-            Alternative(str(f.candidate.case), f.seconds, f.peak_nbytes, f.compared(best))
+            Alternative(str(f.candidate.case), f.seconds, f.peak_nbytes, f.compared(self, best))
             for f in finished[1:]
             if id(f.candidate) not in names and f.candidate.case != best.candidate.case
         ]
-        return best.plan(self, tuple(shown.values()), tuple(runners[:_RUNNERS_UP]))
+        why = decisions(self, best, [*found, *finished], self.ledger)
+        return replace(best.plan(self, tuple(shown.values()), tuple(runners[:_RUNNERS_UP])), decisions=why)
 
 
 def _least_maximum(values: list[float], parts: int) -> float:

@@ -46,7 +46,7 @@ class Network:
     def __init__(self, links: Links, core: int | None = None, limit_seconds: int = 3600) -> None:
         """core: to which the forwarder is pinned. limit_seconds: after which it ends in any case."""
         self.spaces = [f"{_PREFIX}{os.getpid()}h{host}" for host in range(links.hosts)]
-        self._file = Path(tempfile.mkstemp(prefix=f"{_PREFIX}-links-")[1])
+        self._file = Path(tempfile.mkstemp(prefix=f"{_PREFIX}-links-{os.getpid()}-")[1])
         self._forwarder: subprocess.Popen[str] | None = None
         sweep()
         self._first = Quota("forwarder")
@@ -113,8 +113,13 @@ class Network:
 
 
 def sweep() -> None:
-    """Deletes namespaces and control groups of runs whose process is gone (their processes went with it)."""
+    """Deletes what runs whose process is gone left behind: namespaces, control groups, files. Their ranks and their
+    forwarder went with them."""
     quota.sweep()
+    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}-*"):
+        found = re.match(rf"{_PREFIX}-(?:links|cluster)-(\d+)-", path.name)
+        if found and not Path(f"/proc/{found[1]}").exists():
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=False).stdout
     for line in listed.splitlines():
         found = re.match(rf"({_PREFIX}(\d+)h\d+)\b", line)

@@ -58,7 +58,7 @@ class EmulatedCluster:
         self._quotas: list[Quota] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
-        self._folder = tempfile.TemporaryDirectory(prefix="shardplan-cluster-")
+        self._folder = tempfile.TemporaryDirectory(prefix=f"shardplan-cluster-{os.getpid()}-")
         try:
             if not loopback:
                 self._network = Network(links)

@@ -1,6 +1,6 @@
-"""The search on unequal devices: 16 of four kinds with unequal links, 32 blocks.
+"""The search on unequal devices: 16 of four kinds with unequal links, 32 blocks; more devices; memory that binds.
 
-    python benchmarks/mixed.py [NAME ...] [--time-limit 300] [--profile]
+    python -m benchmarks.mixed [NAME ...] [--time-limit 300] [--profile] [-o benchmarks/results/mixed.json]
 
 Prints seconds of the processor, the plan's stages, its bound and gap, and what the same devices reach with hand-made
 arrangements. Needs the package transformers.
@@ -15,12 +15,16 @@ import sys
 import time
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks import records
+from benchmarks.records import Target
 from shardplan.planner.cluster import Cluster
 from shardplan.planner.costs.links import LinkModel
 from shardplan.planner.costs.model import CostModel
@@ -29,7 +33,7 @@ from shardplan.planner.search import SolveOptions, solve
 from shardplan.runtime.meta import meta_model
 
 LINKS = {"h100": ("450 GB/s", "50 GB/s"), "a100-40g": ("300 GB/s", "25 GB/s"), "l40s": ("25 GB/s", "12.5 GB/s"),
-         "a10g": ("12 GB/s", "3 GB/s")}  # fmt: skip
+         "a10g": ("12 GB/s", "3 GB/s"), "l4": ("12 GB/s", "3 GB/s"), "t4": ("6 GB/s", "3 GB/s")}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +48,12 @@ class Row:
 
 
 _FOUR = (4, "h100"), (4, "a100-40g"), (4, "l40s"), (4, "a10g")
+_FIRST = "16 of four kinds"
 ROWS = {
-    "16 of four kinds": Row(_FOUR, 32, 2048, 64, 2048),
+    _FIRST: Row(_FOUR, 32, 2048, 64, 2048),
     "16 of four kinds, memory binds": Row(_FOUR, 32, 4096, 64, 4096),
+    "32 of three kinds": Row(((8, "a100-40g"), (8, "a100-40g"), (8, "l4"), (8, "t4")), 32, 2048, 64, 2048),
+    "64 of two kinds": Row(((8, "h100"),) * 4 + ((8, "a100-40g"),) * 4, 32, 4096, 256, 2048),
     "nodes of unequal size": Row(((8, "h100"), (4, "h100"), (2, "a100-40g")), 32, 2048, 64, 2048),
 }
 
@@ -76,7 +83,8 @@ def model_of(row: Row) -> torch.nn.Module:
     return meta_model(lambda: LlamaForCausalLM(config).bfloat16()).train()
 
 
-def measure(name: str, time_limit: float, profiled: bool, console: Console) -> None:
+def measure(name: str, time_limit: float, profiled: bool, console: Console) -> dict[str, Any]:
+    """What a row came to."""
     row = ROWS[name]
     ids = torch.empty((row.batch, row.seq), dtype=torch.int64, device="meta")
     trace = trace_model(model_of(row), (), {"input_ids": ids, "labels": ids})
@@ -116,6 +124,16 @@ def measure(name: str, time_limit: float, profiled: bool, console: Console) -> N
     for other in plan.baselines:
         seconds_text = f"{other.seconds:.3f} s" if other.seconds is not None else "-"
         console.print(f"  {other.name}: {seconds_text} ({other.reason})")
+    hand = [other.seconds for other in plan.baselines if other.seconds is not None]
+    return {
+        "cpu_seconds": seconds,
+        "step_seconds": plan.step_seconds,
+        "bound_seconds": plan.status.lower_bound,
+        "gap": plan.status.gap,
+        "microbatches": plan.microbatches,
+        "stages": [[len(s.ranks), plan.devices[s.ranks[0]].kind, s.last - s.first] for s in plan.stages],
+        "best_by_hand_seconds": min(hand, default=None),
+    }
 
 
 def main() -> int:
@@ -123,14 +141,23 @@ def main() -> int:
     parser.add_argument("rows", nargs="*", default=list(ROWS))
     parser.add_argument("--time-limit", type=float, default=300.0, help="seconds for the search")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("-o", "--output", type=Path, help="where to write the figures")
     given = parser.parse_args()
     if unknown := set(given.rows) - set(ROWS):
         parser.error(f"no row {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     console = Console(width=160)
+    rows: dict[str, dict[str, Any]] = {}
     for name in given.rows:
-        measure(name, given.time_limit, given.profile, console)
+        rows[name] = measure(name, given.time_limit, given.profile, console)
+        checked = []
+        if (first := rows.get(_FIRST)) is not None:
+            checked = [
+                Target(f"{_FIRST}, CPU seconds", 60.0).check(first["cpu_seconds"]),
+                Target(f"{_FIRST}, gap", 0.02).check(first["gap"]),
+            ]
+        records.write(given.output, "mixed", checked, rows=rows)
     return 0
 
 

@@ -7,6 +7,7 @@ which forward counts twice and activations do not. Segments of one kind share th
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -133,6 +134,19 @@ class Columns:
         self._transients: dict[int, float] = {}
         self._recomputing: dict[int, float] = {}
         self._op_prices: dict[tuple[str, Strategy | None], Price] = {}
+        self._calls: dict[tuple[str, Strategy | None], LocalCall] | None = None
+        """Local calls, where several devices with the same mesh price them."""
+
+    def on(self, costs: Costs, levels: dict[str, tuple[int, ...]]) -> Columns:
+        """The same mesh on other devices: what depends on shapes alone is shared."""
+        if self._calls is None:
+            self._calls = {}
+        found = copy.copy(self)
+        found.costs, found.levels, found.proven, found.shared = costs, levels, 1.0, None
+        found._builders, found._made, found._columns, found._op_prices = {}, {}, {}, {}
+        found._numbers, found._plain, found._ends = {}, {}, {}
+        found._floors, found._transients, found._recomputing = {}, {}, {}
+        return found
 
     # -- layouts -------------------------------------------------------------------------------------------------------
 
@@ -411,7 +425,7 @@ class Columns:
 
     def _op_price(self, node: fx.Node, tp: Strategy | None) -> Price:
         chosen = self.chosen(node, tp)
-        call = local_call(node, chosen, self.mesh)
+        call = self._call(node, tp)
         cost = self._cost(node, call)
         forward, backward = cost.forward_seconds, cost.backward_seconds if self.training else 0.0
         for axis, strategy in chosen.items():
@@ -429,6 +443,15 @@ class Columns:
             if root(given)[0].name not in self.trace.sources  # parameters and inputs lie there anyway
         )
         return Price(forward, backward, 0.0, 0.0, kept, transient)
+
+    def _call(self, node: fx.Node, tp: Strategy | None) -> LocalCall:
+        """The op as one rank runs it."""
+        known = self._calls.get((node.name, tp)) if self._calls is not None else None
+        if known is None:
+            known = local_call(node, self.chosen(node, tp), self.mesh)
+            if self._calls is not None:
+                self._calls[node.name, tp] = known
+        return known
 
     def _implementation_seconds(
         self, strategy: Strategy, nbytes: int, shape: tuple[int, ...], axis: str

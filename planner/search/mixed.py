@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shardplan.errors import ConflictingConstraints, SolverTimeout
+from shardplan.errors import ConflictingConstraints
 from shardplan.planner.placement import Placement, R
 from shardplan.planner.schedules import in_flight
 from shardplan.planner.search.columns import Case, Columns, SegmentColumns
@@ -32,6 +32,7 @@ from shardplan.planner.search.mixed_problem import LAYOUTS, MixedChoice, MixedPr
 from shardplan.planner.search.placed_costs import PlacedCosts
 from shardplan.planner.search.problem import Price, Weights
 from shardplan.planner.search.runs import held_by, ops_of
+from shardplan.planner.search.stage_cells import Known
 from shardplan.planner.trace import info
 from shardplan.planner.transfers import Side, traffic, transfers
 
@@ -39,7 +40,9 @@ if TYPE_CHECKING:
     from shardplan.planner.search.search import Search
 
 _MOST_STAGES = 16
-_LEANEST = 1e6
+_LEANEST = 1e8
+_LAST_SHARE = 0.1
+"""Of the time, in which nothing new is begun."""
 _PRICES = (0.01, 0.05, 0.2, 1.0, 5.0)
 """Prices of a byte, as the share of the model's seconds that all of a device's memory is worth."""
 Traffic = dict[tuple[int, int], int]
@@ -110,22 +113,9 @@ class MixedSearch:
     def _columns(self, case: Case, group: Group) -> Columns:
         ranks = self.ranks([group])[0]
         placed = PlacedCosts(self.costs, self.cluster, ranks, group.dp, group.tp)
-        made = self.work.columns(case)
-        columns = Columns(
-            self.trace,
-            case,
-            placed,
-            made.follows,
-            made.keeps,
-            made.boundaries,
-            made.budget,
-            made.optimizer_factor,
-            made.training,
-            made.rematerialize,
-            {**made.levels, **{name: (0,) for name in self.work.tied}},
-            made.any_level,
+        return self.work.columns(case).on(
+            placed, {**self.work.columns(case).levels, **{name: (0,) for name in self.work.tied}}
         )
-        return columns
 
     def floor(self, m: int, priced: _Priced) -> float:
         """See module docstring."""
@@ -152,9 +142,12 @@ class MixedSearch:
             limit = float(min(self.cluster.memory_limit(r) for r in ranks))
             seconds = sum(columns.floor(index) for index in range(self.count))
             folded = sorted(1.0 / (stages[-1] + m - 1) for stages in self.ranges())
+            known = Known(
+                tuple(p * seconds / limit for p in prices), tuple(sorted({flights[0], flights[-1]})), True, folded[0]
+            )
             weights = [Weights(once=once) for once in folded]
-            for flight in sorted({flights[0], flights[-1]}):
-                for price in (_LEANEST / limit, *(p * seconds / limit for p in prices)):
+            for flight in known.flights:
+                for price in (_LEANEST / limit, *known.prices):
                     weights.append(Weights(once=folded[0], nbytes=price, in_flight=flight))
             cannot = self._not_split(group)
             mine = (
@@ -173,7 +166,8 @@ class MixedSearch:
                 received.append((sizes[0], sizes[-1]))
             transients = tuple(columns.least_transient(index) for index in range(self.count))
             fixed = self._shared(columns)
-            ways.append(Way(group.takes, limit, each, tuple(received), fixed, tuple(weights), False, transients))
+            again = tuple(columns.least_recomputing(index) for index in range(self.count))
+            ways.append(Way(group.takes, limit, each, tuple(received), fixed, known, False, transients, again))
             made.append(segments)
         return ways, made
 
@@ -214,7 +208,7 @@ class MixedSearch:
             m,
             stages[-1],
             1.0 / (stages[-1] + m - 1),
-            self._flights(m),
+            self._flights(m)[: stages[-1]],
             frozenset(stages) if len(stages) == 1 else frozenset(),
             tuple(sorted(self.decided.pinned.items())),
             tuple(self.decided.together),
@@ -323,7 +317,7 @@ class MixedSearch:
                 tally.pruned += 1
                 tally.bound = min(tally.bound, bound)
                 continue
-            if self.search.budget.left() < 0.1 * self.options.time_limit and found:
+            if found and self._late():
                 tally.timed_out = True
                 tally.bound = min(tally.bound, bound)
                 continue
@@ -337,9 +331,8 @@ class MixedSearch:
                 tally.solved += 1
                 found.append(made)
                 best = min(best, made.objective)
-                self.search._say(f"m{m}: {made.objective * 1e3:.2f} ms, best {best * 1e3:.2f} ms")
-        if not found and tally.timed_out:
-            raise SolverTimeout(f"no plan within {self.options.time_limit:g} s", [], ["raise time_limit"])
+                self.search._say(f"m{m}: {made.objective * 1e3:.2f} ms", best)
+        tally.timed_out |= self.search.budget.left() <= 0 and tally.bound < best * (1 - gap)
         tally.bound = min(tally.bound, best)
         return sorted(found, key=lambda candidate: candidate.objective)
 
@@ -361,7 +354,8 @@ class MixedSearch:
     def _solve(
         self, m: int, priced: _Priced, forced: dict[str, Placement], best: float
     ) -> tuple[MixedCandidate | None, float]:
-        """With few columns, and where the gap stays too large, with those for more prices of a byte."""
+        """With few columns, and where the gap stays too large, with those for more prices of a byte. Whatever the time,
+        something is looked for as long as nothing is found."""
         gap, sends = self.options.gap / 2, self.sends(priced)
         found: MixedCandidate | None = None
         bound = 0.0
@@ -369,6 +363,9 @@ class MixedSearch:
             ways, segments = self.ways(m, priced, forced, prices)
             proven = math.inf
             for stages in self.ranges():
+                if best < math.inf and self._late():
+                    proven = 0.0
+                    break
                 problem = self._problem(m, ways, sends, stages)
                 choice, least = solve_mixed(problem, gap, best, self._half_of_the_time())
                 proven = min(proven, least)
@@ -376,9 +373,13 @@ class MixedSearch:
                     found = self._candidate(m, priced, problem, choice, segments, forced)
                     best = choice.objective
             bound = max(bound, proven * min(columns.proven for columns in priced.columns))
-            if bound >= best * (1 - gap) or self.search.budget.left() <= 0:
+            if bound >= best * (1 - gap) or (best < math.inf and self._late()):
                 break
         return found, bound
+
+    def _late(self) -> bool:
+        """Whether it is too late to begin a program."""
+        return self.search.budget.left() < _LAST_SHARE * self.options.time_limit
 
     def _half_of_the_time(self) -> Callable[[], float]:
         """Seconds left to one program: the other half is for those that follow."""

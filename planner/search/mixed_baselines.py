@@ -3,12 +3,13 @@ and a pipeline of all in their order with as many segments each."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from shardplan.planner.search.mixed_cells import CellMaker
 from shardplan.planner.search.mixed_problem import MixedProblem, MixedStage, fits, objective
+from shardplan.planner.search.mixed_runs import RunCells
 
 if TYPE_CHECKING:
     from shardplan.planner.search.mixed import MixedCandidate, MixedSearch
@@ -53,11 +54,10 @@ def _wanted(groups: list[Group], total: int) -> Iterator[tuple[str, list[int]]]:
 
 def _alone(problem: MixedProblem, way: int) -> MixedStage | None:
     """The whole model on one way, by its fastest columns that fit."""
-    maker = CellMaker(problem, problem.ways[way])
-    cells = maker.make()
-    number = maker.flights.index(problem.flight(1))
-    if not cells.real[number][0, 0, 0, problem.count] < float("inf"):
+    cells = RunCells(problem, problem.ways[way])
+    key = cells.flights.index(problem.flight(1)), 0, 0, 0, problem.count
+    cells.settle(key)
+    if not math.isfinite(cells.real[key[0]][key[1:]]):
         return None
-    columns = maker.columns(cells, (number, 0, 0, 0, problem.count))
-    made = MixedStage(way, 0, problem.count, columns)
+    made = MixedStage(way, 0, problem.count, cells.columns(key))
     return made if fits(problem, [made]) else None

@@ -21,10 +21,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shardplan.planner.search.mixed_dp import WHOLE, Programs, Range
+from shardplan.planner.search.mixed_dp import WHOLE, Programs, Range, Step
 from shardplan.planner.search.mixed_problem import MixedChoice, MixedProblem, MixedStage, fits, objective
 
 _NEARLY = 1.1
+_ROUNDS = 40
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -87,13 +88,23 @@ class _Solver:
 
     def _first_try(self, stages: int) -> None:
         """A choice that is nearly as even as can be, so that all that is worse need not be looked at."""
-        real = self.programs.real
-        slowest = self.programs.least_slowest(real)
+        slowest = self.programs.least_slowest(self.programs.real)
         if self.pace and math.isfinite(slowest):
-            most = slowest * _NEARLY
-            below = self.best - self.pace * slowest
-            _, path = self.programs.solve(self.programs.boxed(real, most), stages, below)
-            self._try(path, most, WHOLE)
+            self._seek(slowest * _NEARLY, stages, WHOLE)
+
+    def _seek(self, most: float, stages: int, once: Range) -> None:
+        """Try the best path by what is known of costs, settle its cells, and again until all of a path are settled."""
+        programs = self.programs
+        for _ in range(_ROUNDS):
+            real = programs.boxed(programs.real, most, once)
+            slowest = programs.least_slowest(real)
+            if math.isinf(slowest):
+                return
+            _, path = programs.solve(real, stages, self.best - self.pace * slowest - once[0])
+            fresh = programs.settle(path)
+            self._try(path, most, once)
+            if not fresh or self.left() <= 0:
+                return
 
     def _box(self, stages: int, cost: Range, once: Range, known: float) -> _Box | None:
         """The box with its bound, its limits at least what the devices allow; the choice it leads to is tried.
@@ -115,16 +126,16 @@ class _Solver:
         bound = max(known, total + self.pace * slowest + once[0])
         if math.isinf(bound) or bound >= self.best:
             return None
-        if programs.real is not programs.low:
-            real = programs.boxed(programs.real, cost[1], once)
-            _, path = programs.solve(real, stages, below) if math.isfinite(programs.least_slowest(real)) else (0.0, [])
-        self._try(path, cost[1], once)
+        if programs.exact:
+            self._try(path, cost[1], once)
+        else:
+            self._seek(cost[1], stages, once)
         self.number += 1
         most = min(cost[1], (self.best - total - once[0]) / self.pace) if self.pace else cost[1]
         return _Box(bound, self.number, stages, (cost[0], most), once)
 
-    def _try(self, path: list[tuple[int, int, int, int, int, int]], most: float, once: Range) -> None:
-        if not path:
+    def _try(self, path: list[Step], most: float, once: Range) -> None:
+        if not path or not self.programs.possible(path):
             return
         made = self.programs.choice(path, most, once)
         value = objective(self.problem, made)

@@ -15,14 +15,17 @@ from itertools import combinations
 
 import numpy as np
 
-from shardplan.planner.search.mixed_cells import CellMaker, Cells
+from shardplan.planner.search.mixed_cells import Key, PointCells
 from shardplan.planner.search.mixed_problem import (
     LAYOUTS,
     MixedProblem,
     MixedStage,
     Take,
 )
+from shardplan.planner.search.mixed_runs import RunCells
 
+Step = tuple[int, int, int, int, int, int]
+"""Of a path: flight (its position), layouts that enter and leave, first and last segment, way."""
 Used = tuple[tuple[int, ...], ...]
 """Per kind of unit, the devices in use of each, ascending."""
 Range = tuple[float, float]
@@ -113,29 +116,59 @@ class Programs:
     def __init__(self, problem: MixedProblem) -> None:
         self.problem = problem
         self.count = problem.count
-        self.makers = [CellMaker(problem, way) for way in problem.ways]
-        self.cells: list[Cells] = [maker.make() for maker in self.makers]
+        self.cells = [PointCells(problem, way) if way.complete else RunCells(problem, way) for way in problem.ways]
         self.states = States(problem.units, (way.takes for way in problem.ways))
         self.flights = sorted(set(problem.in_flight))
         self.exact = all(way.complete for way in problem.ways)
         self.heads = len(problem.ways) * LAYOUTS
+        self._shut = self._apart()
         self.low = self._tables([c.low for c in self.cells])
         self.real = self.low if self.exact else self._tables([c.real for c in self.cells])
-        self.alike = all(np.array_equal(t[0], other) for t in (self.low, self.real) for other in t[1:]) and not (
-            problem.stages or problem.pinned
+        settled = all(cells.settled for cells in self.cells)
+        self.alike = (
+            settled
+            and all(np.array_equal(self.low[0], other) for other in self.low[1:])
+            and not (problem.stages or problem.pinned)
         )
         self._flat = [self._flattened(number) for number in range(len(self.flights))] if self.exact else []
         self._room = np.zeros(0)
 
+    def _apart(self) -> np.ndarray:
+        """[first, last]: runs that part what must stay together."""
+        first, last = np.indices((self.count + 1, self.count + 1))
+        shut = np.zeros(first.shape, dtype=bool)
+        for group in self.problem.together:
+            inside = sum(((first <= i) & (i < last)).astype(int) for i in group)
+            shut |= (inside > 0) & (inside < len(set(group)))
+        return shut
+
     def _tables(self, cells: list[list[np.ndarray]]) -> list[np.ndarray]:
         """[flight][way, enters, leaves, first, last], with what must stay together kept."""
         found = [np.stack([held[number] for held in cells]) for number in range(len(self.flights))]
-        for group in self.problem.together:
-            first, last = np.indices((self.count + 1, self.count + 1))
-            inside = sum(((first <= i) & (i < last)).astype(int) for i in group)
-            for table in found:
-                table[..., (inside > 0) & (inside < len(set(group)))] = math.inf
+        for table in found:
+            table[..., self._shut] = math.inf
         return found
+
+    def settle(self, path: list[Step]) -> bool:
+        """Find what the cells of a path, and those with a segment more or less, cost. False: those of the path were
+        known."""
+        fresh = False
+        touched: dict[tuple[int, int], None] = {}
+        for number, enters, leaves, first, last, way in path:
+            cells = self.cells[way]
+            if cells.settle((number, enters, leaves, first, last)):
+                fresh = True
+                touched[number, way] = None
+                for end in (last - 1, last + 1):
+                    if first < end <= self.count:
+                        cells.settle((number, enters, leaves, first, end))
+        for number, way in touched:
+            self.real[number][way] = np.where(self._shut, math.inf, self.cells[way].real[number])
+        return fresh
+
+    def possible(self, path: list[Step]) -> bool:
+        """Whether all cells of a path can be run as far as is known."""
+        return all(math.isfinite(self.real[number][(way, *ends)]) for number, *ends, way in path)
 
     # -- boxes ---------------------------------------------------------------------------------------------------------
 
@@ -210,9 +243,7 @@ class Programs:
 
     # -- the program ---------------------------------------------------------------------------------------------------
 
-    def solve(
-        self, tables: list[np.ndarray], stages: int = 0, below: float = math.inf
-    ) -> tuple[float, list[tuple[int, int, int, int, int, int]]]:
+    def solve(self, tables: list[np.ndarray], stages: int = 0, below: float = math.inf) -> tuple[float, list[Step]]:
         """Least sum, and its stages first to last as (flight, enters, leaves, first, last, way). stages: their number,
         0: any. below: sums that are not less are of no interest, and may be given as inf."""
         front = self._in_front(tables)
@@ -240,7 +271,7 @@ class Programs:
                 break
         return best, self._trace(layers, at) if at else []
 
-    def _together(self, table: np.ndarray) -> tuple[float, list[tuple[int, int, int, int, int, int]]]:
+    def _together(self, table: np.ndarray) -> tuple[float, list[Step]]:
         """Where flights make no difference all numbers of stages share one layer."""
         layer, start = self._empty(), self._start()
         self._extend(start, layer, 0, table, True)
@@ -317,7 +348,7 @@ class Programs:
     def _next_head(self, layer: _Layer, used: int, last: int, tail: int) -> int:
         return int((self.problem.sends[last][tail] + layer.value[used, last]).argmin())
 
-    def _trace(self, layers: list[_Layer], at: int) -> list[tuple[int, int, int, int, int, int]]:
+    def _trace(self, layers: list[_Layer], at: int) -> list[Step]:
         value = layers[at].value[:, 0, ::LAYOUTS]
         used, way = (int(x) for x in np.unravel_index(value.argmin(), value.shape))
         found, head, first = [], way * LAYOUTS, 0
@@ -331,7 +362,7 @@ class Programs:
             first = last
         return found
 
-    def _trace_single(self, layer: _Layer) -> list[tuple[int, int, int, int, int, int]]:
+    def _trace_single(self, layer: _Layer) -> list[Step]:
         value = layer.value[:, 0, ::LAYOUTS]
         used, way = (int(x) for x in np.unravel_index(value.argmin(), value.shape))
         found, head, first = [], way * LAYOUTS, 0
@@ -344,11 +375,11 @@ class Programs:
             first = last
         return found
 
-    def choice(self, path: list[tuple[int, int, int, int, int, int]], most: float, once: Range) -> list[MixedStage]:
+    def choice(self, path: list[Step], most: float, once: Range) -> list[MixedStage]:
         """The stages of a path through the tables of a box."""
         found = []
         for number, enters, leaves, first, last, way in path:
-            key = number, enters, leaves, first, last
-            columns = self.makers[way].columns(self.cells[way], key, most if self.exact else math.inf, once)
+            key: Key = number, enters, leaves, first, last
+            columns = self.cells[way].columns(key, most if self.exact else math.inf, once)
             found.append(MixedStage(way, first, last, columns))
         return found

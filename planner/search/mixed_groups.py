@@ -51,7 +51,7 @@ class Group:
 
 class DeviceGroups:
     """units: per kind of unit the devices of each. groups: all, or where these lead to too many sets of used devices,
-    those of fewer sizes (the search's notes say so)."""
+    those of larger steps (the search's notes say so)."""
 
     def __init__(self, search: Search) -> None:
         self.search, self.cluster, self.decided = search, search.cluster, search.decided
@@ -74,13 +74,16 @@ class DeviceGroups:
         return list(found.values())
 
     def _groups(self) -> list[Group]:
-        """All groups, or where these lead to too many states, groups of fewer sizes."""
-        for sizes in ("all", "powers of two", "whole nodes"):
-            takes = self._takes(sizes)
-            if self._states(takes) <= _MOST_STATES:
+        """All groups, or where these lead to too many states, groups of larger steps."""
+        largest = max(units[0] for units in self.units)
+        step = 1
+        while True:
+            takes = self._takes(step)
+            if self._states(takes) <= _MOST_STATES or step >= largest:
                 break
-        if sizes != "all":
-            self.search.tally.notes.append(f"groups of unequal devices were searched by {sizes}")
+            step *= 2
+        if step > 1:
+            self.search.tally.notes.append(f"groups of unequal devices were searched in steps of {step} devices")
         found = []
         for take in takes:
             width = sum(count for _, count in take)
@@ -93,13 +96,13 @@ class DeviceGroups:
                         found.append(group)
         return found
 
-    def _takes(self, sizes: str) -> list[Take]:
+    def _takes(self, step: int) -> list[Take]:
+        """step: devices of a unit are used so many at a time, or all."""
         found: dict[Take, None] = {}
         for kind, units in enumerate(self.kinds):
             size = len(units[0].devices)
-            for used in range(1, size + 1):
-                if used == size or sizes == "all" or (sizes == "powers of two" and used & (used - 1) == 0):
-                    found[((kind, used),)] = None
+            for used in dict.fromkeys((*range(step, size + 1, step), size)):
+                found[((kind, used),)] = None
             for several in range(2, len(units) + 1):
                 found[((kind, size),) * several] = None
         for node in range(len(self.cluster.nodes)):
@@ -112,9 +115,11 @@ class DeviceGroups:
         """At most so many sets of used devices."""
         total = 1
         for kind, units in enumerate(self.units):
-            steps = len({0, *(count for take in takes for k, count in take if k == kind)})
-            reach = units[0] + 1 if steps > 2 else steps
-            total *= math.comb(len(units) + reach - 1, len(units))
+            counts = {count for take in takes for k, count in take if k == kind}
+            reached = {0}
+            for _ in range(units[0]):
+                reached |= {r + count for r in reached for count in counts if r + count <= units[0]}
+            total *= math.comb(len(units) + len(reached) - 1, len(units))
         return total
 
     def _allowed(self, group: Group) -> bool:

@@ -20,7 +20,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from shardplan.planner.search.problem import Price, Weights
+from shardplan.planner.search.problem import Price
+from shardplan.planner.search.stage_cells import Known
 from shardplan.planner.search.stage_ilp import Column
 
 LAYOUTS = 2
@@ -35,8 +36,8 @@ class Way:
 
     columns: per segment; equal segments share one tuple. received: [boundary in front of segment][layout] bytes that
     the stage keeps of what it receives. known: weightings for which the columns are the best there are; complete:
-    whether they are all that could be of use. transients: per segment, bytes that no column can do without. label: for
-    people.
+    whether they are all that could be of use. transients, recomputing: per segment, bytes that no column, and no
+    recomputed one, can do without. label: for people.
     """
 
     takes: Take
@@ -44,9 +45,10 @@ class Way:
     columns: tuple[tuple[Column, ...], ...]
     received: tuple[tuple[float, ...], ...]
     fixed: Price = field(default_factory=Price)
-    known: tuple[Weights, ...] = (Weights(),)
+    known: Known = field(default_factory=Known)
     complete: bool = False
     transients: tuple[float, ...] = ()
+    recomputing: tuple[float, ...] = ()
     label: str = ""
 
 

@@ -69,7 +69,7 @@ def prove_splits(trace: Trace, leaves: Leaves) -> None:
 
     for _ in range(_PROOF_ROUNDS):
         nodes = [node for node in trace.nodes() if is_leaf(node)]
-        states = _states(trace, nodes, parts)
+        states = _states(trace, nodes, parts) if nodes else {}
         new = [node for node in nodes if (node.name, states[node.name]) not in tried]
         if not new:
             break

@@ -15,13 +15,15 @@ from torch import fx
 
 from shardplan.errors import NotSupported
 from shardplan.planner.leaf_op import is_leaf
+from shardplan.planner.mixture import own_experts
 from shardplan.planner.placement import MICROBATCH_AXIS, S
 from shardplan.planner.propagate import REPLICA_NORM
 from shardplan.planner.rules import LocalCall, Slot, Strategy
+from shardplan.planner.rules.mixtures import OWN
 from shardplan.planner.rules.positions import bag_step
 from shardplan.planner.rules.randomness import random_impl
 from shardplan.planner.trace import info, tensor_args
-from shardplan.rewrite import index_kernels, kernels
+from shardplan.rewrite import index_kernels, kernels, mixture_kernels
 from shardplan.rewrite.implement_random import implement_random
 from shardplan.rewrite.leaf_kernel import implement_leaf
 
@@ -138,6 +140,14 @@ def _embedding_bag(op: OpContext) -> fx.Node:
     return op.emit(index_kernels.embedding_bag, op.stage.comm, *values, vocab_axes=vocab, step=step)
 
 
+def _own_experts(op: OpContext) -> fx.Node:
+    """A rank runs the pairs of its own experts."""
+    (axis,) = op.axes_of(OWN)
+    steps, experts, fans, ids, rows, held = op.stage.fill(op.call.args, op.arguments)
+    own = own_experts(steps, experts, [value.shape for value in op.call.inputs[1 + len(rows) :]])
+    return op.emit(mixture_kernels.own_experts, op.stage.comm, axis, steps, own, fans, ids, rows, held)
+
+
 IMPLEMENTATIONS: dict[str, Callable[[OpContext], fx.Node]] = {
     "vocab_embedding": _vocab_embedding,
     "cross_entropy": _cross_entropy,
@@ -146,5 +156,6 @@ IMPLEMENTATIONS: dict[str, Callable[[OpContext], fx.Node]] = {
     "positions": _positions,
     "embedding_bag": _embedding_bag,
     "leaf": implement_leaf,
+    OWN: _own_experts,
     "random": implement_random,
 }

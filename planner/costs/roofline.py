@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from shardplan.planner.cluster import DeviceKind
+from shardplan.planner.costs import mixtures
 from shardplan.planner.leaf_op import Leaf
+from shardplan.planner.mixture import is_product
 from shardplan.planner.rules.localize import LocalCall
 
 aten = torch.ops.aten
@@ -48,7 +50,12 @@ def flops(call: LocalCall) -> float:
     if isinstance(call.target, Leaf):
         numbers = sum(math.prod(value.shape) for value in call.outputs)
         return call.target.flops * numbers / max(call.target.results, 1)
+    if mixtures.is_mixture(call):
+        return sum(map(flops, mixtures.parts(call)))
     out = math.prod(call.outputs[0].shape) if call.outputs else 0
+    if is_product(call.target):
+        left, right = (value.shape for value in call.inputs[:2])
+        return 2.0 * (math.prod(left) * right[-1] if len(left) == len(right) == 2 else out * left[-1])
     if call.target in _LINEAR:
         first = call.inputs[1 if call.target in _ADDS_FIRST else 0].shape
         return 2.0 * out * (first[-1] if first else 1)
@@ -92,6 +99,9 @@ def is_view(target: Any) -> bool:
 
 def modelled_seconds(call: LocalCall, kind: DeviceKind) -> tuple[float, float]:
     """Forward and backward seconds of a call on a device that is only described."""
+    if mixtures.is_mixture(call):
+        found = [modelled_seconds(part, kind) for part in mixtures.parts(call)]
+        return sum(ahead for ahead, _ in found), sum(back for _, back in found)
     differentiable = any(value.needs_grad for value in call.outputs)
     if is_view(call.target):
         return _VIEW_SECONDS, _VIEW_SECONDS if differentiable else 0.0

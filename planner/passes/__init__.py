@@ -14,6 +14,7 @@ from shardplan.planner.passes import (
     gradients,
     inline_regions,
     known_forms,
+    mixtures,
     no_ops,
     reshape_views,
     scalar_terms,
@@ -42,6 +43,7 @@ PIPELINE = (
     dead_code,
     common,
     no_ops,
+    mixtures,
     dead_code,
     gradients,
 )

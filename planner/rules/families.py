@@ -9,8 +9,19 @@ import torch
 from torch import fx
 
 from shardplan.planner.leaf_op import LEAF
+from shardplan.planner.mixture import MIXTURE, is_product
 from shardplan.planner.placement import R, S
-from shardplan.planner.rules import indexing, losses, pointwise, positions, products, reductions, spatial, views
+from shardplan.planner.rules import (
+    indexing,
+    losses,
+    mixtures,
+    pointwise,
+    positions,
+    products,
+    reductions,
+    spatial,
+    views,
+)
 from shardplan.planner.rules.letters import split_letters
 from shardplan.planner.rules.randomness import random_impl
 from shardplan.planner.rules.schema import argument, shapes
@@ -195,12 +206,15 @@ RULES: dict[Any, Rule] = _table(
 RULES |= dict.fromkeys(views.RESHAPES, views.reshape)
 RULES |= dict.fromkeys(views.PERMUTES, views.permute)
 RULES[LEAF] = leaf
+RULES[MIXTURE] = mixtures.mixture
 
 
 def rule_of(node: fx.Node) -> Rule | None:
     """The rule of an op, or None."""
     if node.target in RULES:
         return RULES[node.target]
+    if is_product(node.target):
+        return products.grouped_mm
     return pointwise.pointwise if pointwise.is_pointwise(node.target) else None
 
 

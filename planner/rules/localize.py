@@ -75,6 +75,11 @@ def local_call(node: fx.Node, chosen: Mapping[str, Strategy], mesh: Mesh) -> Loc
     return LocalCall(call.target or node.target, tuple(call.args), call.kwargs, inputs, outputs)
 
 
+def resizes(target: Any) -> bool:
+    """Whether a split call of the op has other size arguments than the whole one."""
+    return target in _FIXES
+
+
 def _local(value: TensorInfo, layout: Sequence[Placement], mesh: Mesh) -> TensorInfo:
     return TensorInfo(local_shape(value.shape, tuple(layout), mesh), value.dtype, value.needs_grad)
 

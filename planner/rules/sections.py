@@ -6,6 +6,7 @@ up to the parameters; `variants` offers the split of such a dim section by secti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 from torch import fx
@@ -48,10 +49,13 @@ def variants(node: fx.Node, plain: Iterable[Strategy], wanted: Wanted) -> list[S
         return found
     shapes = [info(a).shape if is_tensor(a) else () for a in tensor_args(node)] if node.op == "call_function" else []
     for strategy in plain:
-        if not strategy.is_split or not strategy.outputs[0].is_shard or strategy.outputs[0].sections or strategy.groups:
+        if not strategy.is_split or not strategy.outputs[0].is_shard or strategy.outputs[0].sections:
             continue
         for dim, sizes in wanted:
             if dim != strategy.outputs[0].dim or results[0].shape[dim] != sum(sizes):
+                continue
+            groups = _groups_of_each(strategy.groups, sizes)
+            if groups is None:
                 continue
             ins: list[Placement] = []
             for shape, placement in zip(shapes, strategy.inputs, strict=True):
@@ -60,5 +64,14 @@ def variants(node: fx.Node, plain: Iterable[Strategy], wanted: Wanted) -> list[S
                 ins.append(S(placement.dim, sizes) if placement.is_shard else placement)
             else:
                 outs = (S(dim, sizes),)
-                found.append(Strategy(f"{strategy.name}|", tuple(ins), outs, strategy.impl, strategy.scale))
+                name, impl, scale = f"{strategy.name}|", strategy.impl, strategy.scale
+                found.append(Strategy(name, tuple(ins), outs, impl, scale, groups))
     return found
+
+
+def _groups_of_each(groups: int, sizes: tuple[int, ...]) -> int | None:
+    """How many ranks at most split every section without cutting a group; 0 where there are no groups, None where the
+    sections cut some."""
+    if any(groups * size % sum(sizes) for size in sizes):
+        return None
+    return math.gcd(*(groups * size // sum(sizes) for size in sizes))

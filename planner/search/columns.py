@@ -409,7 +409,9 @@ class Columns:
         # A local call does not know strides, so this was priced as a view.
         again = self.costs.copy(sum(result.nbytes for result in call.outputs), 0)
         back = again if needs_grad(node) else 0.0
-        return OpCost(cost.forward_seconds + again, cost.backward_seconds + back, cost.source)
+        return replace(
+            cost, forward_seconds=cost.forward_seconds + again, backward_seconds=cost.backward_seconds + back
+        )
 
     def chosen(self, node: fx.Node, tp: Strategy | None) -> dict[str, Strategy]:
         """Strategies of an op on the axes of several ranks."""
@@ -433,7 +435,7 @@ class Columns:
                 extra = self._implementation_seconds(strategy, call.inputs[0].nbytes, call.inputs[0].shape, axis)
                 forward, backward = forward + extra[0], backward + extra[1]
         out = sum(result.nbytes for result in call.outputs)
-        kept = self.keeps.extra_nbytes(node, out) if self.training else 0.0
+        kept = self.keeps.extra_of(node, call) if self.training else 0.0
         for position, result in enumerate(call.outputs):
             if self.training and self.keeps.is_kept(node, position):
                 kept += result.nbytes

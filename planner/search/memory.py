@@ -6,11 +6,14 @@ ops keep counts once, and a view counts as the tensor that it looks at.
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import torch
 from torch import fx
 
+from shardplan.planner.costs import mixtures
 from shardplan.planner.costs.base import Costs, OpSaves
-from shardplan.planner.rules import views
+from shardplan.planner.rules import LocalCall, views
 from shardplan.planner.trace import Trace, infos, is_tensor, resolve, tensor_args
 
 aten = torch.ops.aten
@@ -27,7 +30,7 @@ class Keeps:
 
     def __init__(self, trace: Trace, costs: Costs) -> None:
         self._saves: dict[fx.Node, OpSaves] = {}
-        self._kept: set[tuple[fx.Node, int]] = set()
+        self._kept: dict[tuple[fx.Node, int], set[fx.Node]] = {}
         self._read_again: set[tuple[fx.Node, int]] = set()
         for node in trace.nodes():
             if node.op != "call_function" or resolve(node)[0] is not node or not infos(node):
@@ -36,10 +39,10 @@ class Keeps:
             for argument, kept in zip(tensor_args(node), saves.inputs, strict=True):
                 if kept:
                     self._read_again.add(resolve(argument))
-                    self._kept.add(root(argument))
+                    self._kept.setdefault(root(argument), set()).add(node)
             for position, kept in enumerate(saves.outputs):
                 if kept:
-                    self._kept.add(root_of(node, position))
+                    self._kept.setdefault(root_of(node, position), set()).add(node)
 
     def saves_of(self, node: fx.Node) -> OpSaves | None:
         """What the op keeps by itself; None where it is none that computes."""
@@ -49,6 +52,10 @@ class Keeps:
         """Whether result `position` of the op stays until backward (views never: what they look at does)."""
         return (node, position) in self._kept
 
+    def keepers(self, node: fx.Node, position: int) -> Set[fx.Node]:
+        """The ops whose backward needs the result."""
+        return self._kept.get((node, position), set())
+
     def is_read_again(self, value: fx.Node) -> bool:
         """Whether some reader keeps this very value for its backward."""
         return resolve(value) in self._read_again
@@ -57,6 +64,12 @@ class Keeps:
         """Bytes that the op keeps besides its arguments and results."""
         saves = self._saves.get(node)
         return saves.extra_nbytes_per_output_byte * output_nbytes if saves is not None else 0.0
+
+    def extra_of(self, node: fx.Node, call: LocalCall) -> float:
+        """The same of a call on one rank. The experts of a mixture may be split otherwise than its results."""
+        if mixtures.is_mixture(call):
+            return mixtures.kept_nbytes(call)
+        return self.extra_nbytes(node, sum(result.nbytes for result in call.outputs))
 
 
 def root(value: fx.Node) -> tuple[fx.Node, int]:

@@ -75,6 +75,10 @@ class StagePlan:
     reductions: part of once_seconds: sums of gradients that go on during the last backward, as (share of it after which
         a bucket's gradients are final, seconds), in order. reducing: share of its speed that the backward loses while
         one of them goes on.
+    shares: microbatches of each replica (index on "dp"), where they are not the same for all: every microbatch is then
+        run by one replica, the first ones by the first. forward_seconds and backward_seconds are such that all
+        microbatches one after another take as long as the slowest replica does for its own. Empty: every replica runs
+        its part of every microbatch.
     """
 
     first: int
@@ -93,6 +97,7 @@ class StagePlan:
     adding_seconds: float = 0.0
     communication_seconds: tuple[float, float] = (0.0, 0.0)
     op_seconds: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    shares: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

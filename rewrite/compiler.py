@@ -59,12 +59,35 @@ class _Compiler:
         self.train = kind == "train"
         self.kind = kind
         self.split = split_stages(trace, tuple(stage.first for stage in plan.stages))
+        self.shared = self.train and self._checked_shares()
         self.outputs = self._outputs(available)
         self.watched = [n for n in trace.nodes() if n.name in watched and n.name in self.split.stage_of]
         self.live = self._live()
         self.crossings = [c for c in map(self._live_crossing, self.split.crossings) if c is not None]
         self.instructions = self.schedule()
         self.boundaries = {(c.name, t): self._boundary(c, t) for c in self.crossings for t in c.targets}
+
+    def _checked_shares(self) -> bool:
+        """Whether replicas run microbatches of their own. Raises PlanMismatch where that would not be exact."""
+        stages = [stage for stage in self.plan.stages if stage.shares]
+        if not stages:
+            return False
+        (stage,), plan = stages[:1], self.plan
+        wrong = {
+            "more than one stage": len(plan.stages) > 1,
+            f"shares {stage.shares} of {plan.microbatches} microbatches on {stage.mesh}": (
+                len(stage.shares) != stage.mesh.size("dp")
+                or sum(stage.shares) != plan.microbatches
+                or min(stage.shares) < 1
+            ),
+            "splits on dp": bool(plan.splits.get("dp")),
+            "parameters split for storage": bool(plan.storage),
+            "replicas that step by themselves": bool(plan.average_every),
+            "ops that write to buffers": any(mutated(node) for node in self.trace.nodes()),
+        }
+        if any(wrong.values()):
+            raise PlanMismatch("shares of replicas", [text for text, is_so in wrong.items() if is_so])
+        return True
 
     def _outputs(self, available: frozenset[str] | None) -> dict[int, fx.Node]:
         """Output position -> node, of what this program returns (position 0 is the loss)."""
@@ -126,7 +149,8 @@ class _Compiler:
             kind=self.kind,
             stages=tuple(s.code for s in stages),
             placement=tuple(
-                StageRanks(stage_mesh(self.plan, i), stage.ranks) for i, stage in enumerate(self.plan.stages)
+                StageRanks(stage_mesh(self.plan, i), stage.ranks, stage.shares if self.train else ())
+                for i, stage in enumerate(self.plan.stages)
             ),
             schedule=self.instructions,
             microbatches=self.plan.microbatches,
@@ -242,6 +266,8 @@ class _Compiler:
         wanted: Layout = tuple(layout)
         value = lowering.value(node, wanted)
         shape = local_shape(info(node).shape, wanted, lowering.mesh)
+        if self.shared:  # every microbatch is with one replica
+            wanted = tuple(P if axis == "dp" else p for axis, p in zip(lowering.mesh.axes, wanted, strict=True))
         return value, Result(
             "loss" if loss else "output", node.name, shape, info(node).dtype, loss and needs_grad(node),
             index=position, layout=wanted, global_shape=info(node).shape,
@@ -267,6 +293,8 @@ class _Compiler:
             wide = [a for a in mesh.axes if any(m.size(a) > 1 for m in meshes)]
             chosen = {axis: self.plan.strategy(axis, placeholder) for axis in wide}
             layout = tuple(placed(chosen.get(axis), 0) for axis in mesh.axes)
+            if kind == "param" and self.shared:
+                layout = tuple(D if axis == "dp" else p for axis, p in zip(mesh.axes, layout, strict=True))
             stored = storage_of(self.plan, self.trace, placeholder, layout, mesh) if kind == "param" else None
             if kind == "param" and source.name in self.plan.storage and len(set(meshes)) > 1:
                 raise NotSupported(

@@ -7,6 +7,7 @@ source runs on every rank of a stage.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -122,10 +123,11 @@ class Denominator:
 
 @dataclass(frozen=True, slots=True)
 class StageRanks:
-    """Devices of a stage: `ranks` in row-major order of the mesh without the axis "mb"."""
+    """Devices of a stage: `ranks` in row-major order of the mesh without the axis "mb". shares: see `StagePlan`."""
 
     mesh: Mesh
     ranks: tuple[int, ...]
+    shares: tuple[int, ...] = ()
 
     def coordinate(self, rank: int) -> dict[str, int]:
         """Axis name -> index of a rank in the mesh."""
@@ -136,6 +138,13 @@ class StageRanks:
                 found[axis] = index % size
                 index //= size
         return found
+
+    def has(self, coordinate: Mapping[str, int], microbatch: int) -> bool:
+        """Whether the rank there runs a microbatch (-1: what is done once a step)."""
+        if not self.shares or microbatch < 0:
+            return True
+        first = sum(self.shares[: coordinate["dp"]])
+        return first <= microbatch < first + self.shares[coordinate["dp"]]
 
     def group(self, rank: int, axes: tuple[str, ...]) -> tuple[int, ...]:
         """Ranks that differ from `rank` only on `axes` (itself included), in mesh order."""

@@ -231,7 +231,7 @@ class _Run:
                 with torch.set_grad_enabled(grad):
                     return self.functions[stage](comm, torch.device("cpu"), *arguments)
 
-            values.append(run_ranks(self.comms[stage], run))
+            values.append(run_ranks(self.running(stage, microbatch), run))
             for outs in values[stage].values():
                 for spec, value in zip(code.results, outs, strict=True):
                     if tuple(value.shape) != spec.shape or value.dtype != spec.dtype:
@@ -293,7 +293,12 @@ class _Run:
                 comm.later.run([get_gradient_edge(value) for value in late], late_grads)
                 storage.settle(comm)
 
-            run_ranks(self.comms[stage], run)
+            run_ranks(self.running(stage, microbatch), run)
+
+    def running(self, stage: int, microbatch: int) -> dict[Coordinate, ThreadComm]:
+        """The ranks of a stage that run a microbatch."""
+        placement = self.program.placement[stage]
+        return {c: comm for c, comm in self.comms[stage].items() if placement.has(comm.coordinate, microbatch)}
 
     def gradient(self, spec: TensorSpec) -> torch.Tensor | None:
         """The whole gradient, added up over the stages that hold the parameter."""

@@ -99,7 +99,9 @@ class Executor:
 
     def _prepare_instructions(self) -> None:
         position = next(p for p, line in enumerate(self.program.schedule) if any(i.stage == self.stage for i in line))
-        self.instructions = self.program.schedule[position]
+        self.instructions = tuple(
+            i for i in self.program.schedule[position] if self.placement.has(self.coordinate, i.microbatch)
+        )
         runs = {run.stage: run for run in self.runs}
         found = receipts(self.program.schedule, position, self._carries)
         for run in self.runs:

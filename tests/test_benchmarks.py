@@ -102,11 +102,12 @@ def _on_rank(rank: int, *arguments: object) -> list[Measured]:
 def test_a_tiny_cell_runs_and_orders_its_plans(tmp_path):
     (cell,) = regret_cells.SMOKE
     conditions = Conditions((1.0, 1.0), repeats=2, memory=False, link_seconds=0.4)
-    arguments = "loopback", cell.job, list(cell.wanted()), str(tmp_path), conditions
-    found = pool(2).run(_on_rank, *arguments)[0]
-    assert [m.name for m in found] == [want.name for want in cell.wanted()]
+    names = "planner", "single", "data parallel", "ZeRO-3", "pipeline m2 cut 0.5", "pipeline m8 cut 0.5"
+    wanted = [want for want in cell.wanted() if want.name in names]
+    found = pool(2).run(_on_rank, "loopback", cell.job, wanted, str(tmp_path), conditions)[0]
+    assert [m.name for m in found] == [want.name for want in wanted]
     runs = regret.timed(found)
-    assert {"planner", "single", "data parallel", "ZeRO-3", "tensor parallel", "pipeline m2 cut 0.5"} <= runs.keys()
+    assert set(names[:-1]) == runs.keys()
     assert all(m.predicted_seconds > 0 and len(m.samples) == 2 for m in runs.values())
     assert json.loads(json.dumps(asdict(found[0])))["degrees"] == found[0].degrees
     other = next(m for m in found if m.name == "pipeline m8 cut 0.5")

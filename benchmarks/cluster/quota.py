@@ -6,14 +6,19 @@ so that `sweep` finds those that a killed run left behind.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import re
+import struct
 import time
 from pathlib import Path
 
 _ROOT = Path("/sys/fs/cgroup")
 _PERIOD_US = 10_000
 _PREFIX = "shardplan"
+_SLICE_NS = 100_000
+_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
 
 
 def _folder() -> tuple[Path, bool]:
@@ -43,8 +48,9 @@ class Quota:
             (self._path / "cpu.cfs_quota_us").write_text(limit)
 
     def add(self, pid: int) -> None:
-        """Puts a process into it, with all that it starts later."""
+        """Puts a process into it, with all that it starts later, and lets it begin at once when it wakes."""
         (self._path / "cgroup.procs").write_text(str(pid))
+        _wake_at_once(pid)
 
     def close(self) -> None:
         """The processes have to be gone."""
@@ -56,6 +62,16 @@ class Quota:
                 return
             except OSError:
                 time.sleep(0.1)
+
+
+def _wake_at_once(pid: int) -> None:
+    """A short slice of time: an ordinary process that wakes with one (a message came) goes before those with the usual
+    slice of milliseconds, since Linux 6.12; earlier ones ignore it. Priority is not touched."""
+    number = _SCHED_SETATTR.get(platform.machine())
+    if number is not None:
+        # size, policy (the ordinary one), flags, nice, priority, runtime (the slice), deadline, period
+        attributes = struct.pack("=IIQiIQQQ", 48, 0, 0, os.getpriority(os.PRIO_PROCESS, pid), 0, _SLICE_NS, 0, 0)
+        ctypes.CDLL(None).syscall(number, pid, ctypes.c_char_p(attributes), 0)
 
 
 def sweep() -> None:

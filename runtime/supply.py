@@ -10,6 +10,7 @@ import torch
 
 from shardplan.errors import UsageError
 from shardplan.rewrite.parts import runs
+from shardplan.runtime.progress import Items
 from shardplan.runtime.tape import Recipe
 from shardplan.runtime.tensor_files import OpenFiles, Stored
 
@@ -22,12 +23,14 @@ class Supply:
 
     whole: tensors. stored: tensors in safetensors files. recipes: how to make them. alike: all ranks have devices of
     one kind, so that each runs recipes on its own and still makes the same numbers; else they run on the CPU.
+    told: whether to say how far making and reading is.
     """
 
     whole: Mapping[str, torch.Tensor] = field(default_factory=dict)
     stored: Mapping[str, Stored] = field(default_factory=dict)
     recipes: Mapping[str, Recipe] = field(default_factory=dict)
     alike: bool = False
+    told: bool = False
 
     def names(self) -> set[str]:
         """What has a source."""
@@ -44,18 +47,20 @@ class Supply:
                 if name in names and name not in self.whole and name not in self.stored
             },
             self.alike,
+            self.told,
         )
 
     @contextmanager
     def open(self, device: torch.device) -> Iterator[Values]:
-        with OpenFiles() as files:
-            yield Values(self, files, device)
+        with OpenFiles() as files, Items("tensors made or read", len(self.names()), self.told) as items:
+            yield Values(self, files, device, items)
 
 
 class Values:
     """The tensors of a supply while its files are open, on one device."""
 
-    def __init__(self, supply: Supply, files: OpenFiles, device: torch.device) -> None:
+    def __init__(self, supply: Supply, files: OpenFiles, device: torch.device, items: Items) -> None:
+        self._items = items
         self._supply = supply
         self._files = files
         self._device = device
@@ -63,6 +68,7 @@ class Values:
     def part(self, name: str, shape: tuple[int, ...], pieces: Pieces, dtype: torch.dtype) -> torch.Tensor:
         """A part of a tensor of that shape, in memory of its own. Raises UsageError where there is no source,
         CheckpointError where a file cannot be read."""
+        self._items.done()
         extents = [sum(stop - start for start, stop in dim) for dim in pieces]
         made = torch.empty(extents, dtype=dtype, device=self._device)
         if 0 in extents:

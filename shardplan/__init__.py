@@ -26,6 +26,7 @@ _WHERE = {
     "within_node": "shardplan.planner.constraints",
     "memory": "shardplan.planner.constraints",
     "zero": "shardplan.planner.constraints",
+    "rule": "shardplan.planner.rules.own",
     "Rows": "shardplan.runtime.inputs",
     "ShardplanError": "shardplan.errors",
 }
@@ -44,6 +45,7 @@ __all__ = [
     "pin",
     "plan",
     "replicate",
+    "rule",
     "split",
     "together",
     "within_node",
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from shardplan.planner.cluster import Cluster
     from shardplan.planner.constraints import degrees, leaf, memory, pin, replicate, split, together, within_node, zero
     from shardplan.planner.plan import Plan
+    from shardplan.planner.rules.own import rule
     from shardplan.runtime.inputs import Rows
     from shardplan.runtime.meta import meta_model
 

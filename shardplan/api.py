@@ -20,7 +20,6 @@ from shardplan.planner.trace import Trace
 from shardplan.planning import (
     LinkCache,
     Request,
-    Say,
     check_plan,
     find_plan,
     load_plan,
@@ -28,9 +27,8 @@ from shardplan.planning import (
     measures_links,
     resolve_cluster,
     resolve_model,
-    say_nothing,
-    say_on_stderr,
 )
+from shardplan.progress import Say, say_nothing, say_on_stderr
 from shardplan.ranks import InPlace, Spawned
 from shardplan.runtime import rank_calls
 from shardplan.runtime.launch import HEARTBEAT_SECONDS, TIMEOUT_SECONDS, Workers
@@ -153,7 +151,7 @@ def auto_parallel(
         return _plan_and_spawn(module, cluster, batch, request, given, limits, say)
 
     backend = "inductor" if compile is True else compile or None
-    settings = Settings(loss_fn, optimizer, clip_norm, seed, weights, init, scheduler, backend)
+    settings = Settings(loss_fn, optimizer, clip_norm, seed, weights, init, scheduler, backend, bool(verbose))
     made = ParallelModel(module, settings, prepare)
     if example_inputs is not None:
         made.prepare(example_inputs)

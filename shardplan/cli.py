@@ -1,4 +1,4 @@
-"""The command line: ``shardplan plan | report | run | diff | simulate | cluster``.
+"""The command line: ``shardplan plan | profile | report | diff | simulate | run | check | bench | doctor | cluster``.
 
 torch is imported by the commands, not here, so that ``--help`` is fast. Facts go to stdout (with ``--json`` one object
 and nothing else), everything else to stderr.
@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from shardplan.cli_cluster import cluster_app, print_json
 from shardplan.cli_profile import profile_command
 from shardplan.cli_simulate import simulate_command
 from shardplan.errors import ShardplanError
@@ -25,7 +26,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-cluster_app = typer.Typer(help="What there is to run on.", no_args_is_help=True)
 app.add_typer(cluster_app, name="cluster")
 
 
@@ -164,7 +164,8 @@ def report_command(
     if explain is not None:
         from shardplan.planner import report
 
-        print(report.explain(found, explain).rstrip())
+        text = report.explain(found, explain)
+        print_json({"pattern": explain, "lines": text.splitlines()}) if json else print(text.rstrip())
         return
     _show(found, None, html, trace, json, quiet)
 
@@ -173,12 +174,19 @@ def report_command(
 def diff_command(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="a plan file")],
     other: Annotated[Path, typer.Argument(metavar="OTHER", help="another one")],
+    json: Json = False,
 ) -> None:
     """Show what differs between two plan files."""
+    from dataclasses import asdict
+
     from shardplan.planner import report
     from shardplan.planner.plan import Plan
 
-    print(report.diff(Plan.load(plan), Plan.load(other)).rstrip())
+    plans = Plan.load(plan), Plan.load(other)
+    if json:
+        print_json({"changes": [asdict(change) for change in report.changes(*plans)]})
+    else:
+        print(report.diff(*plans).rstrip())
 
 
 @app.command("run")
@@ -286,56 +294,22 @@ def doctor_command(json: Json = False) -> None:
 @app.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench_command(
     context: typer.Context,
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="which one; without: what there is")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="which one; without, or with --json alone: what there is")
+    ] = None,
 ) -> None:
     """Run a benchmark of this checkout; what follows its name is for it (NAME -- --help). Its status is ours."""
     from shardplan import bench
 
-    if name is None:
-        for known, summary in bench.benchmarks().items():
-            print(f"{known:14} {summary}")
+    if name in (None, "--json"):  # flags of a benchmark are not ours to read
+        known = bench.benchmarks()
+        if name:
+            print_json({"benchmarks": known})
+        else:
+            print("\n".join(f"{each:14} {summary}" for each, summary in known.items()))
         return
     if status := bench.run(name, context.args):
         raise typer.Exit(status)
-
-
-@cluster_app.command("detect")
-def cluster_detect(
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="write a cluster file")] = None,
-) -> None:
-    """Describe this machine."""
-    from shardplan.planner.cluster import Cluster
-
-    found = Cluster.detect()
-    print(found.summary())
-    if output:
-        found.save(output)
-    else:
-        print(found.to_toml().rstrip())
-
-
-@cluster_app.command("show")
-def cluster_show(devices: Annotated[str, typer.Argument(help="a cluster file, a preset, or devices")]) -> None:
-    """Show a cluster as a cluster file."""
-    from shardplan.planner.cluster import Cluster
-
-    found = Cluster.parse(devices)
-    print(f"# {found.summary()}")
-    print(found.to_toml().rstrip())
-
-
-@cluster_app.command("list")
-def cluster_list() -> None:
-    """List the shipped presets."""
-    from shardplan.planner.presets import preset_kinds, preset_nodes
-    from shardplan.planner.units import format_nbytes
-
-    print("devices:")
-    for name, kind in sorted(preset_kinds().items()):
-        print(f"  {name:16} {format_nbytes(kind.memory_nbytes)}")
-    print("nodes:")
-    for name, node in sorted(preset_nodes().items()):
-        print(f"  {name:16} {node.summary()}")
 
 
 def _job(flags: dict[str, Any], progress: bool = False) -> Any:

@@ -44,7 +44,7 @@ def profile_command(
         raise UsageError("profile needs a TARGET", hints=["shardplan profile model.py:factory --devices 2"])
     degrees = {name: value for name, value in (("dp", dp), ("tp", tp), ("pp", pp)) if value is not None}
     job = profiling.Profiled(target, devices, tuple(input or ()), batch, seq, degrees, microbatches, budget, steps)
-    found = profiling.run(job, progress=sys.stderr.isatty() and not quiet)
+    found = profiling.run(job, progress=not quiet)
     if found is None:  # a rank other than the first
         return
     if store is None:

@@ -21,7 +21,8 @@ from shardplan.planner import constraints
 from shardplan.planner.plan import Plan
 from shardplan.planner.report.measured import Measured
 from shardplan.planner.trace import Trace
-from shardplan.planning import Request, make_trace, resolve_cluster, say_nothing, say_on_stderr
+from shardplan.planning import Request, make_trace, resolve_cluster
+from shardplan.progress import say_nothing, say_on_stderr
 from shardplan.targets import load_target
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ class Settings:
     init: Init | None = None
     scheduler: Callable[[torch.optim.Optimizer], Any] | None = None
     backend: str | None = None
+    verbose: bool = False
 
 
 class ParallelModel(ModelState):
@@ -120,7 +122,7 @@ class ParallelModel(ModelState):
         held = set().union(*names_by_rank(programs, len(planned.plan.devices)))
         self._rest = self._supply.only(tensors_of(self._model).keys() - held)
         ranks.hint = self._checkpoints.hint
-        ranks.load(job, self._supply)
+        ranks.load(job, replace(self._supply, told=self._settings.verbose))
 
     @property
     def plan(self) -> Plan:
@@ -362,6 +364,22 @@ class ParallelModel(ModelState):
         everyone = Followers(ranks, lambda call: self._forward(*call, everywhere=False))
         self._server = Server(everyone, found, max_wait_ms / 1000, max_queue, ended)
         return self._server
+
+    # -- notebooks -----------------------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        name = type(self._model).__name__
+        if self._planned is None:
+            return f"ParallelModel({name}, planned at its first call)"
+        plan = self._planned.plan
+        ranks = self._planned.ranks
+        where = "only planned" if ranks is None else "closed" if self._closed else "running"
+        return f"ParallelModel({name}, {plan.degrees()} on {len(plan.devices)} devices, {where})"
+
+    def _repr_html_(self) -> str:
+        """What it is, and the report of its plan, in a notebook."""
+        head = f"<p>{html.escape(repr(self))}</p>"
+        return head + (self._planned.plan._repr_html_() if self._planned is not None else "")
 
     # -- the end -------------------------------------------------------------------------------------------------------
 

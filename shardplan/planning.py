@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,15 +24,13 @@ from shardplan.planner.precision import compute_dtype
 from shardplan.planner.rules import local_call
 from shardplan.planner.schedules import CHUNKED, KINDS
 from shardplan.planner.trace import Trace, infos, resolve
+from shardplan.progress import Say, live
 
 SCHEDULES = ("auto", *(kind for kind in KINDS if kind not in CHUNKED))
 """What the search plans; plans of all kinds are run."""
 
 REDUCTIONS = ("exact", "bf16")
 _INEXACT = "INEXACT: sums of gradients over replicas are sent in bf16, as asked for; one device computes something else"
-
-Say = Callable[[str], None]
-
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -84,14 +81,6 @@ class Request:
                 f"optimizer is {type(self.optimizer).__name__}, not a function that makes one",
                 hints=["optimizer=lambda params: torch.optim.AdamW(params, lr=3e-4)"],
             )
-
-
-def say_nothing(text: str) -> None:
-    pass
-
-
-def say_on_stderr(text: str) -> None:
-    print(f"shardplan: {text}", file=sys.stderr, flush=True)
 
 
 def resolve_model(model: Any) -> nn.Module:
@@ -255,7 +244,7 @@ def find_plan(trace: Trace, cluster: Cluster, request: Request, tables: LinkTabl
         optimizer=request.optimizer,
     )
     say(f"planning {trace.model_name} on {cluster}")
-    with one_thread(cluster):
+    with one_thread(cluster), live(say):
         plan = solve(trace, cluster, costs, options)
     say(f"plan: {plan.degrees()}, found in {time.perf_counter() - started:.1f} s")
     work, dtype = model_flops(trace)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +24,7 @@ from shardplan.planner.report.measured import Measured
 from shardplan.planner.rules import LocalCall, Strategy, local_call, strategies
 from shardplan.planner.trace import Trace, info, infos, is_tensor, resolve, tensor_args
 from shardplan.planning import Request, make_trace, one_thread
+from shardplan.runtime.progress import Items
 from shardplan.targets import load_target
 
 
@@ -117,8 +116,8 @@ def run(job: Profiled, progress: bool = False) -> Comparison:
     batch = example_batch(target.model, target.random_batch(0), target.loss_fn is not None)
     trace, _ = make_trace(target.model, batch, Request(loss_fn=target.loss_fn))
     costs = CostModel(cluster, LinkModel(cluster), Store.open(), budget_seconds=job.budget_seconds)
-    with one_thread(cluster), _bar(progress) as step:
-        costs.warm(calls(trace, len(cluster)), 0, step)
+    with one_thread(cluster), Items("ops measured", 1, progress) as items:
+        costs.warm(calls(trace, len(cluster)), 0, items.reach)
     with auto_parallel(
         target.model,
         job.devices,
@@ -152,17 +151,3 @@ def _fits(node: Any, strategy: Strategy, mesh: Mesh) -> bool:
     shapes = [(info(a).shape, p) for a, p in given if is_tensor(a)]
     shapes += [(result.shape, p) for result, p in zip(infos(node), strategy.outputs, strict=True)]
     return all(fits(shape, (placement if placement.is_shard else R,), mesh) for shape, placement in shapes)
-
-
-@contextlib.contextmanager
-def _bar(shown: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on stderr, where one is wanted."""
-    if not shown:
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("measuring ops")
-        yield lambda done, total: bar.update(task, completed=done, total=total)

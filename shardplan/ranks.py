@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 from shardplan.errors import WorkerFailed, WorkerTimeout
@@ -47,7 +48,8 @@ class InPlace:
         return self._watched(function, *arguments)
 
     def load(self, job: Job, supply: Supply) -> None:
-        self._watched(rank_calls.load, job, self._watched(rank_calls.same_values, supply))
+        told = replace(supply, told=supply.told and self.session.rank == 0)
+        self._watched(rank_calls.load, job, self._watched(rank_calls.same_values, told))
 
     def _watched(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Any error that is another rank's doing says so, and where this rank was."""
@@ -101,7 +103,8 @@ class Spawned:
 
     def load(self, job: Job, supply: Supply) -> None:
         needed = names_by_rank(job.programs, len(self.workers))
-        self.workers.call_each(rank_calls.load, [(job, supply.only(names)) for names in needed])
+        mine = [replace(supply.only(names), told=supply.told and rank == 0) for rank, names in enumerate(needed)]
+        self.workers.call_each(rank_calls.load, [(job, given) for given in mine])
 
     def close(self) -> None:
         self.workers.close()

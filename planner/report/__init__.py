@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from shardplan.errors import UsageError
 from shardplan.planner.plan import Plan, write_atomically
-from shardplan.planner.report.diff import diff
+from shardplan.planner.report.diff import changes, diff
 from shardplan.planner.report.explain import explain
 from shardplan.planner.report.facts import Facts, facts
 from shardplan.planner.report.html_form import notebook, render_html
@@ -25,6 +25,7 @@ __all__ = [
     "Facts",
     "Measured",
     "WhatIf",
+    "changes",
     "diff",
     "explain",
     "facts",

@@ -3,21 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from shardplan.planner.plan import Plan
 from shardplan.planner.report.facts import parameter_splits
 from shardplan.planner.report.words import change_text, names_text, nbytes_text, ranges, seconds_text
 
 
+@dataclass(frozen=True, slots=True)
+class Change:
+    """before, after: in words, "-" for nothing; by: how much that is, where both are numbers."""
+
+    what: str
+    before: str
+    after: str
+    by: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.before} -> {self.after}" + (f" ({self.by})" if self.by else "")
+
+
 def diff(plan: Plan, other: Plan) -> str:
     """One line per change, ``what: before -> after``; "no difference" for equal plans."""
-    lines = list(_lines(plan, other))
+    lines = [str(change) for change in changes(plan, other)]
     if not lines:
         lines = ["no difference" if plan == other else "no difference that the report shows"]
     return "\n".join(lines) + "\n"
 
 
-def _lines(plan: Plan, other: Plan) -> Iterable[str]:
+def changes(plan: Plan, other: Plan) -> list[Change]:
+    """What differs, in the order of the report."""
+    return list(_changes(plan, other))
+
+
+def _changes(plan: Plan, other: Plan) -> Iterable[Change]:
     yield from _change("model", plan.model, other.model)
     yield from _change("graph", plan.fingerprint, other.fingerprint)
     yield from _change("inputs", _inputs(plan), _inputs(other))
@@ -25,11 +44,8 @@ def _lines(plan: Plan, other: Plan) -> Iterable[str]:
     yield from _change("degrees", plan.degrees(), other.degrees())
     yield from _change("schedule", plan.schedule, other.schedule)
     if plan.step_seconds != other.step_seconds:
-        change = change_text(other.step_seconds, plan.step_seconds)
-        yield (
-            f"step: {seconds_text(plan.step_seconds)} -> {seconds_text(other.step_seconds)}"
-            + (f" ({change})" if change else "")
-        )
+        by = change_text(other.step_seconds, plan.step_seconds)
+        yield Change("step", seconds_text(plan.step_seconds), seconds_text(other.step_seconds), by)
     for index in range(max(len(plan.stages), len(other.stages))):
         for what, old, new in zip(
             ("blocks", "ranks", "mesh", "recomputed", "peak"), _stage(plan, index), _stage(other, index)
@@ -42,9 +58,9 @@ def _lines(plan: Plan, other: Plan) -> Iterable[str]:
     yield from _change("outcome", plan.status.outcome, other.status.outcome)
 
 
-def _change(what: str, old: str, new: str) -> Iterable[str]:
+def _change(what: str, old: str, new: str) -> Iterable[Change]:
     if old != new:
-        yield f"{what}: {old or '-'} -> {new or '-'}"
+        yield Change(what, old or "-", new or "-")
 
 
 def _inputs(plan: Plan) -> str:

@@ -72,7 +72,11 @@ def reshape(node: fx.Node) -> list[Strategy]:
     return [*found, *inner_splits(node, FUSED), linear_in(node, (0,))]
 
 
-def inner_splits(node: fx.Node, most: int | None = None) -> list[Strategy]:
+LONGEST = 8192
+"""Sections of a dim at most: a sequence in front of a batch. Tokens in front of their choices are more, and no batch."""
+
+
+def inner_splits(node: fx.Node, most: int = LONGEST) -> list[Strategy]:
     """Splits of a dim that is merged behind others (the batch of a [seq, batch, ...] tensor that is flattened): the
     merged dim then consists of as many sections as the outer factor counts. most: sections, at most."""
     before, after = info(tensor_args(node)[0]).shape, infos(node)[0].shape
@@ -86,7 +90,7 @@ def inner_splits(node: fx.Node, most: int | None = None) -> list[Strategy]:
         extents = before if many is mine else after
         for k in range(1, len(many)):
             outer = math.prod(extents[i] for i in many[:k])
-            if most is not None and outer > most:
+            if outer > most:
                 break
             merged = S(single[0], (math.prod(extents[i] for i in many[k:]),) * outer)
             ins, outs = (S(many[k]), merged) if many is mine else (merged, S(many[k]))

@@ -66,6 +66,7 @@ class StagePlan:
     ranks: device indices in row-major order of mesh (axes "dp", "tp").
     forward_seconds, backward_seconds: per microbatch, communication inside the stage included (backward includes
         recomputation); once_seconds: gradient reduction, optimizer and what else is done once a step.
+    weight_seconds: the part of backward_seconds that a BACKWARD_WEIGHT takes, where the schedule has it.
     optimizer_seconds: the optimizer's part of once_seconds. adding_seconds: the part of backward_seconds that adds to
         gradients of earlier microbatches. communication_seconds: of collectives and conversions in a forward and a
         backward.
@@ -93,6 +94,7 @@ class StagePlan:
     rematerialized: tuple[str, ...] = ()
     reductions: tuple[tuple[float, float], ...] = ()
     reducing: float = 0.0
+    weight_seconds: float = 0.0
     optimizer_seconds: float = 0.0
     adding_seconds: float = 0.0
     communication_seconds: tuple[float, float] = (0.0, 0.0)
@@ -214,6 +216,7 @@ class Plan:
     storage: parameter name -> how it is stored where that is not as it is used (`planner.storage`).
     reduction: what sums of gradients over replicas are sent as, see `planner.wire`: only "exact" is what one device
         computes. average_every: 0; or replicas take that many steps by themselves and then average their parameters.
+    offload: "optimizer" where its state is in the memory of the host, else empty.
     bucket_nbytes: about how many bytes of gradients are summed over ranks at a time while backward goes on.
     flops: of a step of the model itself, recomputation left out; peak_flops: per second, of all devices together.
     coverage: share of predicted op seconds that was "measured", "interpolated", "modelled".
@@ -254,6 +257,7 @@ class Plan:
     bucket_nbytes: int = BUCKET_NBYTES
     reduction: str = "exact"
     average_every: int = 0
+    offload: str = ""
     calibration: dict[str, float] = field(default_factory=dict)
     calibrated_by: int = 0
     overheads: dict[str, float] = field(default_factory=dict)
@@ -279,10 +283,12 @@ class Plan:
         return tuple(by_rank[rank] for rank in sorted(by_rank))
 
     def degrees(self) -> str:
-        """Short text such as ``pp2 x dp1 x tp4, 8 microbatches``."""
+        """Short text such as ``pp2 x dp1 x tp4, 8 microbatches``, ``pp4 x 2 chunks x dp1 x tp4, 8 microbatches``."""
         meshes = {stage.mesh for stage in self.stages}
         inner = " | ".join(f"dp{m.size('dp')} x tp{m.size('tp')}" for m in sorted(meshes, key=str))
-        return f"pp{len(self.stages)} x {inner}, {self.microbatches} microbatch{'es' if self.microbatches > 1 else ''}"
+        chunks = f" x {self.chunks} chunks" if self.chunks > 1 else ""
+        depth = f"pp{len(self.stages) // self.chunks}{chunks}"
+        return f"{depth} x {inner}, {self.microbatches} microbatch{'es' if self.microbatches > 1 else ''}"
 
     def check(self, fingerprint: str, inputs: dict[str, str], devices: int) -> None:
         """Raises PlanMismatch, naming what differs, if the plan was made for another model, batch or device count."""

@@ -24,6 +24,7 @@ def times_of(stage: StagePlan, activation_nbytes: int = 0, fixed_nbytes: int = 0
     return StageTimes(
         stage.forward_seconds,
         stage.backward_seconds,
+        min(stage.weight_seconds, stage.backward_seconds),
         reduce_seconds=max(stage.once_seconds - summed, 0.0),
         reductions=stage.reductions,
         reducing=stage.reducing,
@@ -38,6 +39,11 @@ def shown_seconds(stage: StagePlan, besides: float = 0.0) -> float:
     backward, done = times_of(stage).summed(0.0, stage.backward_seconds)
     summed = sum(seconds for _, seconds in stage.reductions)
     return done - min(backward, done) + max(stage.once_seconds - stage.optimizer_seconds - besides - summed, 0.0)
+
+
+def goes_alone(nbytes: float, bucket: float) -> bool:
+    """Whether a gradient of that size is summed by itself, where it is, and not moved to a bucket with others."""
+    return 4 * nbytes >= bucket
 
 
 def spread(segments: Sequence[tuple[float, float, float]], nbytes: int) -> Reductions:

@@ -8,13 +8,13 @@ outside are moved before it, and the linear maps are found whose values nothing 
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import fx
 
+from shardplan.planner.weight_work import is_product
 from shardplan.rewrite import collectives, later, storage
 from shardplan.rewrite.emit import group_of, set_chain, set_group, set_split
 from shardplan.rewrite.program import Argument
@@ -24,13 +24,6 @@ aten = torch.ops.aten
 CHAIN = "chain"
 WEIGHTS = "weights"
 _GATHERING = "gathering"
-
-_PRODUCTS = frozenset(
-    {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "addbmm", "bilinear", "einsum", "convolution"}
-    | {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
-)
-"""Ops whose gradients of inputs and of weights are work of their own."""
-
 
 _PASSIVE = frozenset(
     {aten.add.Tensor, aten.sub.Tensor, aten.neg.default, aten.view.default, aten.reshape.default, aten.t.default}
@@ -55,7 +48,7 @@ def split_backward(graph: fx.Graph, arguments: Sequence[Argument]) -> list[bool]
         found = _linear_map(node, kinds, dims)
         if found is not None:
             _write_out(node, *found)
-        elif weights and _is_product(node):
+        elif weights and is_product(node):
             set_split(node, weights)
     values = next(node for node in graph.nodes if node.op == "output").args[0]
     assert isinstance(values, (tuple, list))
@@ -185,11 +178,3 @@ def _unkept(node: fx.Node) -> list[fx.Node] | None:
                 return None
             pending.append(user)
     return sums
-
-
-def _is_product(node: fx.Node) -> bool:
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or target is operator.getitem:
-        return False
-    namespace, name = target._schema.name.split("::")
-    return namespace == "aten" and name in _PRODUCTS and not target._schema.is_mutable

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from shardplan.errors import NotSupported
 from shardplan.planner.instructions import Instruction, Op
 from shardplan.planner.placement import MICROBATCH_AXIS, P
+from shardplan.planner.receipts import receipts
 from shardplan.rewrite.program import Program
 from shardplan.runtime import pulse
 from shardplan.runtime.comm import DistComm
 from shardplan.runtime.groups import Groups
 from shardplan.runtime.mail import Ways
 from shardplan.runtime.op_timing import OpClock
-from shardplan.runtime.receipts import receipts
 from shardplan.runtime.reduction import Attached, GradientSums
 from shardplan.runtime.stage_run import Outputs, Shared, StageRun
 
@@ -106,7 +106,8 @@ class Executor:
         found = receipts(self.program.schedule, position, self._carries)
         for run in self.runs:
             run.schedule(self.instructions, found)
-            run.arm = lambda stage=run.stage: self.sums.arm(stage)
+            run.arm = lambda run=run: self._arm(run)
+        self.sums.beside = [run.split for run in self.runs]
         last = max((n for n, i in enumerate(self.instructions) if i.op is Op.REDUCE_GRADS), default=-1)
         end = max((n for n, i in enumerate(self.instructions) if i.op is Op.OPTIMIZER_STEP), default=-1)
         self._handlers: list[Callable[[int, Instruction], None]] = []
@@ -213,6 +214,10 @@ class Executor:
     def _stages(self) -> str:
         numbers = [str(run.stage) for run in self.runs]
         return f"stage{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}"
+
+    def _arm(self, run: StageRun) -> None:
+        self.sums.arm(run.stage)
+        run.split.arm()
 
     def _reduce(self, _at: int, _instruction: Instruction) -> None:
         for run in self.runs:

@@ -22,15 +22,13 @@ from shardplan.planner.placement import Mesh
 from shardplan.planner.plan import Plan
 from shardplan.planner.precision import compute_dtype
 from shardplan.planner.rules import local_call
-from shardplan.planner.schedules import CHUNKED, KINDS
+from shardplan.planner.schedules import KINDS
 from shardplan.planner.trace import Trace, infos, resolve
+from shardplan.planner.wire import Wire, said
 from shardplan.progress import Say, live
 
-SCHEDULES = ("auto", *(kind for kind in KINDS if kind not in CHUNKED))
-"""What the search plans; plans of all kinds are run."""
+SCHEDULES = ("auto", *KINDS)
 
-REDUCTIONS = ("exact", "bf16")
-_INEXACT = "INEXACT: sums of gradients over replicas are sent in bf16, as asked for; one device computes something else"
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -53,6 +51,8 @@ class Request:
     batch_norm: str = "global"
     zero: int | str = "auto"
     reduction: str = "exact"
+    average_every: int | None = None
+    offload: str | None = None
 
     def __post_init__(self) -> None:
         compute_dtype(self.precision)
@@ -65,10 +65,19 @@ class Request:
             raise UsageError(f"microbatches={count!r}", hints=['"auto" or a number of at least 1'])
         if self.rematerialize not in ("auto", True, False):
             raise UsageError(f"rematerialize={self.rematerialize!r}", hints=['"auto", True or False'])
-        if self.reduction not in REDUCTIONS:
-            raise UsageError(f"reduction={self.reduction!r}", hints=[f"one of {', '.join(REDUCTIONS)}"])
+        wire = Wire.parse(self.reduction)
+        every = self.average_every
+        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+            raise UsageError(f"average_every={every!r}", hints=["None, or the optimizer steps between two averages"])
+        if every is not None and not wire.exact:
+            raise UsageError(f"average_every={every} and reduction={self.reduction!r}: gradients are not summed")
         if self.zero != "auto" and (isinstance(self.zero, bool) or self.zero not in (0, 1, 2, 3)):
             raise UsageError(f"zero={self.zero!r}", hints=['"auto", 0, 1, 2 or 3'])
+        if self.whole and self.zero not in ("auto", 0):
+            given = "average_every" if every is not None else "reduction"
+            raise UsageError(f"{given}= and zero={self.zero}: every replica has to have everything", hints=["zero=0"])
+        if self.offload not in (None, "optimizer"):
+            raise UsageError(f"offload={self.offload!r}", hints=['"optimizer": its state stays in memory of the host'])
         if self.batch_norm not in ("global", "replica"):
             raise UsageError(
                 f"batch_norm={self.batch_norm!r}",
@@ -81,6 +90,12 @@ class Request:
                 f"optimizer is {type(self.optimizer).__name__}, not a function that makes one",
                 hints=["optimizer=lambda params: torch.optim.AdamW(params, lr=3e-4)"],
             )
+
+
+    @property
+    def whole(self) -> bool:
+        """Whether every replica has to hold all that replicas have in common."""
+        return self.average_every is not None or Wire.parse(self.reduction).rank > 0
 
 
 def resolve_model(model: Any) -> nn.Module:
@@ -214,23 +229,27 @@ class Problem:
 
 def find_plan(trace: Trace, cluster: Cluster, request: Request, tables: LinkTables | None, say: Say) -> Plan:
     """Price and solve. Raises NoFeasiblePlan, ConflictingConstraints, SolverTimeout and what else planning raises."""
+    from shardplan.planner.costs.host import AWAY, HostOptimizer
     from shardplan.planner.costs.links import LinkModel
     from shardplan.planner.costs.model import CostModel
     from shardplan.planner.costs.store import Store
     from shardplan.planner.search import SolveOptions, solve
 
     started = time.perf_counter()
+    away = request.offload is not None and not any(device.local == "cpu" for device in cluster.devices)
+    kept = 0.0 if away else optimizer_factor(request.optimizer)
+    kept += Wire.parse(request.reduction).rank > 0  # what factors leave out of gradients
     options = SolveOptions(
         constraints=request.constraints,
         microbatches=request.microbatches,
         schedule=request.schedule,
         rematerialize=request.rematerialize,
-        zero=request.zero,
+        zero=0 if request.whole else request.zero,
         solver=request.solver,
         time_limit=request.time_limit,
         gap=request.gap,
         objective=request.objective,
-        optimizer_factor=optimizer_factor(request.optimizer),
+        optimizer_factor=kept,
         progress=say,
     )
     store = Store.open() if request.cache else None
@@ -245,14 +264,17 @@ def find_plan(trace: Trace, cluster: Cluster, request: Request, tables: LinkTabl
     )
     say(f"planning {trace.model_name} on {cluster}")
     with one_thread(cluster), live(say):
-        plan = solve(trace, cluster, costs, options)
+        priced: Any = HostOptimizer(costs) if away else costs
+        plan = solve(trace, cluster, priced, options)
     say(f"plan: {plan.degrees()}, found in {time.perf_counter() - started:.1f} s")
     work, dtype = model_flops(trace)
-    inexact = (_INEXACT,) if request.reduction != "exact" else ()
+    average_every = request.average_every or 0
     return replace(
         plan,
         reduction=request.reduction,
-        notes=(*plan.notes, *inexact),
+        average_every=average_every,
+        offload=request.offload or "",
+        notes=(*plan.notes, *said(request.reduction, average_every), *((AWAY,) if away else ())),
         trace_seconds=trace.seconds,
         profile_seconds=costs.profile_seconds,
         flops=work,

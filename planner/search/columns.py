@@ -15,6 +15,7 @@ from itertools import product
 
 from torch import fx
 
+from shardplan.planner.costs import mixtures
 from shardplan.planner.costs.base import Costs, OpCost
 from shardplan.planner.placement import D, Mesh, Placement, R, S, fits, local_shape
 from shardplan.planner.propagate import Follow, placed
@@ -31,7 +32,8 @@ from shardplan.planner.search.stage_ilp import Column
 from shardplan.planner.search.storing import Window
 from shardplan.planner.trace import Trace, info, infos, is_tensor, mutated, needs_grad, resolve, tensor_args
 
-_REDUCE_SAMPLE_NBYTES = 4 << 20
+SAMPLE_NBYTES = 4 << 20
+_ADDING = 1.5  # what adding to a gradient moves, over a copy of as many bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -434,6 +436,10 @@ class Columns:
             if strategy.impl in ("cross_entropy", "batch_norm") and axis != "mb":
                 extra = self._implementation_seconds(strategy, call.inputs[0].nbytes, call.inputs[0].shape, axis)
                 forward, backward = forward + extra[0], backward + extra[1]
+            if strategy.impl == SENT:
+                ranks = self.tp_ranks if axis == "tp" else self.dp_ranks
+                sent = sum(self.collective_seconds("all_to_all", round(n), ranks) for n in mixtures.sent_nbytes(call))
+                forward, backward = forward + sent, backward + sent * (backward > 0)
         out = sum(result.nbytes for result in call.outputs)
         kept = self.keeps.extra_of(node, call) if self.training else 0.0
         for position, result in enumerate(call.outputs):
@@ -488,8 +494,8 @@ class Columns:
             return 0.0, ranks
         # Gradients travel in buckets, so a parameter costs its share of a large message.
         nbytes = self.stored_nbytes(node, self.local_nbytes(node, tp))
-        sample = self.costs.collective("all_reduce", _REDUCE_SAMPLE_NBYTES, ranks)
-        reduce = sample * nbytes / _REDUCE_SAMPLE_NBYTES + self.costs.copy(round(nbytes), 0)
+        sample = self.costs.collective("all_reduce", SAMPLE_NBYTES, ranks)
+        reduce = sample * nbytes / SAMPLE_NBYTES + self.costs.copy(round(nbytes), 0)
         return reduce * self.costs.overheads(0).reduce, ranks
 
     def stored_nbytes(self, node: fx.Node, used_nbytes: float) -> float:
@@ -498,8 +504,8 @@ class Columns:
         return used_nbytes if master is None else used_nbytes * master.itemsize / info(node).dtype.itemsize
 
     def adding_seconds(self, nbytes: float) -> float:
-        """Seconds of a microbatch: all but the first add to a gradient that is there."""
-        return self.costs.copy(round(nbytes), 0) * (self.microbatches - 1) / self.microbatches
+        """Seconds of a microbatch: all but the first add to a gradient that is there, which reads two and writes one."""
+        return _ADDING * self.costs.copy(round(nbytes), 0) * (self.microbatches - 1) / self.microbatches
 
     def most_adding(self, index: int) -> float:
         """The same of all parameters of a segment, at most."""

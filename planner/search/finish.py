@@ -30,6 +30,7 @@ from shardplan.planner.propagate import norm_notes, placed
 from shardplan.planner.reductions import times_of
 from shardplan.planner.rules import Strategy, has_rule, is_discovered, strategies, why_whole
 from shardplan.planner.search.comparing import causes, spent
+from shardplan.planner.search.put_off import SPLIT, weight_seconds
 from shardplan.planner.search.runs import held_by, ops_of
 from shardplan.planner.search.stage_memory import with_memory
 from shardplan.planner.search.storing import Window, ways_to_store
@@ -68,13 +69,22 @@ class Finished:
         return self.simulation.step_seconds
 
     @property
+    def memory(self) -> tuple[Memory, ...]:
+        """Of a rank of every position: the sum over its stages."""
+        by_rank: dict[int, Memory] = {}
+        for stage in self.stages:
+            rank = stage.ranks[0]
+            by_rank[rank] = by_rank[rank].beside(stage.memory) if rank in by_rank else stage.memory
+        return tuple(by_rank.values())
+
+    @property
     def peak_nbytes(self) -> int:
-        return max(stage.memory.peak_nbytes for stage in self.stages)
+        return max(memory.peak_nbytes for memory in self.memory)
 
     @property
     def fits(self) -> bool:
-        """Whether no stage holds more than its devices may, op by op (the search adds up less finely)."""
-        return all(not s.memory.limit or s.memory.peak_nbytes <= s.memory.limit for s in self.stages)
+        """Whether no device holds more than it may, op by op (the search adds up less finely)."""
+        return all(not memory.limit or memory.peak_nbytes <= memory.limit for memory in self.memory)
 
     @property
     def bounds(self) -> tuple[tuple[int, int], ...]:
@@ -229,14 +239,15 @@ def finish(search: Search, candidate: Candidate) -> Finished:
     case = candidate.case
     instructions = schedules.build(
         candidate.schedule,
-        case.stages,
+        candidate.stages,
         case.microbatches,
         split.edges(),
         training=search.options.training,
         grad_edges=split.grad_edges(),
+        chunks=candidate.chunks,
     )
-    stages = with_memory(search, candidate, chosen, links, instructions, stages, stored)
     stages, bucket_nbytes = with_sums([Part(search, candidate, chosen, stored)] * len(stages), stages)
+    stages = with_memory(search, candidate, chosen, links, instructions, stages, stored, bucket_nbytes)
     storage = {search.trace.sources[node].name: found for node, found in sorted(stored.items())}
     simulation, exposed = simulated(instructions, stages, links)
     return Finished(candidate, chosen, storage, split, stages, links, instructions, simulation, exposed, bucket_nbytes)
@@ -292,19 +303,15 @@ def _links(
             held[0] += size
             held[1] += size if crossing.info.needs_grad and search.options.training else 0.0
     width = candidate.case.width
-    return tuple(
-        StageLink(
-            source,
-            target,
-            round(there),
-            search.costs.p2p(round(there), source * width, target * width),
-            round(back),
-            search.costs.p2p(round(back), target * width, source * width),
-            search.costs.p2p(1, source * width, target * width),
-            *search.costs.slowdown("p2p", (source * width, target * width)),
-        )
-        for (source, target), (there, back) in sorted(nbytes.items())
-    )
+    found = []
+    for (source, target), (there, back) in sorted(nbytes.items()):
+        ranks = candidate.position(source) * width, candidate.position(target) * width
+        seconds = (0.0,) * 5  # on one position nothing is sent
+        if ranks[0] != ranks[1]:
+            sent, returned = search.costs.p2p(round(there), *ranks), search.costs.p2p(round(back), *ranks[::-1])
+            seconds = sent, returned, search.costs.p2p(1, *ranks), *search.costs.slowdown("p2p", ranks)
+        found.append(StageLink(source, target, round(there), seconds[0], round(back), *seconds[1:]))
+    return tuple(found)
 
 
 def _stages(
@@ -317,6 +324,7 @@ def _stages(
     ends = [*choice.bounds[1:], len(candidate.segments)]
     found = []
     for stage, (first, last) in enumerate(zip(choice.bounds, ends, strict=True)):
+        position = candidate.position(stage)
         columns = [candidate.segments[i].columns[choice.columns[i]] for i in range(first, last)]
         prices = [column.price for column in columns]
         segments = search.trace.segments[first:last]
@@ -328,21 +336,26 @@ def _stages(
         parameters, gradients, optimizer, optimizing, adding = _parameters(
             search, candidate, chosen, stored, first, last
         )
+        weight = again = 0.0
+        if candidate.schedule in SPLIT and search.options.training:
+            again = search.costs.overheads(0).backward_seconds  # of an instruction more
+            weight = weight_seconds(search, candidate, chosen, stored, stage) + again
         found.append(
             StagePlan(
                 first=first,
                 last=last,
                 blocks=tuple(segment.name for segment in segments),
-                ranks=tuple(range(stage * case.width, (stage + 1) * case.width)),
+                ranks=tuple(range(position * case.width, (position + 1) * case.width)),
                 mesh=Mesh(("dp", "tp"), (case.dp, case.tp)),
                 forward_seconds=sum(p.forward_seconds for p in prices) + problem.fixed.forward_seconds,
-                backward_seconds=sum(p.backward_seconds for p in prices) + problem.fixed.backward_seconds,
+                backward_seconds=sum(p.backward_seconds for p in prices) + problem.fixed.backward_seconds + again,
+                weight_seconds=weight,
                 once_seconds=sum(p.once_seconds for p in prices) + search.costs.overheads(0).step_seconds,
                 memory=Memory(
                     parameters=round(parameters),
                     gradients=round(gradients),
                     optimizer=round(optimizer),
-                    limit=round(problem.limits[stage]),
+                    limit=round(problem.limits[position]),
                 ),
                 rematerialized=recomputed,
                 optimizer_seconds=optimizing,

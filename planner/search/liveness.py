@@ -8,7 +8,7 @@ once: a tensor of its own. Sizes are those of one rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -36,8 +36,9 @@ Key = tuple[fx.Node, int, Placement | None]
 @dataclass(frozen=True, slots=True)
 class SegmentBytes:
     """kept: from the end of a microbatch's forward to its backward. forward: the most in the forward above what was
-    there before. first: the most in the first microbatch's backward, kept and its own gradients of parameters included;
-    later: the same with all gradients of parameters elsewhere. gradients: of its parameters."""
+    there before. first: the most in the first microbatch's backward, kept and its own gradients of parameters included,
+    but for those that have their place elsewhere (buckets); later: the same with all of them elsewhere. gradients: of
+    its parameters, as in first."""
 
     kept: float = 0.0
     forward: float = 0.0
@@ -50,7 +51,8 @@ class SegmentBytes:
 class _Step:
     """One op. made: memory that it takes for results and conversions; read: memory that it looks at; saved: what its
     backward needs; extra: bytes that autograd keeps besides; gradients: of arguments, (key, bytes, whether it is the
-    result's gradient itself), and of parameters."""
+    result's gradient itself); parameters: of gradients of parameters, moved: of those that are moved to a bucket;
+    scratch: bytes that its forward and its backward need besides."""
 
     made: dict[Key, float] = field(default_factory=dict)
     read: set[Key] = field(default_factory=set)
@@ -59,19 +61,26 @@ class _Step:
     results: tuple[Key, ...] = ()
     gradients: list[tuple[Key, float, bool]] = field(default_factory=list)
     parameters: float = 0.0
-    scratch: float = 0.0
+    moved: float = 0.0
+    scratch: tuple[float, float] = (0.0, 0.0)
 
 
 def segment_bytes(
-    columns: Columns, nodes: Iterable[fx.Node], chosen: Mapping[str, Strategy], recomputed: bool
+    columns: Columns,
+    nodes: Iterable[fx.Node],
+    chosen: Mapping[str, Strategy],
+    recomputed: bool,
+    bucketed: Collection[fx.Node] = (),
+    arriving: bool = False,
 ) -> SegmentBytes:
     """nodes: the segment's ops in order; chosen: tp strategies by node; recomputed: whether its forward runs again in
-    backward."""
-    steps, entering = _steps(columns, list(nodes), chosen)
+    backward; bucketed: parameters whose gradients are moved to a place of their own; arriving: whether the gradients of
+    its results are messages, which are not counted here."""
+    steps, entering = _steps(columns, list(nodes), chosen, bucketed)
     if not columns.training:
         return SegmentBytes(0.0, _forward(steps, entering, columns.keeps, False)[1])
     kept, forward = _forward(steps, entering, columns.keeps, True)
-    first, later, gradients = _backward(steps, kept)
+    first, later, gradients = _backward(steps, kept, arriving)
     if not recomputed:
         return SegmentBytes(kept, forward, first, later, gradients)
     held, once = _forward(steps, entering, columns.keeps, False)
@@ -81,7 +90,7 @@ def segment_bytes(
 
 
 def _steps(
-    columns: Columns, nodes: list[fx.Node], chosen: Mapping[str, Strategy]
+    columns: Columns, nodes: list[fx.Node], chosen: Mapping[str, Strategy], bucketed: Collection[fx.Node]
 ) -> tuple[list[_Step], dict[Key, float]]:
     trace, keeps = columns.trace, columns.keeps
     inside = set(nodes)
@@ -107,7 +116,9 @@ def _steps(
                 if key not in sizes:
                     step.made[key] = float(nbytes)
             elif source is not None:
-                if needs_grad(argument) and source.kind == "param":
+                if needs_grad(argument) and source.kind == "param" and maker in bucketed:
+                    step.moved += nbytes
+                elif needs_grad(argument) and source.kind == "param":
                     step.parameters += nbytes
                 continue
             elif maker not in inside and key not in sizes and maker.op == "call_function":
@@ -118,8 +129,10 @@ def _steps(
                 step.saved.add(key)
             if needs_grad(argument) and columns.training:
                 step.gradients.append((key, float(nbytes), node.target in _PASS_GRADIENTS_ON))
-        if node.target in _TWO_IN_ONE and step.gradients:
-            step.scratch = step.gradients[0][1]
+        cost = columns.costs.op(call, 0)
+        step.scratch = cost.forward_scratch, cost.backward_scratch
+        if node.target in _TWO_IN_ONE and step.gradients and cost.source != "measured":
+            step.scratch = step.scratch[0], step.gradients[0][1]
         _results(step, node, call, sizes, columns)
         steps.append(step)
     return steps, entering
@@ -141,7 +154,7 @@ def _results(step: _Step, node: fx.Node, call: LocalCall, sizes: dict[Key, float
             step.saved.add(key)
     step.results = tuple(found)
     if columns.training:
-        step.extra = columns.keeps.extra_nbytes(node, sum(result.nbytes for result in call.outputs))
+        step.extra = columns.keeps.extra_of(node, call)
 
 
 def placed_input(strategy: Strategy | None, position: int) -> Placement:
@@ -170,14 +183,14 @@ def _forward(steps: list[_Step], entering: Mapping[Key, float], keeps: Keeps, ke
     for index, step in enumerate(steps):
         alive |= step.made
         extra += step.extra if keeping else 0.0
-        most = max(most, sum(alive.values()) + extra)
+        most = max(most, sum(alive.values()) + extra + step.scratch[0])
         for key in [k for k in alive if last.get(k, -1) <= index and k not in saved and k not in leaving]:
             del alive[key]
     return sum(nbytes for key, nbytes in alive.items() if key in saved) + extra, most
 
 
-def _backward(steps: list[_Step], kept: float) -> tuple[float, float, float]:
-    """(Most with gradients of parameters as they appear, most without them, their sum)."""
+def _backward(steps: list[_Step], kept: float, arriving: bool) -> tuple[float, float, float]:
+    """(Most with gradients of parameters as they appear, most without them, their sum), buckets aside."""
     holders: dict[Key, int] = {}
     for index, step in enumerate(steps):
         for key in step.saved:
@@ -189,6 +202,7 @@ def _backward(steps: list[_Step], kept: float) -> tuple[float, float, float]:
     if steps:
         for key in steps[-1].results:
             gradients[key] = sizes.get(key, 0.0)
+    messages = set(gradients) if arriving else set()
     for index in reversed(range(len(steps))):
         step = steps[index]
         mine = [key for key in step.results if key in step.made]
@@ -198,8 +212,8 @@ def _backward(steps: list[_Step], kept: float) -> tuple[float, float, float]:
             if key in step.results:
                 continue  # a view: its gradient is one of what it looks at
             made[key] = 0.0 if same and key not in gradients and incoming >= nbytes else nbytes
-        held = sum(gradients.values())
-        new = sum(made.values()) + step.scratch
+        held = sum(nbytes for key, nbytes in gradients.items() if key not in messages)
+        new = sum(made.values()) + step.scratch[1] + step.moved
         parameters += step.parameters
         first = max(first, alive + held + new + parameters)
         later = max(later, alive + held + new + step.parameters)
@@ -207,6 +221,8 @@ def _backward(steps: list[_Step], kept: float) -> tuple[float, float, float]:
             if key not in gradients:
                 passed = incoming if nbytes == 0.0 else nbytes
                 gradients[key] = passed
+                if nbytes == 0.0 and messages.intersection(mine):
+                    messages.add(key)
                 incoming -= passed if nbytes == 0.0 else 0.0
         for key in mine:
             gradients.pop(key, None)

@@ -60,6 +60,8 @@ class PlacedCosts:
             max(cost.forward_seconds for cost in costs),
             max(cost.backward_seconds for cost in costs),
             slowest.source,
+            max(cost.forward_scratch for cost in costs),
+            max(cost.backward_scratch for cost in costs),
         )
 
     def saves(self, node: fx.Node) -> OpSaves:

@@ -3,7 +3,8 @@
 For every case (S, dp, tp, m) the segments' columns are made (`columns`), a bound on the step time follows from the
 cheapest of them, and where that bound can still win, the stage program (`stage_ilp`) is solved. The best choices are
 then scored by the simulator on the very instruction list that will run. Baselines are cases of the same kind, scored
-the same way, so the plan is never worse than one of them.
+the same way, so the plan is never worse than one of them. The schedule of a pipeline is chosen when its case is solved
+(`scheduling`, which says by which share of a case's bounds that can pay).
 
 Bound of a case. Fold the once-a-step seconds u of a segment into its microbatches: c = t + u / (S + m - 1). For any
 stages
@@ -24,10 +25,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from shardplan.errors import BatchNotDivisible, ConflictingConstraints, SolverTimeout
+from shardplan.errors import BatchNotDivisible, ConflictingConstraints, NotSupported, SolverTimeout
 from shardplan.planner.cluster import Cluster
 from shardplan.planner.costs.base import Costs
 from shardplan.planner.plan import Alternative, Plan
+from shardplan.planner.schedules import CHUNKED
 from shardplan.planner.search.baselines import NAMES, hand_made, why_missing
 from shardplan.planner.search.casework import Cases, Lower, Sketch
 from shardplan.planner.search.columns import Case
@@ -38,11 +40,15 @@ from shardplan.planner.search.finish import Finished, finish
 from shardplan.planner.search.infeasible import explain_infeasible
 from shardplan.planner.search.mixed_finish import solve_unequal
 from shardplan.planner.search.mixed_groups import is_unequal
+from shardplan.planner.search.moving import moved
 from shardplan.planner.search.options import SolveOptions
+from shardplan.planner.search.scheduling import Scheduling
 from shardplan.planner.search.solver import Budget
 from shardplan.planner.trace import Trace, info
 
 _RUNNERS_UP = 4
+_MOVED = 3
+"""Best cases whose cuts are moved once more."""
 
 
 @dataclass(slots=True)
@@ -63,7 +69,15 @@ def solve(trace: Trace, cluster: Cluster, costs: Costs, options: SolveOptions | 
     Raises NoFeasiblePlan, ConflictingConstraints, BatchNotDivisible, SolverTimeout, SolverUnavailable, NoMatch.
     """
     search = Search(trace, cluster, costs, options or SolveOptions())
-    return solve_unequal(search) if is_unequal(search.cluster) else search.solve()
+    if not is_unequal(search.cluster):
+        return search.solve()
+    if search.options.schedule in CHUNKED:
+        raise NotSupported(
+            f"schedule={search.options.schedule!r} on unequal devices",
+            ["several stages on one group of devices are planned where all devices are equal"],
+            ['schedule="zb" or "1f1b"'],
+        )
+    return solve_unequal(search)
 
 
 class Search:
@@ -76,10 +90,11 @@ class Search:
         self.costs = costs
         self.budget = Budget(options.solver, options.gap / 2, options.time_limit)
         self.tally = Tally()
-        self.schedule = "1f1b" if options.schedule == "auto" else options.schedule
+        self.schedule = "1f1b" if options.schedule in ("auto", *CHUNKED) else options.schedule
         if len(self.cluster) > self.most_tensor and "tp" not in self.decided.degrees:
             self.tally.notes.append(f"tensor parallelism was searched up to {self.most_tensor} devices")
         self.work = Cases(self)
+        self.scheduling = Scheduling(self)
         self.ledger = Ledger()
 
     # -- cases ---------------------------------------------------------------------------------------------------------
@@ -89,7 +104,9 @@ class Search:
         found = [
             case
             for case in self._all_cases()
-            if self.decided.allows(case, self.trace, self.cluster) and case.stages <= len(self.trace.segments)
+            if self.decided.allows(case, self.trace, self.cluster)
+            and case.stages <= len(self.trace.segments)
+            and self.scheduling.possible(case)
         ]
         if not found:
             self._no_case()
@@ -203,27 +220,33 @@ class Search:
                 self.tally.timed_out = True
                 self.tally.bound = min(self.tally.bound, bound)
                 break
+            share = self.scheduling.share(case)  # of what the case's own bounds say
             if isinstance(work, Sketch) and not work.refined:
-                self.work.refine(work, best)
-                self.ledger.saw(case, text, max(bound, work.bound))
-                if work.bound < math.inf:
-                    heapq.heappush(queue, (max(bound, work.bound), devices, text, work, case))
+                self.work.refine(work, best / share)
+                bound = max(bound, self.scheduling.bound(work, best))
+                self.ledger.saw(case, text, bound)
+                if bound < math.inf:
+                    heapq.heappush(queue, (bound, devices, text, work, case))
                 else:
                     self.tally.infeasible += 1
                     unfit.append(case)
             elif isinstance(work, Sketch):
-                candidate = self.work.solve(work, best)
-                self.tally.bound = min(self.tally.bound, max(bound, work.bound))
-                done = finish(self, candidate) if candidate is not None else None
-                if done is not None and done.fits:
+                candidate = self.work.solve(work, best / share)
+                bound = max(bound, self.scheduling.bound(work, best))
+                self.tally.bound = min(self.tally.bound, bound)
+                done, over = None, None
+                if candidate is not None:
+                    done, over = self.scheduling.scheduled(work, candidate, best)
+                    self.tally.solved += done is not None or over is None
+                if done is not None:
                     found.append(done)
-                    self.tally.solved += 1
                     best = min(best, done.exposed_seconds)  # bounds count sums in full too
-                    self._say(f"{case}: {done.seconds * 1e3:.2f} ms, best {best * 1e3:.2f} ms")
-                elif done is not None:
-                    overfull.append(done)
-                    self._say(f"{case}: {done.peak_nbytes / 2**30:.2f} GiB op by op, which does not fit")
-                elif work.bound < best * (1 - self.options.gap / 2):
+                    name = done.candidate.schedule
+                    self._say(f"{case} {name}: {done.seconds * 1e3:.2f} ms", best)
+                elif over is not None:
+                    overfull.append(over)
+                    self._say(f"{case}: {over.peak_nbytes / 2**30:.2f} GiB op by op, which does not fit")
+                elif candidate is None and bound < best * (1 - self.options.gap / 2):
                     self.tally.infeasible += 1
                     unfit.append(case)
             elif not self.can_hold(case):
@@ -231,15 +254,15 @@ class Search:
                 self.tally.infeasible += 1
                 unfit.append(case)
             elif not work:
-                better = max(bound, self.bound(case, self.work.cheapest(case)))
+                better = max(bound, share * self.bound(case, self.work.cheapest(case)))
                 self.ledger.saw(case, text, better)
                 heapq.heappush(queue, (better, devices, text, True, case))
             else:
-                sketches = self._sketches(case, bound, best)
+                sketches = self._sketches(case, bound / share, best / share)
                 self.ledger.drop(case, text)
                 for number, sketch in enumerate(sketches):
-                    self.ledger.saw(case, f"{text} {number}", sketch.bound)
-                    heapq.heappush(queue, (sketch.bound, devices, f"{text} {number}", sketch, case))
+                    self.ledger.saw(case, f"{text} {number}", share * sketch.bound)
+                    heapq.heappush(queue, (share * sketch.bound, devices, f"{text} {number}", sketch, case))
                 if not sketches:
                     self.tally.infeasible += 1
                     unfit.append(case)
@@ -273,7 +296,7 @@ class Search:
         for case in self.cases():
             reason = self.exact(case)
             if reason is None:
-                bound = self.bound(case, self.work.floor(case))
+                bound = self.scheduling.share(case, closely=False) * self.bound(case, self.work.floor(case))
                 found.append((bound, case.devices, str(case), False, case))
                 self.ledger.saw(case, str(case), bound)
             else:
@@ -286,14 +309,23 @@ class Search:
         heapq.heapify(found)
         return found
 
-    def _say(self, text: str) -> None:
-        if self.options.progress is not None:
-            self.options.progress(text)
+    def _say(self, text: str, best: float | None = None) -> None:
+        """best: seconds of the best that was found; said with what is proven of it so far."""
+        if self.options.progress is None:
+            return
+        if best is not None:
+            bound = min(self.tally.bound, best)
+            text += f", best {best * 1e3:.2f} ms, bound {bound * 1e3:.2f} ms, gap {(best - bound) / best:.1%}"
+        self.options.progress(text)
 
     def _finish(self, found: list[Finished]) -> Plan:
         found.sort(key=lambda f: (f.seconds, str(f.candidate.case)))
-        baselines = hand_made(self, [f.candidate for f in found])
-        even = even_stages(self) if len(self.cluster) > 1 else None
+        found = [*(moved(self, f) for f in found[:_MOVED]), *found[_MOVED:]]
+        found.sort(key=lambda f: (f.seconds, str(f.candidate.case)))
+        own = [f.candidate for f in found if f.candidate.schedule == self.schedule]
+        comparable = self.options.schedule not in CHUNKED
+        baselines = hand_made(self, own) if comparable else {}
+        even = even_stages(self) if comparable and len(self.cluster) > 1 else None
         if even is not None:
             baselines[even.label] = even
         hand = [finish(self, c) for c in baselines.values()]
@@ -311,7 +343,8 @@ class Search:
                 name = names[id(f.candidate)]
                 shown[name] = Alternative(name, None, f.peak_nbytes, "does not fit into memory, counted op by op")
         for name in NAMES:
-            shown.setdefault(name, Alternative(name, None, 0, why_missing(self, name)))
+            reason = why_missing(self, name) if comparable else f"it does not run under {self.options.schedule}"
+            shown.setdefault(name, Alternative(name, None, 0, reason))
         if len(self.cluster) > 1:
             shown.setdefault(NAME, Alternative(NAME, None, 0, "does not fit into memory in equal stages"))
         runners = [

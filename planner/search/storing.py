@@ -103,6 +103,13 @@ def ways_to_store(
     return found or [whole]
 
 
+def scattering(columns: Columns, nbytes: float) -> float:
+    """Seconds of a gradient's way to the parts of level 1, once a step. nbytes: of the gradient."""
+    sample = columns.costs.collective("reduce_scatter", _SAMPLE_NBYTES, columns.dp_ranks)
+    sent = sample * nbytes / _SAMPLE_NBYTES * columns.costs.overheads(0).reduce
+    return sent + columns.costs.copy(round(nbytes), 0)
+
+
 @dataclass(slots=True)
 class _Maker:
     """Bytes of the parameter as it is used and as it is stored, and of its stored part."""
@@ -125,7 +132,7 @@ class _Maker:
             once = self.columns.costs.optimizer(round(self.part), 0) + self._tensor_sum()
             if level == 1:
                 gradient = self.nbytes
-                once += self._bucketed("reduce_scatter", self.stored_nbytes) + sent
+                once += scattering(self.columns, self.stored_nbytes)
                 backward += self.columns.adding_seconds(self.nbytes)
             else:
                 backward += self._exposed("reduce_scatter", self._shown(level)) * self._widening() + sent

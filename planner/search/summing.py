@@ -1,4 +1,5 @@
-"""Which gradients of a plan are summed over ranks while backward goes on, and in buckets of which size.
+"""Which gradients of a plan are summed over ranks while backward goes on, and in buckets of which size: those of whole
+parameters, and of those of which only the optimizer's state is in parts (level 1).
 
 The search counts a step's sums in full (prices have to add up over parameters); what of them hides behind the last
 backward is worked out for the plans that it found, from the same prices.
@@ -16,6 +17,7 @@ from shardplan.planner.plan import BUCKET_NBYTES, StagePlan
 from shardplan.planner.reductions import bucket_nbytes, spread
 from shardplan.planner.rules import Strategy
 from shardplan.planner.search.runs import held_by, ops_of
+from shardplan.planner.search.storing import scattering
 from shardplan.planner.storage import Storage
 
 if TYPE_CHECKING:
@@ -72,14 +74,18 @@ def _segments(part: Part, stage: StagePlan, groups: dict[tuple[int, ...], None])
         segment = _Segment(price.backward_seconds)
         for node in held_by(trace, ops_of(trace, trace.segments[index])):
             source = trace.sources[node.name]
-            if node in seen or source.kind != "param" or not source.trainable or node.name in part.stored:
+            kept = part.stored.get(node.name)
+            if node in seen or source.kind != "param" or not source.trainable or (kept is not None and kept.level > 1):
                 continue
             seen.add(node)
             tp = columns.placement(part.chosen, node)
+            nbytes = columns.stored_nbytes(node, columns.local_nbytes(node, tp))
             seconds, ranks = columns.summing(node, tp)
+            if kept is not None:
+                seconds, ranks = scattering(columns, nbytes), columns.dp_ranks
             if len(ranks) > 1 and part.search.options.training:
                 groups[ranks] = None
                 segment.summing_seconds += seconds
-                segment.nbytes += columns.stored_nbytes(node, columns.local_nbytes(node, tp))
+                segment.nbytes += nbytes
         found.append(segment)
     return found

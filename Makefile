@@ -12,7 +12,7 @@ INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check -c constrain
 # make profile-gpu: op times of this machine's GPU for the package, with the Python that is there; no network.
 # make zoo: every architecture of tests/zoo (half an hour on two cores; resumes), then docs/zoo.md.
 
-.PHONY: demo faults soak zoo test browser docs fuzz rules lint setup setup-test clean
+.PHONY: bench-gpu demo faults soak zoo test browser docs fuzz rules lint setup setup-test clean
 
 demo: setup
 	$(RUN) examples/train_byte_gpt.py
@@ -46,6 +46,10 @@ browser: setup-test
 
 profile-gpu:
 	PYTHONPATH=. $(PYTHON) benchmarks/profile_gpu.py
+
+# make bench-gpu: all that one GPU can prove, with the Python that is there; no network.
+bench-gpu:
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu
 
 zoo: setup-test
 	$(RUN) -m tests.zoo.run

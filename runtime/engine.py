@@ -39,7 +39,7 @@ class Engine:
     this rank's local parameters; scheduler_factory: a torch learning-rate scheduler of that optimizer, moved by every
     `train_step`. clip: largest global norm of the gradients, or None. seed: of random ops.
     place: where its executors write which instruction they run (see `runtime.pulse`). backend: of `torch.compile`, to
-    which stages go; None: to none.
+    which stages go; None: to none. groups: the process groups to use; None: makes them.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class Engine:
         scheduler_factory: SchedulerFactory | None = None,
         place: memoryview | None = None,
         backend: str | None = None,
+        groups: Groups | None = None,
     ) -> None:
         self.programs = dict(programs)
         self.rank = rank
@@ -62,7 +63,7 @@ class Engine:
         self.clip = clip
         self.seed = seed
         self.steps = 0
-        self.groups = Groups()
+        self.groups = Groups() if groups is None else groups
         self.attached = Attached()
         self.shards = Shards(_with_all_buffers(programs), rank, self.device)
         self.optimizer_factory = optimizer_factory
@@ -358,6 +359,12 @@ class Engine:
                 self.optimizer.load_state_dict(optimizer)
             for name, parameter in parameters.items():
                 parameter.grad = gradients[name]
+
+    def standing(self, key: str = "train") -> list[torch.Tensor]:
+        """What stays on the device between steps: parameters, buffers, gradients that are there, the optimizer's state,
+        buckets of gradients."""
+        tensors = {id(t): t for t in (*self.shards.used().values(), *self.shards.parameters.values())}
+        return [*self._held(list(tensors.values())), *self.executor(key).sums.standing()]
 
     def _held(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """What stays between steps: given tensors, gradients that are there, and the optimizer's state."""

@@ -110,6 +110,11 @@ def device_map(size: Size) -> Step:
     return _plain(mapped, ids, target)
 
 
+def compiled(size: Size) -> Step:
+    model, ids, target = made(size)
+    return _plain(torch.compile(model, fullgraph=True), ids, target)
+
+
 def _plain(model: nn.Module, ids: torch.Tensor, target: torch.Tensor) -> Step:
     optimizer = adamw(model.parameters())
 
@@ -247,22 +252,35 @@ class Half(nn.Module):
         return self.head(self.norm(x)) if self.norm is not None and self.head is not None else x
 
 
-def torch_pipeline(size: Size, rank: int, ways: int, microbatches: int) -> Step:
-    from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+CHUNKED = {"zbv": "ScheduleZBVZeroBubble", "interleaved": "ScheduleInterleaved1F1B"}
+
+
+def torch_pipeline(size: Size, rank: int, ways: int, microbatches: int, kind: str = "1f1b") -> Step:
+    """kind: "1f1b", or one of `CHUNKED`, which have two stages a rank."""
+    from torch.distributed import pipelining
+    from torch.distributed.pipelining import PipelineStage, schedules
 
     model, ids, target = made(size)
-    half = Half(copy.deepcopy(model), rank, ways)
-    stage = PipelineStage(half, rank, ways, torch.device("cpu"))
-    schedule = Schedule1F1B(stage, microbatches, loss_fn=loss_of)
-    optimizer = adamw(half.parameters())
+    chunks = 2 if kind in CHUNKED else 1
+    count = chunks * ways
+    mine = [s for s in range(count) if (count - 1 - s if kind == "zbv" and s >= ways else s) % ways == rank]
+    parts = [Half(copy.deepcopy(model), stage, count) for stage in mine]
+    stages = [PipelineStage(part, s, count, torch.device("cpu")) for part, s in zip(parts, mine, strict=True)]
+    schedule: Any
+    if kind in CHUNKED:
+        schedule = getattr(schedules, CHUNKED[kind])(stages, microbatches, loss_fn=loss_of)
+    else:
+        schedule = pipelining.Schedule1F1B(stages[0], microbatches, loss_fn=loss_of)
+    optimizer = adamw(parameter for part in parts for parameter in part.parameters())
+    given = (ids,) if 0 in mine else ()
 
     def step() -> torch.Tensor:
         optimizer.zero_grad()
         losses: list[torch.Tensor] = []
-        if rank == 0:
-            schedule.step(ids)
+        if count - 1 in mine:
+            schedule.step(*given, target=target, losses=losses)
         else:
-            schedule.step(target=target, losses=losses)
+            schedule.step(*given)
         optimizer.step()
         return torch.stack(losses).mean().detach() if losses else torch.zeros(())
 

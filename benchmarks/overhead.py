@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,22 +31,27 @@ from benchmarks.records import Checked, Target
 from shardplan.rewrite.program import Program
 
 RANKS = 2
-TARGETS = {"DTensor": 1.0, "torch pipelining": 1.0, "DDP": 1.02, "FSDP2": 1.02, "hand-written": 1.02, "eager": 1.0}
+TARGETS = {"DTensor": 1.0, "torch pipelining": 1.0, "DDP": 1.02, "FSDP2": 1.02, "hand-written": 1.02, "eager": 1.0,
+           "torch.compile": 1.0}  # fmt: skip
+_PIPES = ("1f1b", *opponents.CHUNKED)
+_MICROBATCHES = 4
+_SMALL, _LARGE = 64, 1 << 18  # elements
+_CALLS = 50
 _SPLITS = {"*.q.weight": 0, "*.k.weight": 0, "*.v.weight": 0, "*.up.weight": 0, "*.o.weight": 1, "*.down.weight": 1}
 
 
 def programs(size: Size) -> dict[str, Program]:
     """What is run of ours, by name; the plans are made for described devices, so nothing is measured."""
     import shardplan as sp
+    from shardplan.planner import schedules
     from shardplan.planner.export import trace_model
+    from shardplan.planner.schedules import CHUNKED
     from shardplan.rewrite import compile
 
     model, ids, target = opponents.made(size)
     trace = trace_model(model, (ids,), loss_fn=opponents.loss_of, target=target)
     split = tuple(sp.split(glob, dim=dim) for glob, dim in _SPLITS.items())
     whole = tuple(sp.replicate(glob) for glob in ("embed.weight", "head.weight"))
-    half = size.layers // 2
-    halves = tuple(sp.pin(f"layers.{i}.*", stage=int(i >= half)) for i in range(size.layers))
 
     def program(devices: str, *constraints: Any, microbatches: int = 1, zero: int = 0, **settings: Any) -> Program:
         plan = sp.plan(
@@ -54,22 +60,40 @@ def programs(size: Size) -> dict[str, Program]:
         )  # fmt: skip
         return compile(trace, plan)
 
+    def pipeline(kind: str) -> Program:
+        """Even stages, two a rank where the schedule is of that kind."""
+        chunks = 2 if kind in CHUNKED else 1
+        count = RANKS * chunks
+        pins = (sp.pin(f"layers.{i}.*", stage=i * count // size.layers) for i in range(size.layers))
+        plan = sp.plan(
+            model, f"{count}xh100", (ids, target), opponents.loss_of, opponents.adamw,
+            (sp.degrees(dp=1, tp=1, pp=count), *pins), microbatches=_MICROBATCHES, rematerialize=False,
+            schedule="1f1b", cache=False,
+        )  # fmt: skip
+        edges = {(link.source, link.target) for link in plan.links}
+        lists = schedules.build(kind, count, _MICROBATCHES, edges, chunks=chunks)
+        ranks = [(schedules.position_of(kind, stage, RANKS),) for stage in range(count)]
+        stages = tuple(replace(stage, ranks=at) for stage, at in zip(plan.stages, ranks, strict=True))
+        return compile(
+            trace, replace(plan, devices=plan.devices[:RANKS], stages=stages, schedule=kind, instructions=lists)
+        )
+
     return {
         "one": program("1xh100"),
         "dp": program("2xh100", sp.degrees(dp=2, tp=1, pp=1)),
         "dp accumulating": program("2xh100", sp.degrees(dp=2, tp=1, pp=1), microbatches=2),
         "zero3": program("2xh100", sp.degrees(dp=2, tp=1, pp=1), zero=3),
         "tp": program("2xh100", sp.degrees(dp=1, tp=2, pp=1), *split, *whole),
-        "pp": program("2xh100", sp.degrees(dp=1, tp=1, pp=2), *halves, microbatches=4, schedule="1f1b"),
+        **{f"pp {kind}": pipeline(kind) for kind in _PIPES},
     }
 
 
-def ours(program: Program, rank: int, size: Size) -> Step:
-    """A training step of the engine; its loss is that of the global batch, on every rank."""
+def ours(program: Program, rank: int, size: Size, backend: str | None = None) -> Step:
+    """A training step of the engine; its loss is that of the global batch, on every rank. backend: of torch.compile."""
     from shardplan.runtime.engine import Engine
 
     model, ids, target = opponents.made(size)
-    engine = Engine({"train": program}, rank, RANKS, "cpu", opponents.adamw)
+    engine = Engine({"train": program}, rank, RANKS, "cpu", opponents.adamw, backend=backend)
     engine.load_full({**dict(model.named_parameters()), **dict(model.named_buffers())})
     batch = dict(zip((spec.name for spec in sorted(program.inputs, key=lambda s: s.name)), (ids, target), strict=True))
     return lambda: engine.train_step(batch)
@@ -102,15 +126,22 @@ def contests(found: dict[str, Program], rank: int, size: Size) -> dict[str, dict
             "DTensor": lambda: opponents.dtensor_tp(size, RANKS),
             "hand-written": lambda: opponents.megatron(size, rank, RANKS),
         },
-        "pipeline, 4 microbatches": {
-            "ours": lambda: ours(found["pp"], rank, size),
-            "torch pipelining": lambda: opponents.torch_pipeline(size, rank, RANKS, 4),
+        **{
+            f"pipeline {kind}, {_MICROBATCHES} microbatches": {
+                "ours": lambda kind=kind: ours(found[f"pp {kind}"], rank, size),
+                "torch pipelining": lambda kind=kind: opponents.torch_pipeline(size, rank, RANKS, _MICROBATCHES, kind),
+            }
+            for kind in _PIPES
+        },
+        "one device, compiled": {
+            "ours": lambda: ours(found["one"], rank, size, "inductor"),
+            "torch.compile": lambda: opponents.compiled(size),
         },
     }
 
 
 def pieces(found: dict[str, Program], rank: int, repeats: int) -> dict[str, float]:
-    """Microseconds: of an instruction beside its compute, and of a small all-reduce, ours and torch's."""
+    """Microseconds: of an instruction beside its compute, and of collectives by their bytes, ours and torch's."""
     from shardplan.planner.placement import Mesh
     from shardplan.rewrite.program import StageRanks
     from shardplan.runtime.comm import DistComm
@@ -119,19 +150,31 @@ def pieces(found: dict[str, Program], rank: int, repeats: int) -> dict[str, floa
     placement = StageRanks(Mesh(("mb", "dp", "tp"), (1, 1, RANKS)), tuple(range(RANKS)))
     groups = Groups()
     groups.of_stage(placement, ("tp",))
-    comm, x = DistComm(placement, rank, groups), torch.ones(64)
-    functional = {
-        "our all_reduce": lambda: comm.all_reduce(x, "tp"),
-        "torch all_reduce": lambda: dist.all_reduce(x.clone()),
-    }
+    comm = DistComm(placement, rank, groups)
+    functional: dict[str, Callable[[], object]] = {}
+    for x in (torch.ones(_SMALL), torch.ones(_LARGE)):
+        functional |= {
+            f"all_reduce of {x.nbytes} B, ours": lambda x=x: comm.all_reduce(x, "tp"),
+            f"all_reduce of {x.nbytes} B, torch": lambda x=x: dist.all_reduce(x.clone()),
+            f"all_gather to {x.nbytes} B, ours": lambda x=x: comm.all_gather(x[: len(x) // RANKS], 0, "tp"),
+            f"all_gather to {x.nbytes} B, torch": lambda x=x: dist.all_gather_into_tensor(
+                torch.empty_like(x), x[: len(x) // RANKS]
+            ),
+            f"reduce_scatter of {x.nbytes} B, ours": lambda x=x: comm.reduce_scatter(x, 0, "tp"),
+            f"reduce_scatter of {x.nbytes} B, torch": lambda x=x: dist.reduce_scatter_tensor(
+                x.new_empty(len(x) // RANKS), x
+            ),
+            f"all_to_all of {x.nbytes} B, ours": lambda x=x: comm.all_to_all(x, 0, 0, "tp"),
+            f"all_to_all of {x.nbytes} B, torch": lambda x=x: dist.all_to_all_single(torch.empty_like(x), x),
+        }
     held: dict[str, list[float]] = {name: [] for name in functional}
     for _ in range(repeats):
         for name, call in functional.items():
             dist.barrier()
             started = time.perf_counter()
-            for _ in range(200):
+            for _ in range(_CALLS):
                 call()
-            held[name].append((time.perf_counter() - started) / 200 * 1e6)
+            held[name].append((time.perf_counter() - started) / _CALLS * 1e6)
     return {name: statistics.median(values) for name, values in held.items()} | _instructions(rank, repeats)
 
 

@@ -164,6 +164,8 @@ class _Compiler:
             late=frozenset(name for s in stages for name in s.lowering.lowered.late),
             bucket_nbytes=self.plan.bucket_nbytes,
             reduction=self.plan.reduction,
+            average_every=self.plan.average_every,
+            offload=self.plan.offload,
             leaves={name: leaf for s in stages for name, leaf in s.lowering.lowered.leaves.items()},
         )
 
@@ -309,7 +311,8 @@ class _Compiler:
                     [],
                     ["level 2 splits its gradient as well"],
                 )
-            done = {MICROBATCH_AXIS, stored.axis if stored is not None else ""}
+            alone = "dp" if self.plan.average_every else ""  # replicas step by themselves
+            done = {MICROBATCH_AXIS, stored.axis if stored is not None else "", alone}
             reduce_axes = tuple(a for a, p in zip(mesh.axes, layout, strict=True) if p == D and a not in done)
             found.append(
                 TensorSpec(

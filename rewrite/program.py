@@ -161,8 +161,8 @@ class Program:
     position i. loss_stage: the stage whose "loss" result counts, -1 for none. leaves: submodules that are run whole, by
     the name that the stages' sources call them. uneven: parameters that get a gradient on some ranks of a group and
     none on others, because ranks go different ways inside a leaf. late: parameters read by leaves, whose gradients may
-    arrive in several parts. bucket_nbytes: about how many bytes of gradients are summed at a time; reduction: see
-    `Plan`.
+    arrive in several parts. bucket_nbytes: about how many bytes of gradients are summed at a time; reduction,
+    average_every, offload: see `Plan`.
     """
 
     kind: str
@@ -181,6 +181,8 @@ class Program:
     late: frozenset[str] = frozenset()
     bucket_nbytes: int = BUCKET_NBYTES
     reduction: str = "exact"
+    average_every: int = 0
+    offload: str = ""
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """The stages that a rank runs."""

@@ -183,9 +183,10 @@ def around(function: Callable[..., Any], *arguments: Any) -> Any:
         gathering.forget()
 
 
-def settle(comm: Comm) -> None:
-    """Add to the parts' gradients what is still under way. Whoever ran backward calls it."""
-    while comm.unsettled:
+def settle(comm: Comm, but: int = 0) -> None:
+    """Add to the parts' gradients what is still under way, but for the last so many messages. Whoever ran backward
+    calls it."""
+    while len(comm.unsettled) > but:
         comm.unsettled.pop(0)()
 
 
@@ -226,11 +227,15 @@ def gather(
 
 
 def scatter(
-    comm: Comm, places: Sequence[Place], shards: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]
+    comm: Comm,
+    places: Sequence[Place],
+    shards: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor | None],
+    beside: int = 0,
 ) -> None:
     """Begin to add this rank's part of the gradients, summed over the axis where they are summands, to the parts'; a
-    parameter without a gradient has none on any rank."""
-    settle(comm)
+    parameter without a gradient has none on any rank. beside: so many earlier messages may still be under way."""
+    settle(comm, beside)
     buckets: dict[tuple[str, torch.dtype], list[tuple[int, torch.Tensor]]] = {}
     for i, (shard, gradient) in enumerate(zip(shards, gradients, strict=True)):
         if gradient is None or not shard.requires_grad:

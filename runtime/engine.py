@@ -15,16 +15,20 @@ from torch import nn
 from shardplan.errors import NotSupported, UsageError
 from shardplan.planner.placement import D, Layout, R
 from shardplan.planner.storage import Storage
+from shardplan.planner.wire import Wire
 from shardplan.rewrite.program import Program, TensorSpec
-from shardplan.runtime import checkpoint, measuring, optim, state, weight_files
+from shardplan.runtime import checkpoint, low_rank, measuring, optim, state, weight_files
+from shardplan.runtime.checkpoint import Part
 from shardplan.runtime.compiled import FunctionalComm, compiled
 from shardplan.runtime.dtensors import Distributed, whole_of
 from shardplan.runtime.executor import Executor
 from shardplan.runtime.groups import Groups
 from shardplan.runtime.inputs import Runs, union
+from shardplan.runtime.offload import Offloaded
 from shardplan.runtime.optim import OptimizerFactory, SchedulerFactory
 from shardplan.runtime.parameters import Shards, collect, collect_one, collect_outputs, first_owner
 from shardplan.runtime.reduction import Attached
+from shardplan.runtime.replicas import Replicas
 from shardplan.runtime.saving import Order, Saver
 from shardplan.runtime.supply import Supply
 
@@ -66,6 +70,7 @@ class Engine:
         self.groups = Groups() if groups is None else groups
         self.attached = Attached()
         self.shards = Shards(_with_all_buffers(programs), rank, self.device)
+        self.replicas = Replicas(self.shards, self.groups)
         self.optimizer_factory = optimizer_factory
         self.optimizer: torch.optim.Optimizer | None = None
         self.scheduler_factory = scheduler_factory
@@ -85,6 +90,8 @@ class Engine:
     def load_parts(self, supply: Supply) -> None:
         """Make or read this rank's parts of parameters and buffers, and no more than those."""
         self.shards.load(supply)
+        if self.shards.offloaded is not None:
+            self.shards.offloaded.take()
         self._ready()
 
     def _ready(self) -> None:
@@ -105,7 +112,9 @@ class Engine:
             self.shards.comm = next((e.comm for e in self._executors.values() if e.stage >= 0), None)
         self._show_places()
         if self.optimizer is None and self.optimizer_factory is not None:
-            trainable = [p for p in self.shards.parameters.values() if p.requires_grad]
+            if self.shards.program.offload:
+                self.shards.offloaded = Offloaded(self.shards.parameters)
+            trainable = [p for p in self.shards.stepped.values() if p.requires_grad]
             held = [spec for spec in self.shards.mine() if spec.name in self.shards.parameters]
             sharded = any(spec.storage is not None or any(p.is_shard for p in spec.layout) for spec in held)
             self.optimizer = optim.make(self.optimizer_factory, trainable, sharded)
@@ -169,6 +178,12 @@ class Engine:
         """This rank's local parameters by original name."""
         yield from self.shards.parameters.items()
 
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        """Settings of this rank's parameter groups, and shapes of their (whole) parameters by name."""
+        groups = optim.options(self.optimizer, state.names(self.shards))
+        shapes = {name: spec.shape for name, spec in self.shards.specs.items()}
+        return [{**group, "parameters": {name: shapes[name] for name in group["parameters"]}} for group in groups]
+
     # -- steps ---------------------------------------------------------------------------------------------------------
 
     def zero_grad(self) -> None:
@@ -212,11 +227,26 @@ class Engine:
         return self._loss
 
     def _optimize(self) -> None:
+        self.replicas.scale()
         if self.clip is not None:
             held = [(p, self.shards.replicas(self.shards.specs[name])) for name, p in self.shards.parameters.items()]
             optim.clip_gradients(held, self.clip, self.device)
+        offloaded = self.shards.offloaded
+        if offloaded is not None:
+            offloaded.collect()
         if self.optimizer is not None:
             self.optimizer.step()
+        if offloaded is not None:
+            offloaded.give()
+        if self.replicas.stepped() and offloaded is not None:
+            offloaded.take()
+        self._refresh()
+
+    def average_replicas(self) -> None:
+        """Replicas that step by themselves take the mean of their parameters now."""
+        self.replicas.average()
+        if self.shards.offloaded is not None:
+            self.shards.offloaded.take()
         self._refresh()
 
     def _refresh(self) -> None:
@@ -287,10 +317,18 @@ class Engine:
         stay. Raises CheckpointError.
         """
         target = checkpoint.of_step(path, self.steps) if keep else Path(path)
-        stored = {"steps": self.steps, "seed": self.seed, "user": dict(facts or {})}
+        stored = {"steps": self.steps, "seed": self.seed, "since": self.replicas.since, "user": dict(facts or {})}
         mine = optim.options(self.optimizer, state.names(self.shards))
         order = Order(target, stored, {"groups": mine}, keep)
-        self.saver.save(order, lambda: state.parts(self.shards, self.optimizer, self.scheduler), wait)
+        means = self.replicas.averaged()
+        left = low_rank.saved(self.shards, self.groups, self.attached.factors)
+
+        def parts() -> Iterator[Part]:
+            yield from state.parts(self.shards, self.optimizer, self.scheduler, means)
+            yield from self.replicas.parts(self.optimizer)
+            yield from left
+
+        self.saver.save(order, parts, wait)
         return str(target)
 
     def load(self, path: str | os.PathLike[str]) -> tuple[int, dict[str, Any]]:
@@ -299,7 +337,7 @@ class Engine:
         -> (steps that were done, the facts that were given to `save`). Raises CheckpointError.
         """
         self.saver.wait()
-        facts = checkpoint.load(path, lambda r: state.read(r, self.shards, self.optimizer, self.scheduler))
+        facts = checkpoint.load(path, self._read)
         self._refresh()
         self.steps = int(facts["steps"])
         self.seed = int(facts["seed"])
@@ -307,6 +345,13 @@ class Engine:
             if executor.stage >= 0:
                 executor.comm.base_seed = self.seed
         return self.steps, facts["user"]
+
+    def _read(self, reader: checkpoint.Reader) -> None:
+        state.read(reader, self.shards, self.optimizer, self.scheduler)
+        self.replicas.read(reader, int(reader.facts.get("since", 0)), self.optimizer)
+        if self.shards.offloaded is not None:
+            self.shards.offloaded.take()
+        low_rank.read(reader, self.shards, Wire.parse(self.shards.program.reduction), self.attached.factors)
 
     def save_weights(
         self,
@@ -342,6 +387,7 @@ class Engine:
         tensors = list({id(t): t for t in (*self.shards.used().values(), *parameters.values())}.values())
         values = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
         optimizer = copy.deepcopy(self.optimizer.state_dict()) if self.optimizer is not None else None
+        factors, since = copy.deepcopy(list(self.attached.factors.values())), self.replicas.since
         optimize = self._optimize if self.optimizer_factory is not None else None
         idle = self._optimize if optimize is not None and self.clip is not None else None
         try:
@@ -355,8 +401,12 @@ class Engine:
             with torch.no_grad():
                 for tensor, value in zip(tensors, values, strict=True):
                     tensor.copy_(value)
+            if self.shards.offloaded is not None:
+                self.shards.offloaded.take()
             if self.optimizer is not None and optimizer is not None:
                 self.optimizer.load_state_dict(optimizer)
+            self.attached.factors = dict(zip(self.attached.factors, factors, strict=False))
+            self.replicas.since = since
             for name, parameter in parameters.items():
                 parameter.grad = gradients[name]
 
@@ -385,6 +435,7 @@ class Engine:
         self._executors.clear()
         self.optimizer = None
         self.shards.parameters.clear()
+        self.shards.offloaded = None
         self.shards.wholes.clear()
         self.shards.rounded.clear()
         self.shards.buffers.clear()

@@ -117,8 +117,13 @@ def restore_options(
     """Give every parameter group the settings that its first parameter had when they were stored."""
     by_name = {name: group["options"] for group in stored for name in group["parameters"]}
     for group in optimizer.param_groups:
-        for key, value in by_name.get(names[id(group["params"][0])], {}).items():
-            if torch.is_tensor(group.get(key)):
-                group[key].fill_(value)
-            elif key in group:
-                group[key] = tuple(value) if isinstance(group[key], tuple) else value
+        set_options(group, by_name.get(names[id(group["params"][0])], {}))
+
+
+def set_options(group: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Give a parameter group other settings, of those that it has."""
+    for key, value in values.items():
+        if torch.is_tensor(group.get(key)):
+            group[key].fill_(value)
+        elif key in group:
+            group[key] = tuple(value) if isinstance(group[key], tuple) else value

@@ -14,6 +14,7 @@ from shardplan.rewrite import storage
 from shardplan.rewrite.parts import assemble
 from shardplan.rewrite.program import Program, StageRanks, TensorSpec
 from shardplan.runtime.comm import DistComm
+from shardplan.runtime.offload import Offloaded
 from shardplan.runtime.stage_run import Outputs
 from shardplan.runtime.supply import Supply
 from shardplan.runtime.tied import homes
@@ -25,7 +26,8 @@ class Shards:
     parameters: what it stores and what the optimizer steps on: of a parameter that is split for storage this rank's
     part, at every level (see `planner.storage`). wholes: of such parameters at levels 1 and 2 what the stage's code
     uses, of which the stored part is a view where the split allows it. rounded: of parameters that are used in a lower
-    precision what the stage's code uses (see `planner.precision`). comm: of this rank's stage, once there is one.
+    precision what the stage's code uses (see `planner.precision`). offloaded: where the
+    optimizer steps on the host. comm: of this rank's stage, once there is one.
     """
 
     def __init__(self, program: Program, rank: int, device: torch.device) -> None:
@@ -40,11 +42,17 @@ class Shards:
         self.wholes: dict[str, torch.Tensor] = {}
         self.rounded: dict[str, torch.Tensor] = {}
         self.buffers: dict[str, torch.Tensor] = {}
+        self.offloaded: Offloaded | None = None
         self.specs: dict[str, TensorSpec] = {s.name: s for s in (*program.parameters, *program.buffers)}
 
     def mine(self) -> Iterator[TensorSpec]:
         """Specs of the tensors that this rank holds."""
         return (spec for spec in self.specs.values() if not set(self.stages).isdisjoint(spec.stages))
+
+    @property
+    def stepped(self) -> Mapping[str, nn.Parameter]:
+        """What the optimizer steps on."""
+        return self.parameters if self.offloaded is None else self.offloaded.stepped
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What is stored."""

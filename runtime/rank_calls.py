@@ -17,7 +17,7 @@ import torch.distributed as dist
 from shardplan.errors import UsageError
 from shardplan.planner.costs.tables import LinkTables
 from shardplan.rewrite.program import Program
-from shardplan.runtime import checkpoint
+from shardplan.runtime import checkpoint, optim
 from shardplan.runtime.engine import Engine
 from shardplan.runtime.inputs import Rows
 from shardplan.runtime.loading import Drawn, Loader, Source
@@ -191,6 +191,29 @@ def zero_grad(session: Session) -> None:
 
 def optimizer_step(session: Session) -> None:
     engine_of(session).optimizer_step()
+
+
+def optimizer_groups(session: Session) -> list[dict[str, Any]] | None:
+    """Settings of the optimizer's parameter groups, with the names and shapes of all parameters that ranks have in the
+    group of that number; None without an optimizer."""
+    found: list[dict[str, Any]] = []
+    for groups in gather(session, engine_of(session).optimizer_groups()):
+        for number, group in enumerate(groups):
+            if number == len(found):
+                found.append({"parameters": {}, "options": group["options"]})
+            found[number]["parameters"] |= group["parameters"]
+    return found or None
+
+
+def set_options(session: Session, changes: list[dict[str, Any]]) -> None:
+    """Other settings of the optimizer's parameter groups, by number."""
+    optimizer = engine_of(session).optimizer
+    for group, values in zip(optimizer.param_groups if optimizer is not None else (), changes, strict=False):
+        optim.set_options(group, values)
+
+
+def average_replicas(session: Session) -> None:
+    engine_of(session).average_replicas()
 
 
 def forward(session: Session, batch: dict[str, torch.Tensor], everywhere: bool, key: str) -> Any:

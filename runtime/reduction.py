@@ -15,20 +15,26 @@ from typing import Any
 import torch
 
 from shardplan.planner.plan import BUCKET_NBYTES
+from shardplan.planner.reductions import goes_alone
+from shardplan.planner.wire import Wire
 from shardplan.rewrite.program import Program, TensorSpec
+from shardplan.runtime.bucket import Bucket
 from shardplan.runtime.groups import Groups
+from shardplan.runtime.low_rank import Factors, LowRankBucket
+from shardplan.runtime.storage import SplitStorage
 from shardplan.runtime.tied import TiedSums, read_anywhere, twins
 
 FIRST_NBYTES = 1 << 20  # the first bucket is small, so that the link is busy early
-_WIRES = {"exact": None, "bf16": torch.bfloat16}
 _Sum = tuple[Any, list[torch.Tensor]]
 
 
 class Attached:
-    """Whose hooks the leaves of an engine carry: its programs share leaves, one of them runs at a time."""
+    """Whose hooks the leaves of an engine carry: its programs share leaves, one of them runs at a time. factors: what
+    sums of low rank keep between steps, by leaf."""
 
     def __init__(self) -> None:
         self._owner: GradientSums | None = None
+        self.factors: dict[torch.Tensor, Factors] = {}
 
     def claim(self, sums: GradientSums) -> None:
         """Give the leaves the hooks of `sums`, and take those of others from them."""
@@ -37,89 +43,6 @@ class Attached:
                 self._owner.detach()
             sums.attach()
             self._owner = sums
-
-
-class Bucket:
-    """Gradients of some leaves that are summed over one group together.
-
-    flat: [elements of all leaves], made when the first of them arrives; None for a leaf alone in its bucket, whose
-    gradient is summed where it is. absent: leaves that had no gradient in the step before. pending: leaves whose
-    gradient is not final yet. wire_dtype: what is sent, None for the gradients' own.
-    """
-
-    __slots__ = ("absent", "flat", "group", "launched", "leaves", "pending", "views", "wire", "wire_dtype", "work")
-
-    def __init__(self, group: Any, leaves: list[torch.Tensor], wire_dtype: torch.dtype | None = None) -> None:
-        self.group = group
-        self.leaves = leaves
-        self.wire_dtype = wire_dtype
-        self.absent: set[int] = set()
-        self.flat: torch.Tensor | None = None
-        self.views: list[torch.Tensor] = []
-        self.wire: torch.Tensor | None = None
-        self.pending = 0
-        self.launched = False
-        self.work: Any = None
-
-    def start(self) -> None:
-        self.pending = len(self.leaves) - len(self.absent)
-        self.launched = False
-        self.work = self.wire = None
-
-    def take(self, index: int) -> None:
-        """Move a leaf's gradient to its place in the bucket."""
-        leaf = self.leaves[index]
-        if len(self.leaves) == 1:
-            return
-        view = self.place(index)
-        if leaf.grad is not view:
-            assert leaf.grad is not None
-            leaf.grad = view.copy_(leaf.grad)
-
-    def place(self, index: int) -> torch.Tensor:
-        """Where in the bucket a leaf's gradient lies."""
-        if self.flat is None:
-            leaf = self.leaves[index]
-            sizes = [leaf.numel() for leaf in self.leaves]
-            self.flat = flat = torch.empty(sum(sizes), dtype=leaf.dtype, device=leaf.device)
-            parts = flat.split(sizes)
-            self.views = [part.view(leaf.shape) for part, leaf in zip(parts, self.leaves, strict=True)]
-        return self.views[index]
-
-    def launch(self) -> None:
-        """Start the sum; where no leaf has a gradient there is none, on any rank of the group."""
-        self.launched = True
-        present = [leaf.grad is not None for leaf in self.leaves]
-        if not any(present):
-            return
-        for index, here in enumerate(present):
-            if here:
-                self.take(index)
-        for view, here in zip(self.views, present, strict=False):
-            if not here:
-                view.zero_()
-        flat = self.flat
-        if flat is None:
-            gradient = self.leaves[0].grad
-            assert gradient is not None
-            if not gradient.is_contiguous():
-                self.leaves[0].grad = gradient = gradient.contiguous()
-            flat = gradient.view(-1)
-        self.wire = flat if self.wire_dtype is None else flat.to(self.wire_dtype)
-        self.work = self.group.allreduce([self.wire])
-
-    def wait(self) -> None:
-        """Wait for the sum."""
-        self.absent = {i for i, leaf in enumerate(self.leaves) if leaf.grad is None}
-        if self.work is None:
-            return
-        self.work.wait()
-        assert self.wire is not None
-        if self.wire_dtype is not None:
-            target = self.flat if self.flat is not None else self.leaves[0].grad
-            assert target is not None
-            target.view(-1).copy_(self.wire)
-        self.wire = None
 
 
 class _StageSums:
@@ -167,6 +90,8 @@ class _StageSums:
 class GradientSums:
     """The sums that one rank takes part in, for its stages. All ranks make it in the same order (groups are created).
 
+    beside: parameters in parts, whose gradients are looked after while the leaves have the hooks of these sums.
+
     `start` before the first microbatch, `arm` before the last backward of a stage, `finish` when all are done. Ranks
     that share groups run the same sums of a group in the same order: those inside stages in the order of the code,
     then those between stages.
@@ -192,6 +117,7 @@ class GradientSums:
             groups.get(ranks)
         self._tied = TiedSums(program, rank, tensors, groups)
         self._attached = attached
+        self.beside: list[SplitStorage] = []
         self._handles: list[Any] = []
         self._rounded: dict[torch.Tensor, torch.Tensor] = {}
         self._agreed = False
@@ -215,9 +141,16 @@ class GradientSums:
             first = program.placement[spec.stages[0]].ranks
             if rank not in first or any(rank != min(held) for held in (ranks, *tied)):
                 self._counted_elsewhere.append(leaf)
-        wire = _WIRES[program.reduction]
+        wire = Wire.parse(program.reduction)
+
+        def bucket(group: Any, leaves: list[torch.Tensor]) -> Bucket:
+            rank = wire.factored(leaves[0].shape)
+            return LowRankBucket(group, leaves, rank, attached.factors) if rank else Bucket(group, leaves, wire.dtype)
+
         self._stages = {
-            stage: _StageSums([Bucket(*sums, wire) for sums in packed(found, program.bucket_nbytes, FIRST_NBYTES)])
+            stage: _StageSums(
+                [bucket(*sums) for sums in packed(found, program.bucket_nbytes, FIRST_NBYTES, wire.factored)]
+            )
             for stage, found in overlapped.items()
         }
         # One order of all groups of the job, so that ranks that share some of their groups do not wait in a circle.
@@ -237,6 +170,8 @@ class GradientSums:
 
     def attach(self) -> None:
         """Called by `Attached`: have every gradient of a bucket come here when it has been accumulated."""
+        for split in self.beside:
+            split.attach()
         bucketed: set[torch.Tensor] = set()
         for sums in self._stages.values():
             for bucket in sums.buckets:
@@ -266,7 +201,7 @@ class GradientSums:
             assert gradient is not None
             if leaf.grad is not None:
                 leaf.grad.add_(gradient)
-            elif bucket is None or bucket.launched or len(bucket.leaves) == 1:
+            elif bucket is None or bucket.launched or not bucket.flattens:
                 leaf.grad = gradient.to(leaf.dtype)
             else:
                 leaf.grad = bucket.place(index).copy_(gradient)
@@ -277,6 +212,8 @@ class GradientSums:
 
     def detach(self) -> None:
         """Called by `Attached`: give the leaves and the memory of the buckets free."""
+        for split in self.beside:
+            split.detach()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -289,6 +226,8 @@ class GradientSums:
     def start(self) -> None:
         """Before the first microbatch. Gradients that are there count once: on the first rank of their sums."""
         self._attached.claim(self)
+        for split in self.beside:
+            split.start()
         for sums in self._stages.values():
             sums.start()
         for leaf in self._counted_elsewhere:
@@ -307,6 +246,9 @@ class GradientSums:
             for leaf in read_anywhere(group, leaves):
                 if leaf.grad is None:
                     leaf.grad = torch.zeros_like(leaf)
+        for sums in self._stages.values():
+            for bucket in sums.buckets:
+                bucket.proceed()
         _sum_gradients([*(stray for sums in self._stages.values() for stray in sums.strays), *self._late])
         for sums in self._stages.values():
             sums.strays.clear()
@@ -334,22 +276,28 @@ def _last_used_first(program: Program, stages: Sequence[int]) -> list[tuple[int,
     return found
 
 
-def packed(sums: Iterable[_Sum], nbytes: int, first_nbytes: int | None = None) -> list[_Sum]:
-    """Sums of one group and dtype together, at most `nbytes` in a bucket (the first: `first_nbytes`).
+def packed(
+    sums: Iterable[_Sum],
+    nbytes: int,
+    first_nbytes: int | None = None,
+    kind: Callable[[Sequence[int]], int] = lambda shape: 0,
+) -> list[_Sum]:
+    """Sums of one group and dtype, and of one kind (shape -> kind), together, at most `nbytes` in a bucket (the first:
+    `first_nbytes`).
 
     Leaves keep their order within a group and dtype; buckets stand in the order in which their last leaf does. A leaf
     of a quarter of a bucket or more stands alone: it need not be copied.
     """
     found: list[tuple[int, Any, list[torch.Tensor]]] = []
-    open_: dict[tuple[int, torch.dtype], tuple[int, int]] = {}
+    open_: dict[tuple[int, torch.dtype, int], tuple[int, int]] = {}
     position = 0
     for group, leaves in sums:
         for leaf in leaves:
             mine = leaf.numel() * leaf.element_size()
-            key = id(group), leaf.dtype
+            key = id(group), leaf.dtype, kind(leaf.shape)
             at, size = open_.get(key, (-1, 0))
             limit = nbytes if at != 0 or first_nbytes is None else min(nbytes, first_nbytes)
-            if 4 * mine >= nbytes:
+            if goes_alone(mine, nbytes):
                 found.append((position, group, [leaf]))
             elif at < 0 or size + mine > limit:
                 open_[key] = len(found), mine

@@ -7,7 +7,7 @@ A tensor of the optimizer lies as its parameter does, or is one number, the same
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,13 +28,19 @@ def owned(shards: Shards) -> Iterator[TensorSpec]:
             yield spec
 
 
-def parts(shards: Shards, optimizer: torch.optim.Optimizer | None, scheduler: Any) -> Iterator[Part]:
-    """What this rank writes. Raises NotSupported for an optimizer whose state does not follow its parameters."""
-    tensors = shards.tensors()
+def parts(
+    shards: Shards,
+    optimizer: torch.optim.Optimizer | None,
+    scheduler: Any,
+    instead: Mapping[str, torch.Tensor] | None = None,
+) -> Iterator[Part]:
+    """What this rank writes. instead: values of some parameters, by name, that are written in the place of theirs.
+    Raises NotSupported for an optimizer whose state does not follow its parameters."""
+    tensors = {**shards.tensors(), **(instead or {})}
     for spec in owned(shards):
         pieces = shards.pieces(spec)
         yield Part(f"model/{spec.name}", tensors[spec.name], spec.shape, pieces)
-        parameter = shards.parameters.get(spec.name)
+        parameter = shards.stepped.get(spec.name)
         if optimizer is None or parameter is None:
             continue
         for key, value in optim.state_of(optimizer, parameter):
@@ -66,7 +72,7 @@ def read(reader: Reader, shards: Shards, optimizer: torch.optim.Optimizer | None
 
 def names(shards: Shards) -> dict[int, str]:
     """Names of this rank's parameters by their id."""
-    return {id(parameter): name for name, parameter in shards.parameters.items()}
+    return {id(parameter): name for name, parameter in shards.stepped.items()}
 
 
 def _read_optimizer(reader: Reader, shards: Shards, optimizer: torch.optim.Optimizer) -> None:
@@ -79,7 +85,7 @@ def _read_optimizer(reader: Reader, shards: Shards, optimizer: torch.optim.Optim
     if not groups:
         raise CheckpointError("it holds no optimizer state")
     optim.restore_options(optimizer, names(shards), groups)
-    for name, parameter in shards.parameters.items():
+    for name, parameter in shards.stepped.items():
         if not parameter.requires_grad:
             continue
         spec = shards.specs[name]

@@ -69,6 +69,8 @@ def auto_parallel(
     batch_norm: str = "global",
     zero: int | str = "auto",
     reduction: str = "exact",
+    average_every: int | None = None,
+    offload: str | None = None,
     weights: Weights | None = None,
     init: Init | None = None,
     clip_norm: float | None = None,
@@ -95,8 +97,11 @@ def auto_parallel(
         microbatches; "replica": every replica and microbatch has statistics of its own, as under plain data parallelism
         and gradient accumulation, so results depend on the plan. Running statistics then move once per microbatch, by
         the mean of the replicas.
-    reduction: "bf16" sends sums of gradients over replicas rounded to bf16: half the bytes, and not what one device
-        computes; the plan and its report say so.
+    reduction: "bf16" and "fp16" send sums of gradients over replicas rounded, "low_rank" (or "low_rank:8") sends
+        those of matrices as factors of rank 4 (8). average_every: replicas take that many optimizer steps by themselves
+        and then average their parameters (local SGD). None of it is what one device computes; the plan and its report
+        say so (docs/training.md).
+    offload: "optimizer" keeps the optimizer's state in the memory of the host, where it steps.
     zero: what is stored of parameters that replicas have in common (docs/zero.md): 0: everything on each; 1: parts of
         the optimizer state; 2: of gradients too; 3: of the parameters too; "auto": whatever is best for each of them.
     verbose: progress on stderr. clip_norm: largest global gradient norm. seed: of random ops, and of `init`.
@@ -132,6 +137,8 @@ def auto_parallel(
         batch_norm,
         zero,
         reduction,
+        average_every,
+        offload,
     )
     module = resolve_model(model)
     given = load_plan(plan) if plan is not None else None
@@ -182,6 +189,8 @@ def plan(
     batch_norm: str = "global",
     zero: int | str = "auto",
     reduction: str = "exact",
+    average_every: int | None = None,
+    offload: str | None = None,
 ) -> Plan:
     """Only plan; the arguments are those of `auto_parallel`. Devices of this machine are measured, others modelled; no
     device and no process group has to be there."""
@@ -203,6 +212,8 @@ def plan(
         batch_norm,
         zero,
         reduction,
+        average_every,
+        offload,
     )
     if example_inputs is None:
         raise UsageError("plan needs example_inputs", hints=["a global batch; tensors on the meta device will do"])

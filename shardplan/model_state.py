@@ -16,6 +16,7 @@ from shardplan.errors import NotSupported, UsageError
 from shardplan.planner.plan import Plan
 from shardplan.planner.units import parse_nbytes
 from shardplan.ranks import InPlace, Ranks
+from shardplan.remote_optimizer import RemoteOptimizer
 from shardplan.runtime import rank_calls
 from shardplan.runtime.supply import Supply
 from shardplan.runtime.worker import Session
@@ -34,6 +35,7 @@ class ModelState:
         self._samplers: list[Sampler] = []
         self._places: list[State] = []  # of samplers, in the checkpoint that was loaded
         self._steps = 0
+        self._optimizer: RemoteOptimizer | None = None
 
     @property
     def plan(self) -> Plan:
@@ -44,8 +46,35 @@ class ModelState:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
-        """This rank's optimizer (under torchrun)."""
-        return rank_calls.engine_of(self._session("optimizer")).optimizer
+        """The optimizer, None without one: under torchrun this rank's own; in a driver a `RemoteOptimizer`, whose
+        options (a learning rate that is set, or moved by a scheduler made of it) hold from the next step on."""
+        ranks = self._ranks()
+        if isinstance(ranks, InPlace):
+            return rank_calls.engine_of(ranks.session).optimizer
+        self._send_options()
+        groups = ranks.call(rank_calls.optimizer_groups)
+        if groups is None:
+            return None
+        if self._optimizer is None:
+            self._optimizer = RemoteOptimizer(groups, self.optimizer_step, self.zero_grad)
+        self._optimizer.take(groups)
+        return self._optimizer
+
+    def optimizer_step(self) -> None:
+        raise NotImplementedError
+
+    def zero_grad(self) -> None:
+        raise NotImplementedError
+
+    def _send_options(self) -> None:
+        """Before the ranks' optimizers step."""
+        changes = self._optimizer.changes() if self._optimizer is not None else []
+        if changes:
+            self._ranks().call(rank_calls.set_options, changes)
+
+    def average_replicas(self) -> None:
+        """Where replicas step by themselves (``average_every=``): have them take the mean of their parameters now."""
+        self._ranks().call(rank_calls.average_replicas)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This rank's local parameters by original name (under torchrun)."""

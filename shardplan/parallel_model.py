@@ -169,7 +169,11 @@ class ParallelModel(ModelState):
                 "train_step needs an optimizer",
                 hints=["auto_parallel(..., optimizer=lambda params: torch.optim.AdamW(params, lr=3e-4))"],
             )
-        return self._train(rank_calls.train_step, inputs, kwargs, target)
+        self._send_options()
+        loss = self._train(rank_calls.train_step, inputs, kwargs, target)
+        if self._optimizer is not None:
+            self._optimizer.stepped()
+        return loss
 
     def step(self, *inputs: Any, target: Any = None, **kwargs: Any) -> torch.Tensor:
         """Forward and backward only; gradients are added to what is there. -> loss [] of the global batch."""
@@ -182,7 +186,10 @@ class ParallelModel(ModelState):
     def optimizer_step(self) -> None:
         """Clip the gradients that `step` left, step the optimizer and move the scheduler. Several calls of `step`
         before it accumulate gradients: ``zero_grad()``, ``step(...)`` a few times, ``optimizer_step()``."""
+        self._send_options()
         self._ranks().call(rank_calls.optimizer_step)
+        if self._optimizer is not None:
+            self._optimizer.stepped()
 
     def _train(self, function: Callable[..., Any], inputs: Any, kwargs: Any, target: Any) -> torch.Tensor:
         drawn = inputs[0] if len(inputs) == 1 and isinstance(inputs[0], Drawn) else None

@@ -43,12 +43,12 @@ def main() -> None:
         if time.monotonic() - started > arguments.budget:
             print("the budget is spent; the rest of the grid is left out")
             break
-        seconds = profile.measure(call, device)
+        taken = profile.measure(call, device)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        if seconds is not None and seconds[0] > 0:
-            modelled = modelled_seconds(call, described)
-            found.append(Sample(profile.call_key(call), profile.family_key(call), *seconds, *modelled))
+        if taken is not None and taken.forward_seconds > 0:
+            keys = profile.call_key(call), profile.family_key(call)
+            found.append(profile.sample_of(taken, *keys, modelled_seconds(call, described)))
     versions = f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}"
     path = Path(arguments.output or f"planner/{shipped.PREFIX}{kind}.toml")
     path.write_text(shipped.text(kind, versions, found))

@@ -13,10 +13,10 @@ from shardplan.errors import InputMismatch, NotSupported, UsageError
 from shardplan.planner import schedules
 from shardplan.planner.instructions import Op
 from shardplan.planner.placement import Mesh, R, S, local_slices
+from shardplan.planner.receipts import receipts
 from shardplan.planner.transfers import overlaps
 from shardplan.rewrite.parts import runs
 from shardplan.rewrite.program import Argument, Program, Result, StageCode, StageRanks, TensorSpec
-from shardplan.runtime.receipts import receipts
 from tests.ranks import RankError, pool
 
 F32 = torch.float32

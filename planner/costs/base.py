@@ -13,11 +13,14 @@ from shardplan.planner.rules.localize import LocalCall
 
 @dataclass(frozen=True, slots=True)
 class OpCost:
-    """Seconds of one local op on one device. source: "measured", "interpolated" or "modelled"."""
+    """Seconds of one local op on one device, and bytes that it needs while it runs besides operands, results and what
+    it keeps. source: "measured", "interpolated" or "modelled"."""
 
     forward_seconds: float
     backward_seconds: float
     source: str = "modelled"
+    forward_scratch: float = 0.0
+    backward_scratch: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +29,12 @@ class OpSaves:
 
     inputs / outputs: which tensor arguments and results are kept alive (a tensor kept by several ops counts once).
     extra_nbytes_per_output_byte: bytes kept besides (masks, softmax statistics), relative to the results' bytes, so
-    that local shapes scale it. transient_nbytes_per_output_byte: peak scratch while it runs, likewise.
+    that local shapes scale it.
     """
 
     inputs: tuple[bool, ...]
     outputs: tuple[bool, ...]
     extra_nbytes_per_output_byte: float = 0.0
-    transient_nbytes_per_output_byte: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

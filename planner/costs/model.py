@@ -11,6 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -84,12 +85,16 @@ class CostModel:
     def op(self, call: LocalCall, device: int) -> OpCost:
         """See `Costs.op`."""
         kind = self.cluster.devices[device].kind
-        key = (kind.name, profile.call_key(call))
+        key = (kind.name, profile.timed_key(call) if kind in self._keys else profile.call_key(call))
         found = self._ops.get(key)
         if found is None:
             plain = self._op(call, device, key[1])
             ahead, back = self._corrections_on(kind).of(str(call.target))
-            found = self._ops[key] = OpCost(plain.forward_seconds * ahead, plain.backward_seconds * back, plain.source)
+            found = self._ops[key] = replace(
+                plain,
+                forward_seconds=plain.forward_seconds * ahead,
+                backward_seconds=plain.backward_seconds * back,
+            )
         return found
 
     def _corrections_on(self, kind: DeviceKind) -> Corrections:
@@ -123,7 +128,7 @@ class CostModel:
             sample = self._measure(call, self._local[kind], key, family, modelled)
         if sample is not None:
             self._learn(place, str(call.target), sample)
-            return OpCost(sample.forward_seconds, sample.backward_seconds, "measured")
+            return _cost_of(sample)
         return self._learned(place, str(call.target), family, modelled)
 
     def _described(self, call: LocalCall, call_key: str, kind: DeviceKind, modelled: tuple[float, float]) -> OpCost:
@@ -136,7 +141,7 @@ class CostModel:
                 self._learn(place, sample.family.partition("|")[0], sample)
         known = self._shipped[kind.name].get(call_key)
         if known is not None:
-            return OpCost(known.forward_seconds, known.backward_seconds, "measured")
+            return _cost_of(known)
         return self._learned(place, str(call.target), f"{place}/{profile.family_key(call)}", modelled)
 
     def _learn(self, place: str, target: str, sample: Sample) -> None:
@@ -155,14 +160,14 @@ class CostModel:
         self, call: LocalCall, local: str, key: str, family: str, modelled: tuple[float, float]
     ) -> Sample | None:
         started = time.perf_counter()
-        seconds = profile.measure(call, torch.device(local), self.company(local))
+        taken = profile.measure(call, torch.device(local), self.company(local))
         self.profile_seconds += time.perf_counter() - started
         self._measured += 1
         if self._progress is not None and self._measured % 50 == 0:
             self._progress(f"measured {self._measured} ops in {self.profile_seconds:.1f} s")
-        if seconds is None:
+        if taken is None:
             return None
-        sample = Sample(key, family, *seconds, *modelled)
+        sample = profile.sample_of(taken, key, family, modelled)
         self.store.put_samples([sample])
         self._families.setdefault(family, self.store.family(family))
         if all(known.key != key for known in self._families[family]):
@@ -200,7 +205,14 @@ class CostModel:
         backward = modelled[1] * (
             nearest.backward_seconds / nearest.modelled_backward_seconds if nearest.modelled_backward_seconds else 1.0
         )
-        return OpCost(forward, backward, "interpolated" if distance(nearest) <= math.log(_NEAR) else "modelled")
+        grown = modelled[0] / max(nearest.modelled_forward_seconds, 1e-9)
+        return OpCost(
+            forward,
+            backward,
+            "interpolated" if distance(nearest) <= math.log(_NEAR) else "modelled",
+            nearest.forward_scratch * grown,
+            nearest.backward_scratch * grown,
+        )
 
     def coverage(self) -> dict[str, float]:
         """Share of the seconds of all different ops asked for by source: "measured", "interpolated", "modelled"."""
@@ -284,3 +296,13 @@ class CostModel:
             self.profile_seconds += time.perf_counter() - started
             self.store.put_samples([sample])
         return sample.forward_seconds
+
+
+def _cost_of(sample: Sample) -> OpCost:
+    return OpCost(
+        sample.forward_seconds,
+        sample.backward_seconds,
+        "measured",
+        float(sample.forward_scratch),
+        float(sample.backward_scratch),
+    )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
 from typing import Any
@@ -16,15 +18,19 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from shardplan.planner.costs.allocations import scratch
 from shardplan.planner.costs.company import Company, company, measure_company
+from shardplan.planner.costs.roofline import is_view
+from shardplan.planner.costs.store import Sample
 from shardplan.planner.leaf_op import Leaf
+from shardplan.planner.rules import views
 from shardplan.planner.rules.localize import LocalCall, Slot
 
 log = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 
-VERSION = 6
+VERSION = 7
 """Of the way of measuring: older measurements are not looked at."""
 
 _LEAST_REPEATS, _MOST_REPEATS = 5, 9
@@ -35,7 +41,9 @@ _LONG_SECONDS = 0.1
 _RING_NBYTES, _RING_COPIES = 32 << 20, 16
 _ROUND_SECONDS = 0.03
 _PARAMETERS = 8
+_RANDOM_NUMBERS = 1 << 20
 _CLASSES = {aten.cross_entropy_loss.default, aten.nll_loss.default, aten.nll_loss_nd.default}
+_LOOKS = views.RESHAPES | views.PERMUTES
 _FLOATS = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 
 
@@ -81,6 +89,12 @@ def call_key(call: LocalCall) -> str:
     return f"{call.target}|{tensors}|{_plain(call.args)}|{_plain(sorted(call.kwargs.items()))}"
 
 
+def timed_key(call: LocalCall) -> str:
+    """The same without shapes where those do not matter: a call that only looks at its operand otherwise, forward and
+    backward."""
+    return family_key(call) if call.target in _LOOKS and is_view(call.target) else call_key(call)
+
+
 def family_key(call: LocalCall) -> str:
     """Op, dtypes and which arguments need gradients: calls whose times lie on one curve."""
     tensors = ",".join(f"{_short(v.dtype)}{'g' if v.needs_grad else ''}" for v in call.inputs)
@@ -99,19 +113,48 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
-def measure(call: LocalCall, device: torch.device, among: Company | None = None) -> tuple[float, float] | None:
-    """Forward and backward seconds of a call, or None where it cannot be run by itself. among: what other ops do on
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a call takes. scratch: bytes that it needs while it runs, besides operands, results and what it keeps."""
+
+    forward_seconds: float
+    backward_seconds: float
+    forward_scratch: int = 0
+    backward_scratch: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Readings:
+    """Seconds forward alone, forward after other ops (the same unless wanted), backward alone; bytes of scratch."""
+
+    alone: float
+    after: float
+    back: float = 0.0
+    scratch: tuple[int, int] = (0, 0)
+
+
+def measure(call: LocalCall, device: torch.device, among: Company | None = None) -> Taken | None:
+    """What a call takes forward and backward, or None where it cannot be run by itself. among: what other ops do on
     the device (`measure_device`); None takes the call alone."""
     found = _attempt(call, device, among is not None)
     if found is None or among is None:
-        return (found[0], found[2]) if found is not None else None
-    alone, after, back = found
-    if max(alone, after) > _INNER_SECONDS:
-        return alone, back * (among.backward if back < _INNER_SECONDS else 1.0)
-    return alone + among.forward * max(after - alone, 0.0), back * among.backward
+        return Taken(found.alone, found.back, *found.scratch) if found is not None else None
+    forward, backward = found.alone, found.back
+    if max(found.alone, found.after) <= _INNER_SECONDS:
+        forward += among.forward * max(found.after - found.alone, 0.0)
+        backward *= among.backward
+    elif backward < _INNER_SECONDS:
+        backward *= among.backward
+    return Taken(forward, backward, *found.scratch)
 
 
-def _attempt(call: LocalCall, device: torch.device, twice: bool) -> tuple[float, float, float] | None:
+def sample_of(taken: Taken, key: str, family: str, modelled: tuple[float, float]) -> Sample:
+    """For the store. modelled: seconds forward and backward, as the roofline has them."""
+    seconds = taken.forward_seconds, taken.backward_seconds
+    return Sample(key, family, *seconds, *modelled, taken.forward_scratch, taken.backward_scratch)
+
+
+def _attempt(call: LocalCall, device: torch.device, twice: bool) -> _Readings | None:
     try:
         with as_a_rank():
             return _measure(call, device, twice and device.type == "cpu")
@@ -126,9 +169,12 @@ def measure_device(device: torch.device) -> Company:
         start = _call_overhead(device)
         if device.type != "cpu":
             return Company(pass_seconds=start)
-        return measure_company(
-            lambda call: _attempt(call, device, True), lambda action: _reading(action, device, 1), start
-        )
+
+        def op(call: LocalCall) -> tuple[float, float, float] | None:
+            found = _attempt(call, device, True)
+            return (found.alone, found.after, found.back) if found is not None else None
+
+        return measure_company(op, lambda action: _reading(action, device, 1), start)
 
 
 def _as_composed(call: LocalCall) -> AbstractContextManager[Any]:
@@ -139,8 +185,8 @@ def _as_composed(call: LocalCall) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _measure(call: LocalCall, device: torch.device, twice: bool) -> tuple[float, float, float]:
-    """Seconds forward alone, forward after other ops (the same unless `twice`), backward alone.
+def _measure(call: LocalCall, device: torch.device, twice: bool) -> _Readings:
+    """twice: whether forward is taken after other ops, too.
 
     Operands go round a ring of copies, and results stay for a round: in a step a weight is read once and a result is
     written to memory that was used long ago, so a loop over one set of operands in the nearest cache says too little.
@@ -159,18 +205,21 @@ def _measure(call: LocalCall, device: torch.device, twice: bool) -> tuple[float,
 
     grads = [[tensor for tensor in inputs if tensor.requires_grad] for inputs in ring]
     with torch.set_grad_enabled(bool(grads[0])):
-        forward = _timed(run, device)
-        after = _timed(run, device, company(False)) if twice and forward < _INNER_SECONDS else forward
+        first: list[float] = []
+        needed = scratch(lambda: first.append(_reading(run, device, 1)), device)
+        forward = _timed(run, device, first[0])
+        after = _timed(run, device, forward, company(False)) if twice and forward < _INNER_SECONDS else forward
         if not grads[0]:
-            return forward, after, 0.0
+            return _Readings(forward, after, 0.0, (needed, 0))
         # Long ops read so much themselves that a shorter round is as cold.
         round_ = max(min(len(ring), int(_ROUND_SECONDS / max(forward, 1e-9))), 1)
-        turn = count()
-        for _ in range(round_):
+        for place in (i for i in range(round_) if held[i] is None):
+            turn = count(place)
             run()
+        turn = count()
         results = [[r for r in _flat(result) if r.requires_grad] for result in held[:round_]]
         if not results[0]:
-            return forward, after, 0.0
+            return _Readings(forward, after, 0.0, (needed, 0))
         seeds = [torch.ones_like(r) for r in results[0]]
         made: list[Any] = [None] * round_
 
@@ -179,9 +228,12 @@ def _measure(call: LocalCall, device: torch.device, twice: bool) -> tuple[float,
             made[place] = None
             made[place] = torch.autograd.grad(results[place], grads[place], seeds, retain_graph=True, allow_unused=True)
 
-        seconds = _timed(back, device)
+        first.clear()
+        behind = scratch(lambda: first.append(_reading(back, device, 1)), device)
+        seconds = _timed(back, device, first[0])
         # A step calls autograd once, not once an op.
-        return forward, after, max(seconds - _call_overhead(device), 0.1 * seconds)
+        back_seconds = max(seconds - _call_overhead(device), 0.1 * seconds)
+        return _Readings(forward, after, back_seconds, (needed, behind))
 
 
 def _ring(inputs: list[torch.Tensor], result_nbytes: int, device: torch.device) -> list[list[torch.Tensor]]:
@@ -217,13 +269,19 @@ def _tensors(call: LocalCall, device: torch.device) -> list[torch.Tensor]:
         if known is not None:
             found.append(torch.randint(known[0], known[1] + 1, value.shape, device=device).to(value.dtype))
         elif value.dtype in _FLOATS:
-            tensor = torch.randn(value.shape, device=device).to(value.dtype)
-            found.append(tensor.requires_grad_(value.needs_grad))
+            found.append(_random(value.shape, value.dtype, device).requires_grad_(value.needs_grad))
         elif value.dtype == torch.bool:
             found.append(torch.ones(value.shape, dtype=torch.bool, device=device))
         else:
             found.append(torch.randint(0, high, value.shape, device=device).to(value.dtype))
     return found
+
+
+def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Random numbers, which repeat in large tensors: to draw them would take longer than to run an op on them."""
+    size = math.prod(shape)
+    few = torch.randn(min(size, _RANDOM_NUMBERS), device=device).to(dtype)
+    return (few if few.numel() == size else few.repeat(-(-size // few.numel()))[:size]).view(shape)
 
 
 def _index_limit(call: LocalCall) -> int:
@@ -252,13 +310,18 @@ def _flat(value: Any) -> list[torch.Tensor]:
     return [item for part in value for item in _flat(part)] if isinstance(value, (list, tuple)) else []
 
 
-def _timed(action: Callable[[], Any], device: torch.device, after: Callable[[], None] | None = None) -> float:
-    """Median seconds of an action, after a warm-up. after: run before every reading. Without it, several per reading
-    where one is too short for the clock."""
-    once = _reading(action, device, 1)
-    once = min(once, _reading(action, device, 1))
+def _timed(
+    action: Callable[[], Any],
+    device: torch.device,
+    first: float | None = None,
+    after: Callable[[], None] | None = None,
+) -> float:
+    """Median seconds of an action, after a warm-up. first: seconds that it took when it ran before, None where it did
+    not. after: run before every reading. Without it, several per reading where one is too short for the clock."""
+    once = _reading(action, device, 1) if first is None else first
     if once > _LONG_SECONDS:
         return once  # it varies little, and every further run would take the budget from other ops
+    once = min(once, _reading(action, device, 1))
     inner = 1 if once > _INNER_SECONDS or after else min(int(_INNER_SECONDS / max(once, 1e-7)) + 1, _INNER_MOST)
     readings: list[float] = []
     while len(readings) < _LEAST_REPEATS or (sum(readings) * inner < _ENOUGH_SECONDS and len(readings) < _MOST_REPEATS):
@@ -293,10 +356,18 @@ def _clock_seconds(clock: Callable[[], float]) -> float:
 
 
 def measure_copy(nbytes: int, device: torch.device) -> float:
-    """Seconds to read and write so many bytes once."""
-    source = torch.ones(max(nbytes // 4, 1), device=device)
+    """Seconds to read and write so many bytes once, as cold as operands are (see `_measure`)."""
+    sources = [row[0] for row in _ring([torch.ones(max(nbytes // 4, 1), device=device)], nbytes, device)]
+    made: list[torch.Tensor | None] = [None] * len(sources)
+    turn = count()
+
+    def copy() -> None:
+        place = next(turn) % len(sources)
+        made[place] = None
+        made[place] = sources[place].clone()
+
     with as_a_rank():
-        return _timed(source.clone, device)
+        return _timed(copy, device)
 
 
 def optimizer_key(factory: Callable[..., torch.optim.Optimizer]) -> str:
@@ -314,4 +385,4 @@ def measure_optimizer(factory: Callable[..., torch.optim.Optimizer], nbytes: int
     optimizer = factory(parameters)
     optimizer.step()
     with as_a_rank():
-        return _timed(optimizer.step, device, company(True) if device.type == "cpu" else None) / _PARAMETERS
+        return _timed(optimizer.step, device, None, company(True) if device.type == "cpu" else None) / _PARAMETERS

@@ -132,5 +132,4 @@ def _saves_of(form: dict[str, Any]) -> OpSaves:
         tuple(form["inputs"]),
         tuple(form["outputs"]),
         form["extra_nbytes_per_output_byte"],
-        form["transient_nbytes_per_output_byte"],
     )

@@ -37,8 +37,9 @@ def text(kind: str, source: str, found: Iterable[Sample]) -> str:
     """The content of a file; inverse of `samples`. source: device and versions that it was measured with."""
     lines = ["schema = 1", f"device = {_quoted(kind)}", f"source = {_quoted(source)}", "rows = ["]
     for sample in sorted(found, key=lambda sample: sample.key):
-        key, family, *seconds = astuple(sample)
-        lines.append(f"    [{_quoted(key)}, {_quoted(family)}, {', '.join(f'{s:.9f}' for s in seconds)}],")
+        key, family, *numbers = astuple(sample)
+        texts = [f"{n:.9f}" if isinstance(n, float) else str(n) for n in numbers]
+        lines.append(f"    [{_quoted(key)}, {_quoted(family)}, {', '.join(texts)}],")
     return "\n".join([*lines, "]", ""])
 
 

@@ -22,19 +22,20 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1
+SCHEMA = 2
 ENVIRONMENT = "SHARDPLAN_CACHE"
 """Environment variable with the folder of the store; empty: keep nothing on disk."""
 
 _WAIT_SECONDS = 30.0
 _ABSURD_SECONDS = 1e4
-_COLUMNS = "key, family, forward, backward, modelled_forward, modelled_backward"
+_ABSURD_NBYTES = 1 << 44
+_COLUMNS = "key, family, forward, backward, modelled_forward, modelled_backward, forward_scratch, backward_scratch"
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One measured op. key: of the call on its device; family: op and device, for samples to learn from; modelled
-    seconds: what the roofline says, forward and backward."""
+    seconds: what the roofline says, forward and backward. scratch: bytes, see `OpCost`."""
 
     key: str
     family: str
@@ -42,12 +43,17 @@ class Sample:
     backward_seconds: float
     modelled_forward_seconds: float
     modelled_backward_seconds: float
+    forward_scratch: int = 0
+    backward_scratch: int = 0
 
     def is_sane(self) -> bool:
         """Whether these can be seconds of an op: a clock that jumped or a damaged row must not steer a plan."""
         numbers = (self.forward_seconds, self.backward_seconds, self.modelled_forward_seconds,
                    self.modelled_backward_seconds)  # fmt: skip
-        return all(isinstance(n, (int, float)) and math.isfinite(n) and 0 <= n <= _ABSURD_SECONDS for n in numbers)
+        sizes = self.forward_scratch, self.backward_scratch
+        return all(
+            isinstance(n, (int, float)) and math.isfinite(n) and 0 <= n <= _ABSURD_SECONDS for n in numbers
+        ) and (all(isinstance(n, int) and 0 <= n <= _ABSURD_NBYTES for n in sizes))
 
 
 class Store:
@@ -108,12 +114,15 @@ class Store:
         cannot be seconds is not kept."""
         self._write(
             # A row that is not sane is as good as none.
-            f"INSERT INTO samples ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET "
+            f"INSERT INTO samples ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET "
             "family = excluded.family, forward = excluded.forward, backward = excluded.backward, "
-            "modelled_forward = excluded.modelled_forward, modelled_backward = excluded.modelled_backward "
+            "modelled_forward = excluded.modelled_forward, modelled_backward = excluded.modelled_backward, "
+            "forward_scratch = excluded.forward_scratch, backward_scratch = excluded.backward_scratch "
             f"WHERE NOT ifnull(forward BETWEEN 0 AND {_ABSURD_SECONDS} AND backward BETWEEN 0 AND {_ABSURD_SECONDS} "
             f"AND modelled_forward BETWEEN 0 AND {_ABSURD_SECONDS} "
-            f"AND modelled_backward BETWEEN 0 AND {_ABSURD_SECONDS}, 0)",
+            f"AND modelled_backward BETWEEN 0 AND {_ABSURD_SECONDS} "
+            f"AND forward_scratch BETWEEN 0 AND {_ABSURD_NBYTES} "
+            f"AND backward_scratch BETWEEN 0 AND {_ABSURD_NBYTES}, 0)",
             [astuple(sample) for sample in samples if sample.is_sane()],
         )
 
@@ -183,7 +192,7 @@ def _prepared(connection: sqlite3.Connection) -> sqlite3.Connection:
     """The connection with the tables made. Raises sqlite3.DatabaseError where the file is damaged or foreign."""
     try:
         (version,) = connection.execute("PRAGMA user_version").fetchone()
-        if version not in (0, SCHEMA):
+        if version not in (0, 1, SCHEMA):
             raise sqlite3.DatabaseError(f"made by another version (schema {version})")
         with contextlib.suppress(sqlite3.OperationalError):
             # Readers do not wait for writers. Some network file systems cannot.
@@ -191,10 +200,13 @@ def _prepared(connection: sqlite3.Connection) -> sqlite3.Connection:
             connection.execute("PRAGMA synchronous = NORMAL")
         with connection:
             connection.execute("BEGIN IMMEDIATE")
+            if version == 1:
+                connection.execute("DROP TABLE IF EXISTS samples")  # without scratch: measured again
             connection.execute("CREATE TABLE IF NOT EXISTS texts (key TEXT PRIMARY KEY, value TEXT)")
             connection.execute(
                 "CREATE TABLE IF NOT EXISTS samples (key TEXT PRIMARY KEY, family TEXT, forward REAL, "
-                "backward REAL, modelled_forward REAL, modelled_backward REAL)"
+                "backward REAL, modelled_forward REAL, modelled_backward REAL, forward_scratch INTEGER, "
+                "backward_scratch INTEGER)"
             )
             connection.execute("CREATE INDEX IF NOT EXISTS by_family ON samples (family)")
             connection.execute(f"SELECT {_COLUMNS} FROM samples LIMIT 1")

@@ -1,10 +1,11 @@
 """The documentation's code runs: the quick start here, every page by ``make docs``."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from tests import docs_run
+from tests import api_page, docs_run
 
 
 def test_the_quick_start_runs_as_it_stands():
@@ -35,3 +36,20 @@ def test_every_python_block_is_python(page: Path):
     for block in docs_run.blocks(page):
         if block.language == "python":
             compile(block.text, f"{page.name}:{block.line}", "exec")
+
+
+def test_the_api_reference_is_what_the_docstrings_say():
+    """After a change of a public docstring or signature: python -m tests.api_page"""
+    assert api_page.PAGE.read_text() == api_page.page()
+
+
+def test_every_public_name_has_a_docstring():
+    import shardplan
+
+    assert [name for name in shardplan.__all__ if not getattr(shardplan, name).__doc__] == []
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in [docs_run.ROOT / "README.md", *(docs_run.ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"

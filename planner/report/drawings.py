@@ -166,7 +166,7 @@ def map_table(found: Map) -> str:
                 cells.append("<td></td>")
                 continue
             title = f"{part}: device {device} of stage {stage} holds {share_text(share)}"
-            title += f" of {nbytes_text(nbytes)}" + (f", from {share_text(start)} on" if share < 1 else "")
+            title += f" of {nbytes_text(nbytes)}" + (f", from {share_text(start)} on" if start else "")
             left = min(start, 0.97) * 100
             fill = f'<i class="s{stage % _HUES}" style="margin-left:{left:.0f}%;width:{max(share * 100, 3):.0f}%"></i>'
             cells.append(f'<td title="{escape(title)}">{fill}</td>')

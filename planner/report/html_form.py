@@ -75,8 +75,9 @@ def _figures(found: Facts) -> str:
     if rate:
         items.append((f"{'tokens' if found.tokens_per_second else 'samples'} per second", f"{rate:,.0f}"))
     items.append(("bubble", share_text(found.simulation.bubble_share)))
+    shares = [d.memory.peak_nbytes / d.limit_nbytes for d in found.devices if d.limit_nbytes]
     peak = max((device.memory.peak_nbytes for device in found.devices), default=0)
-    items.append(("fullest device", nbytes_text(peak)))
+    items.append(("memory of the fullest device", share_text(max(shares))) if shares else ("peak", nbytes_text(peak)))
     if found.status.outcome != "given":
         items.append(("proven gap", share_text(max(found.status.gap, 0.0))))
     cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in items)

@@ -173,6 +173,7 @@ def held(facts: Facts) -> tuple[Block, ...]:
     place = {rank: (index, at) for index, stage in enumerate(plan.stages) for at, rank in enumerate(stage.ranks)}
     totals: dict[str, int] = {}
     local: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    starts: dict[tuple[str, int], set[float]] = defaultdict(set)
     for node, summary in sorted(plan.nodes.items(), key=lambda item: item[1].order):
         if summary.op != "param" or not summary.outputs:
             continue
@@ -182,17 +183,22 @@ def held(facts: Facts) -> tuple[Block, ...]:
             stage, at = place.get(rank, (-1, 0))
             if stage in summary.stages:
                 start, share = _slice(plan, node, summary, plan.stages[stage], at)
-                local[part, rank][0] += nbytes * start
+                starts[part, rank].add(start)
+                local[part, rank][0] = start
                 local[part, rank][1] += nbytes * share
     if not totals or len(plan.devices) < 2:
         return ()
-    groups: dict[tuple[object, ...], list[str]] = defaultdict(list)
+    groups: dict[tuple[str, int, tuple[tuple[float, float], ...]], list[str]] = defaultdict(list)
     for part, nbytes in totals.items():
-        cells = tuple(tuple(round(value / (nbytes or 1), 6) for value in local[part, rank]) for rank in ranks)
+        # Where its tensors lie in more than one way, how much is held is all that can be drawn.
+        cells = tuple(
+            (local[part, rank][0] * (len(starts[part, rank]) < 2), round(local[part, rank][1] / (nbytes or 1), 6))
+            for rank in ranks
+        )
         groups[pattern(part), nbytes, cells].append(part)
     rows = tuple((names_text(parts), key[1], key[2]) for key, parts in groups.items())
     columns = tuple((str(rank), place.get(rank, (-1, 0))[0]) for rank in ranks)
-    return (Map(columns, rows, note),)  # type: ignore[arg-type]
+    return (Map(columns, rows, note),)
 
 
 def part_of(name: str) -> str:

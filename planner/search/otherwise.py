@@ -1,8 +1,8 @@
 """What one decision inside a plan's case is worth: the same plan with that one thing decided otherwise.
 
-The op-level problem of a segment is solved anew with the placement of one large tensor forbidden, or with one level of
-storage asked for; its ends and whether it is recomputed stay as they are, everything else in it is free. Recomputation
-is changed by taking another column of the segment's list. The step is then simulated with the stages' new seconds, and
+The op-level problem of a segment is solved anew with the placement of one large tensor forbidden (all others are free,
+stored as they are), or with one level of storage asked for; its ends stay as they are. Recomputation
+is changed with all placements and storage as they are. The step is then simulated with the stages' new seconds, and
 a stage's peak moves by what its segments hold more.
 """
 
@@ -24,7 +24,6 @@ from shardplan.planner.search.elimination import eliminate
 from shardplan.planner.search.problem import Price, Weights, total_price
 from shardplan.planner.search.runs import Run, held_by, ops_of
 from shardplan.planner.simulate import messages_of, simulate
-from shardplan.planner.storage import Storage
 from shardplan.planner.trace import Trace, info
 
 if TYPE_CHECKING:
@@ -80,11 +79,9 @@ class _Segment:
         return self.piece.candidate.segments[self.index].runs[self.column.index]
 
     @property
-    def others(self) -> Sequence[Column]:
-        """All columns between the same layouts."""
-        mine = self.column
-        listed = self.piece.candidate.segments[self.index].columns
-        return [c for c in listed if (c.enters, c.leaves) == (mine.enters, mine.leaves)]
+    def modes(self) -> set[bool]:
+        """Whether it can be run with and without recomputation."""
+        return {column.recomputed for column in self.piece.candidate.segments[self.index].columns}
 
 
 @dataclass(slots=True)
@@ -165,13 +162,12 @@ def _recomputation(plan: _Plan) -> Iterable[Decision]:
     again = sum(segment.column.recomputed for segment in plan.segments)
     chosen = f"of {again} of {plural(len(plan.segments), 'segment')}" if again else "of nothing"
     for other, wanted in (("of nothing", False), ("of every segment", True)):
-        prices: dict[int, Price] = {}
-        for at, segment in enumerate(plan.segments):
-            m = segment.columns.microbatches
-            listed = [c.price for c in segment.others if c.recomputed is wanted]
-            if listed and segment.column.recomputed is not wanted:
-                prices[at] = min(listed, key=lambda price: m * price.seconds + price.once_seconds)
-        if prices:
+        rules = {
+            at: _Rule(recomputed=wanted)
+            for at, segment in enumerate(plan.segments)
+            if segment.column.recomputed is not wanted and wanted in segment.modes
+        }
+        if prices := _changes(plan, _solve(plan, rules)):
             yield plan.decision("recomputation", chosen, other, prices)
 
 
@@ -230,17 +226,23 @@ def _words(placement: Placement) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    """What the tensors of a segment may not be: those at `positions` may not have this placement; or all parameters are
-    stored at this level (where they can be)."""
+    """What is otherwise in a segment; what a rule does not name stays: how tensors are stored, whether the segment is
+    recomputed, and (but for a rule about `positions`) how they are split.
+
+    positions: of tensors that may not have the placement not_. level: at which all parameters are stored, where they
+    can be. recomputed: whether the segment is.
+    """
 
     positions: frozenset[int] = frozenset()
     not_: Placement | None = None
     level: int | None = None
+    recomputed: bool | None = None
 
-    def allows(self, position: int, placement: Placement, stored: Storage | None) -> bool:
-        if self.level is not None:
-            return (stored.level if stored else 0) == self.level
-        return position not in self.positions or placement != self.not_
+    def allows(self, position: int, placement: Placement, level: int, mine: Placement | None, stored: int) -> bool:
+        """An option of a tensor that now has the placement `mine` and is stored at the level `stored`."""
+        if self.positions:
+            return level == stored and (position not in self.positions or placement != self.not_)
+        return placement == mine and level == (stored if self.level is None else self.level)
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,18 +276,28 @@ def _solve(plan: _Plan, rules: dict[int, _Rule]) -> dict[int, _Solved]:
 
 
 def _best(builder: Builder, segment: _Segment, rule: _Rule) -> _Solved | None:
-    problem, column = builder.problem, segment.column
+    problem, column, run = builder.problem, segment.column, segment.run
     if problem is None:
         return None
+    again = column.recomputed if rule.recomputed is None else rule.recomputed
     kept: list[Sequence[int]] = [range(len(options)) for options in problem.ops]
     for position, node in enumerate(builder.held):
         number = builder.numbers[node]
-        options = zip(kept[number], builder.strategies[number], builder.stored[node], strict=True)
-        mine = [k for k, s, stored in options if s is not None and rule.allows(position, s.outputs[0], stored)]
-        if not mine and rule.level is None:
-            return None
+        chosen, stored = run.parameters[position], run.storage[position]
+        now = chosen.outputs[0] if chosen is not None else None, stored.level if stored else 0
+        mine = [
+            k
+            for k, way, at in zip(kept[number], builder.strategies[number], builder.stored[node], strict=True)
+            if way is not None and rule.allows(position, way.outputs[0], at.level if at else 0, *now)
+        ]
+        if not mine and position in rule.positions:
+            # Perhaps the other placement cannot be stored at this level.
+            mine = [k for k, way in zip(kept[number], builder.strategies[number], strict=True)
+                    if way is not None and way.outputs[0] != rule.not_]  # fmt: skip
+            if not mine:
+                return None
         kept[number] = mine or kept[number]
-    weights = Weights(1.0 / segment.columns.microbatches, forward=2.0 if column.recomputed else 1.0)
+    weights = Weights(1.0 / segment.columns.microbatches, forward=2.0 if again else 1.0)
     ops = tuple(tuple(options[k] for k in keep) for options, keep in zip(problem.ops, kept, strict=True))
     solved = eliminate(replace(problem, ops=ops), [weights])
     choice = solved[0].options.get((column.enters, column.leaves)) if solved else None
@@ -299,5 +311,5 @@ def _best(builder: Builder, segment: _Segment, rule: _Rule) -> _Solved | None:
         strategy = builder.strategies[builder.numbers[node]][choice[builder.numbers[node]]]
         assert strategy is not None
         placements.append(strategy.outputs[0])
-    whole = segment.columns.whole(segment.index, price + builder.constant, column.enters, column.recomputed)
+    whole = segment.columns.whole(segment.index, price + builder.constant, column.enters, again)
     return _Solved(whole, tuple(placements))

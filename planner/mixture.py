@@ -29,7 +29,9 @@ from torch import fx
 
 aten = torch.ops.aten
 _LIBRARY = torch.library.Library("shardplan", "FRAGMENT")
-_LIBRARY.define("mixture(str steps, int experts, int[] fans, Tensor ids, Tensor[] rows, Tensor[] held) -> Tensor")
+_ARGUMENTS = "(str steps, int experts, int[] fans, Tensor ids, Tensor[] rows, Tensor[] held) -> Tensor"
+_LIBRARY.define(f"mixture{_ARGUMENTS}")
+_LIBRARY.define(f"sent_mixture{_ARGUMENTS}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +175,8 @@ def run_own(
 
 _LIBRARY.impl("mixture", run, "CompositeImplicitAutograd")
 MIXTURE = torch.ops.shardplan.mixture.default
+SENT_MIXTURE = torch.ops.shardplan.sent_mixture.default
+"""What a rank's call is named, for prices, where it sends pairs to the ranks of their experts; never run."""
 
 
 def is_mixture(node: fx.Node) -> bool:

@@ -28,6 +28,7 @@ from shardplan.planner.placement import (
     fits,
 )
 from shardplan.planner.rules import Strategy, groups_fit, strategies
+from shardplan.planner.rules.strategy import OWN, SENT
 from shardplan.planner.trace import Trace, info, infos, is_tensor, leaf_of, mutated, needs_grad, resolve, tensor_args
 
 REPLICA_NORM = "batch_norm_replica"
@@ -211,7 +212,7 @@ class _Follower:
             if not strategy.inputs[1].is_shard:
                 return True  # the classes are split
             return not all(self.from_inputs(argument) for argument in tensor_args(node)[1:])
-        return strategy.impl == "batch_norm"
+        return strategy.impl in ("batch_norm", OWN, SENT)
 
     def per_replica(self, strategy: Strategy) -> Strategy:
         """The strategy with statistics of each part instead of the whole batch, where that is asked for."""

@@ -59,6 +59,11 @@ class Comm(Protocol):
         """Split evenly along `split_dim`, send part i to rank i, concatenate what arrives along `concat_dim`."""
         ...
 
+    def exchange(self, x: torch.Tensor, sent: list[int], arriving: list[int], axis: str) -> torch.Tensor:
+        """Send the first sent[0] rows to rank 0, the next sent[1] to rank 1, ...; what arrives, in the order of the
+        ranks: arriving[i] rows from rank i."""
+        ...
+
     def key(self, site: int) -> int:
         """63 bits that random op number `site` draws from in this step: the same on all ranks and for all microbatches,
         and when a segment is recomputed. Where a number stands makes it differ, see `rewrite.draws`."""

@@ -19,9 +19,9 @@ from shardplan.planner.mixture import own_experts
 from shardplan.planner.placement import MICROBATCH_AXIS, S
 from shardplan.planner.propagate import REPLICA_NORM
 from shardplan.planner.rules import LocalCall, Slot, Strategy
-from shardplan.planner.rules.mixtures import OWN
 from shardplan.planner.rules.positions import bag_step
 from shardplan.planner.rules.randomness import random_impl
+from shardplan.planner.rules.strategy import OWN, SENT
 from shardplan.planner.trace import info, tensor_args
 from shardplan.rewrite import index_kernels, kernels, mixture_kernels
 from shardplan.rewrite.implement_random import implement_random
@@ -148,6 +148,14 @@ def _own_experts(op: OpContext) -> fx.Node:
     return op.emit(mixture_kernels.own_experts, op.stage.comm, axis, steps, own, fans, ids, rows, held)
 
 
+def _sent_experts(op: OpContext) -> fx.Node:
+    """Pairs travel to the ranks of their experts, and the results back."""
+    (axis,) = op.axes_of(SENT)
+    steps, experts, fans, ids, rows, held = op.stage.fill(op.call.args, op.arguments)
+    own = own_experts(steps, experts, [value.shape for value in op.call.inputs[1 + len(rows) :]])
+    return op.emit(mixture_kernels.sent_experts, op.stage.comm, axis, steps, own, fans, ids, rows, held)
+
+
 IMPLEMENTATIONS: dict[str, Callable[[OpContext], fx.Node]] = {
     "vocab_embedding": _vocab_embedding,
     "cross_entropy": _cross_entropy,
@@ -157,5 +165,6 @@ IMPLEMENTATIONS: dict[str, Callable[[OpContext], fx.Node]] = {
     "embedding_bag": _embedding_bag,
     "leaf": implement_leaf,
     OWN: _own_experts,
+    SENT: _sent_experts,
     "random": implement_random,
 }

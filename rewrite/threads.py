@@ -50,7 +50,7 @@ class ThreadComm:
     def index(self, axis: str) -> int:
         return self.microbatch if axis == "mb" else self.coordinate.get(axis, 0)
 
-    def _swap(self, axis: str, value: torch.Tensor) -> list[torch.Tensor]:
+    def _swap(self, axis: str, value: Any) -> list[Any]:
         if axis == "mb":
             raise RuntimeError("there is no collective on the microbatch axis")
         others = tuple(sorted((a, i) for a, i in self.coordinate.items() if a != axis))
@@ -75,6 +75,12 @@ class ThreadComm:
             return x
         everyone = self._swap(axis, x.detach().clone())
         return torch.cat([part.chunk(size, split_dim)[self.index(axis)] for part in everyone], concat_dim)
+
+    def exchange(self, x: torch.Tensor, sent: list[int], arriving: list[int], axis: str) -> torch.Tensor:
+        if self.size(axis) == 1:
+            return x
+        everyone = self._swap(axis, x.detach().clone().split(sent))
+        return torch.cat([parts[self.index(axis)] for parts in everyone])
 
     def start_all_gather(self, x: torch.Tensor, axis: str) -> Callable[[], torch.Tensor]:
         gathered = self.all_gather(x, 0, axis)

@@ -118,6 +118,22 @@ class DistComm:
         parts = incoming.unbind()
         return torch.cat(parts if held.order is None else [parts[place] for place in held.order], concat_dim)
 
+    def exchange(self, x: torch.Tensor, sent: list[int], arriving: list[int], axis: str) -> torch.Tensor:
+        held = self._axes.get(axis)
+        if held is None:
+            return x
+        traffic.collective_nbytes += x.nbytes
+        if held.inverse is not None:
+            parts = x.split(sent)
+            x = torch.cat([parts[index] for index in held.inverse])
+            sent, arriving = ([counts[index] for index in held.inverse] for counts in (sent, arriving))
+        incoming = x.new_empty((sum(arriving), *x.shape[1:]))
+        held.group.alltoall_base(incoming, x.contiguous(), arriving, sent).wait()
+        if held.order is None:
+            return incoming
+        parts = incoming.split(arriving)
+        return torch.cat([parts[place] for place in held.order])
+
     def start_all_gather(self, x: torch.Tensor, axis: str) -> Callable[[], torch.Tensor]:
         held = self._axes.get(axis)
         if held is None:

@@ -88,6 +88,20 @@ class FunctionalComm:
         parts = self._swap(outgoing, axis).view(size, *rows).unbind()
         return torch.cat(parts if order is None else [parts[place] for place in order], concat_dim)
 
+    def exchange(self, x: torch.Tensor, sent: list[int], arriving: list[int], axis: str) -> torch.Tensor:
+        if axis not in self._axes:
+            return x
+        _, group, order, inverse = self._axes[axis]
+        if inverse is not None:
+            parts = x.split(sent)
+            x = torch.cat([parts[index] for index in inverse])
+            sent, arriving = ([counts[index] for index in inverse] for counts in (sent, arriving))
+        incoming = _FUNCTIONAL.wait_tensor(_FUNCTIONAL.all_to_all_single(x, arriving, sent, group))
+        if order is None:
+            return incoming
+        parts = incoming.split(arriving)
+        return torch.cat([parts[place] for place in order])
+
     def _outgoing(self, x: torch.Tensor, dim: int, axis: str) -> tuple[torch.Tensor, tuple[int, ...]]:
         """-> (what every rank of the group gets, one after the other along dim 0; shape of one rank's part)."""
         size, _, _, inverse = self._axes[axis]

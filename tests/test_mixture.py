@@ -112,7 +112,7 @@ def test_every_split_is_exact(bias):
     for strategy in strategies(case.node):
         verify(case, {"tp": strategy}, Mesh(("tp",), (2,)))
     by_name = {s.name: s for s in strategies(case.node)}
-    for inner in ("e", "h"):
+    for inner in ("e", "a", "h"):
         if inner in by_name:
             verify(case, {"dp": by_name["t"], "tp": by_name[inner]}, Mesh(("dp", "tp"), (2, 2)))
 
@@ -154,13 +154,17 @@ def test_parts_of_the_experts_take_their_part():
     (node,) = [n for n in trace.nodes() if is_mixture(n)]
     names = {s.name: s for s in strategies(node)}
     mesh = Mesh(("tp",), (4,))
-    whole, own, inner = (local_call(node, {"tp": names[n]}, mesh) for n in ("-", "e", "h"))
+    whole, own, sent, inner = (local_call(node, {"tp": names[n]}, mesh) for n in ("-", "e", "a", "h"))
 
     def products(call):
         return [part for part in costs.parts(call) if is_product(part.target)]
 
     assert [p.inputs[0].shape[0] for p in products(whole)] == [64, 64]
     assert [p.inputs[0].shape[0] for p in products(own)] == [16, 16]
+    assert [p.inputs[0].shape[0] for p in products(sent)] == [16, 16]
+    assert [p.inputs[1].shape for p in products(sent)] == [p.inputs[1].shape for p in products(own)]
+    # Rows of 8 and a weight of 4 bytes a number, the id; 8 numbers come back.
+    assert costs.sent_nbytes(sent) == (16 * (8 + 4 * 8 + 4), 16 * 4 * 8)
     assert [p.inputs[1].shape for p in products(inner)] == [(4, 8, 8), (4, 4, 8)]
     assert costs.kept_nbytes(own) * 4 == costs.kept_nbytes(whole) > costs.kept_nbytes(inner)
 

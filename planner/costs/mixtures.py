@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from shardplan.planner.mixture import MIXTURE, Ref, Step, own_experts, run_steps, substituted
+from shardplan.planner.mixture import MIXTURE, SENT_MIXTURE, Ref, Step, own_experts, run_steps, substituted
 from shardplan.planner.rules.localize import LocalCall, Slot
 from shardplan.planner.trace import TensorInfo
 
@@ -23,30 +23,45 @@ _INDEX = 8
 
 
 def is_mixture(call: LocalCall) -> bool:
-    return call.target is MIXTURE
+    return call.target is MIXTURE or call.target is SENT_MIXTURE
+
+
+def sent_nbytes(call: LocalCall) -> tuple[float, float]:
+    """Bytes of one pair's rows and its result over all pairs of a rank that sends them: there, and back again."""
+    pairs, rows = call.inputs[0].shape[0], len(call.args[4])
+    there = call.inputs[0].nbytes + sum(
+        pairs * math.prod(value.shape[1:]) * value.dtype.itemsize for value in call.inputs[1 : 1 + rows]
+    )
+    return float(there), float(call.outputs[0].nbytes)
 
 
 def parts(call: LocalCall) -> tuple[LocalCall, ...]:
     """Calls that take what the mixture takes, together."""
-    return _parts(str(call.args[0]), int(call.args[1]), len(call.args[4]), call.inputs, call.outputs)
+    sent = call.target is SENT_MIXTURE
+    return _parts(str(call.args[0]), int(call.args[1]), len(call.args[4]), call.inputs, call.outputs, sent)
 
 
 def kept_nbytes(call: LocalCall) -> float:
     """Bytes that stay until backward, arguments and result aside."""
-    return _kept(str(call.args[0]), int(call.args[1]), len(call.args[4]), call.inputs)
+    return _kept(str(call.args[0]), int(call.args[1]), len(call.args[4]), call.inputs, call.target is SENT_MIXTURE)
 
 
-def _share(steps: str, experts: int, rows: int, inputs: tuple[TensorInfo, ...]) -> tuple[int, int]:
-    """Pairs and experts of this rank."""
+def _share(steps: str, experts: int, rows: int, inputs: tuple[TensorInfo, ...], sent: bool) -> tuple[int, int]:
+    """Pairs and experts of this rank. sent: it is sent as many pairs as it has."""
     own = own_experts(steps, experts, [value.shape for value in inputs[1 + rows :]])
-    return max(inputs[0].shape[0] * own // experts, 1), own
+    return inputs[0].shape[0] if sent else max(inputs[0].shape[0] * own // experts, 1), own
 
 
 @lru_cache(maxsize=4096)
 def _parts(
-    steps: str, experts: int, rows: int, inputs: tuple[TensorInfo, ...], outputs: tuple[TensorInfo, ...]
+    steps: str,
+    experts: int,
+    rows: int,
+    inputs: tuple[TensorInfo, ...],
+    outputs: tuple[TensorInfo, ...],
+    sent: bool,
 ) -> tuple[LocalCall, ...]:
-    count, own = _share(steps, experts, rows, inputs)
+    count, own = _share(steps, experts, rows, inputs, sent)
     at = TensorInfo((count,), torch.int64)
     found = [LocalCall(aten.sort.stable, (Slot(0),), {"stable": True}, (at,), (at, at))]
     known: dict[Ref, TensorInfo] = {Ref("i", 0): at, Ref("o", 0): TensorInfo((own,), torch.int32)}
@@ -102,10 +117,10 @@ def _meta(value: TensorInfo) -> torch.Tensor:
 
 
 @lru_cache(maxsize=4096)
-def _kept(steps: str, experts: int, rows: int, inputs: tuple[TensorInfo, ...]) -> float:
+def _kept(steps: str, experts: int, rows: int, inputs: tuple[TensorInfo, ...], sent: bool) -> float:
     if not any(value.needs_grad for value in inputs):
         return 0.0
-    count, own = _share(steps, experts, rows, inputs)
+    count, own = _share(steps, experts, rows, inputs, sent)
     memories: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

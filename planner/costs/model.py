@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import fx
 
 from shardplan.planner.cluster import Cluster, DeviceKind
-from shardplan.planner.costs import calibration, profile, saves, shipped
+from shardplan.planner.costs import calibration, mixtures, profile, saves, shipped
 from shardplan.planner.costs.base import OpCost, OpSaves, Overheads, coverage_of
 from shardplan.planner.costs.calibration import Corrections
 from shardplan.planner.costs.company import Company
@@ -87,6 +87,8 @@ class CostModel:
         kind = self.cluster.devices[device].kind
         key = (kind.name, profile.timed_key(call) if kind in self._keys else profile.call_key(call))
         found = self._ops.get(key)
+        if found is None and mixtures.is_mixture(call):
+            found = self._ops[key] = self._together([self.op(part, device) for part in mixtures.parts(call)])
         if found is None:
             plain = self._op(call, device, key[1])
             ahead, back = self._corrections_on(kind).of(str(call.target))
@@ -96,6 +98,15 @@ class CostModel:
                 backward_seconds=plain.backward_seconds * back,
             )
         return found
+
+    def _together(self, costs: Sequence[OpCost]) -> OpCost:
+        """One after the other; the source is that of most of the seconds."""
+        shares = coverage_of(costs)
+        return OpCost(
+            sum(cost.forward_seconds for cost in costs),
+            sum(cost.backward_seconds for cost in costs),
+            max(shares, key=lambda source: shares[source], default="modelled"),
+        )
 
     def _corrections_on(self, kind: DeviceKind) -> Corrections:
         """What measured jobs say of a kind of device."""

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from shardplan.planner.mixture import SENT_MIXTURE
 from shardplan.planner.placement import Mesh, Placement, R, local_shape
 from shardplan.planner.rules.schema import argument, position
-from shardplan.planner.rules.strategy import Strategy
+from shardplan.planner.rules.strategy import SENT, Strategy
 from shardplan.planner.trace import TensorInfo, info, infos, is_tensor, leaf_of, tensor_args
 
 aten = torch.ops.aten
@@ -72,6 +73,8 @@ def local_call(node: fx.Node, chosen: Mapping[str, Strategy], mesh: Mesh) -> Loc
     fix = _FIXES.get(node.target)
     if fix is not None and chosen:
         fix(call)
+    if any(strategy.impl == SENT for strategy in chosen.values()):
+        call.target = SENT_MIXTURE
     return LocalCall(call.target or node.target, tuple(call.args), call.kwargs, inputs, outputs)
 
 

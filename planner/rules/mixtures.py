@@ -5,6 +5,7 @@ name  what is split                                state
 ====  ===========================================  =============================================================
 t     rows: each rank sorts its own                ids S(0), rows S(0), held whole -> S(0)
 e     experts: a rank runs the rows of its own     ids R, rows whole, held S(0) where it has one an expert -> P
+a     rows and experts: rows travel, all-to-all    ids S(0), rows S(0), held as above -> S(0)
 h     inside every expert, as the steps allow      rows whole, held S(d) -> P
 ====  ===========================================  =============================================================
 
@@ -24,10 +25,9 @@ from shardplan.planner.mixture import Ref, Step, by_expert, is_product, parse_st
 from shardplan.planner.placement import D, P, Placement, R, S
 from shardplan.planner.rules.letters import read_whole
 from shardplan.planner.rules.localize import resizes
-from shardplan.planner.rules.strategy import Strategy
+from shardplan.planner.rules.strategy import OWN, SENT, Strategy
 from shardplan.planner.trace import TensorInfo, info, set_needs_grad, tensor_args
 
-OWN = "own_experts"
 _MOST = 32
 
 
@@ -40,6 +40,7 @@ def mixture(node: fx.Node) -> list[Strategy]:
     if int(experts) > 1:  # type: ignore[call-overload]
         ins = tuple(S(0) if i in own else whole[count + i] for i in range(len(held)))  # type: ignore[arg-type]
         found.append(Strategy("e", (*whole[:count], *ins), (P,), OWN))
+        found.append(Strategy("a", (*[S(0)] * count, *ins), (S(0),), SENT))
     facts = tuple(info(a) for a in tensor_args(node))
     for number, placements in enumerate(_inner(str(steps), int(experts), count, facts)):  # type: ignore[call-overload]
         ins = tuple(w if p is None else p for w, p in zip(whole[count:], placements, strict=True))

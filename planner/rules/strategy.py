@@ -15,6 +15,10 @@ _TEXT = re.compile(
 )
 
 
+OWN, SENT = "own_experts", "sent_experts"
+"""`Strategy.impl` of mixtures whose experts are split: a rank runs the pairs of its experts, or is sent them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Strategy:
     """Placements of an op's tensor arguments and results on one mesh axis.

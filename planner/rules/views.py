@@ -73,7 +73,7 @@ def reshape(node: fx.Node) -> list[Strategy]:
 
 
 LONGEST = 8192
-"""Sections of a dim at most: a sequence in front of a batch. Tokens in front of their choices are more, and no batch."""
+"""Sections of a dim at most: a sequence in front of a batch. Tokens in front of their choices are more."""
 
 
 def inner_splits(node: fx.Node, most: int = LONGEST) -> list[Strategy]:

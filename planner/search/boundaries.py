@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from shardplan.planner.mixture import is_mixture
 from shardplan.planner.trace import Trace, info, infos, is_tensor, resolve, tensor_args
 
 
@@ -18,6 +19,7 @@ class Boundaries:
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
+        self.mixes = any(map(is_mixture, trace.nodes()))
         home = {name: i for i, segment in enumerate(trace.segments) for name in segment.nodes}
         self.free: list[fx.Node | None] = [None] * len(trace.segments)
         self.crossing: list[list[fx.Node]] = [[] for _ in trace.segments]

@@ -20,6 +20,7 @@ from shardplan.planner.costs.base import Costs, OpCost
 from shardplan.planner.placement import D, Mesh, Placement, R, S, fits, local_shape
 from shardplan.planner.propagate import Follow, placed
 from shardplan.planner.rules import LocalCall, Strategy, groups_fit, local_call, strategies
+from shardplan.planner.rules.strategy import SENT
 from shardplan.planner.search.boundaries import Boundaries
 from shardplan.planner.search.builder import Builder
 from shardplan.planner.search.elimination import eliminate
@@ -180,9 +181,8 @@ class Columns:
         node = self.boundaries.free[index] if index >= 0 else None
         found = [R]
         if node is not None and self.tp > 1 and len(info(node).shape) > 1:
-            shard = S(1)
-            if fits(info(node).shape, self.layout(node, shard), self.mesh):
-                found.append(shard)
+            shards = (S(1), S(0)) if self.boundaries.mixes else (S(1),)
+            found += [s for s in shards if fits(info(node).shape, self.layout(node, s), self.mesh)]
         return found
 
     def levels_of(self, node: fx.Node) -> tuple[int, ...]:

@@ -15,6 +15,34 @@ from typing import Annotated, Any
 import typer
 
 from shardplan.cli_cluster import cluster_app, print_json
+from shardplan.cli_flags import (
+    Batch,
+    BatchNorm,
+    Cache,
+    ClusterFile,
+    Degree,
+    Devices,
+    Gap,
+    Html,
+    Input,
+    Json,
+    MemoryLimit,
+    Microbatches,
+    Objective,
+    Output,
+    Pin,
+    Quiet,
+    Seq,
+    Solver,
+    Target,
+    TimeLimit,
+    TraceFile,
+    Verbose,
+    WhatIfs,
+    Zero,
+    job_of,
+    write,
+)
 from shardplan.cli_profile import profile_command
 from shardplan.cli_simulate import simulate_command
 from shardplan.errors import ShardplanError
@@ -27,51 +55,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cluster_app, name="cluster")
-
-
-def _complete_target(start: str) -> list[str]:
-    """Names of shipped configurations, for the shell."""
-    if not start.startswith("hf:"):
-        return ["hf:"] if "hf:".startswith(start) else []
-    from shardplan import configs
-
-    return [f"hf:{name}" for name in configs.names() if f"hf:{name}".startswith(start)]
-
-
-Target = Annotated[
-    str,
-    typer.Argument(
-        metavar="TARGET",
-        autocompletion=_complete_target,
-        help="file.py:factory, package.module:factory, hf:CONFIG.json or hf:NAME, such as hf:llama-3-8b",
-    ),
-]
-Devices = Annotated[str, typer.Option(help='2, "cpu:2", "8xh100", "dgx-h100:4", a .toml file or auto')]
-ClusterFile = Annotated[Path | None, typer.Option(help="a cluster file, instead of --devices")]
-Input = Annotated[list[str] | None, typer.Option(help="an input of the batch, such as ids=int64[8,2048]; repeatable")]
-Batch = Annotated[int | None, typer.Option(help="global batch size (hf: targets)")]
-Seq = Annotated[int | None, typer.Option(help="sequence length (hf: targets)")]
-MemoryLimit = Annotated[str | None, typer.Option(help='limit per device, such as "20 GiB"; or a comma-separated list')]
-Pin = Annotated[list[str] | None, typer.Option(help='GLOB=STAGE, such as "*.layers.0.*=0"; repeatable')]
-Degree = Annotated[int | None, typer.Option(help="force this degree")]
-Microbatches = Annotated[int | None, typer.Option(help="force this number of microbatches")]
-BatchNorm = Annotated[str, typer.Option(help="statistics of batch normalisation: global, or of each replica")]
-Zero = Annotated[str, typer.Option(help="split what replicas store: 0 nothing, 1 optimizer, 2 gradients, 3 all, auto")]
-Objective = Annotated[str, typer.Option(help="train, or infer: a forward pass alone, weights alone in memory")]
-Solver = Annotated[str, typer.Option(help="highs or cbc")]
-TimeLimit = Annotated[float, typer.Option(help="seconds for the solver")]
-Gap = Annotated[float, typer.Option(help="relative gap at which the solver may stop")]
-Output = Annotated[Path | None, typer.Option("-o", "--output", help="write the plan to this file")]
-WhatIfs = Annotated[
-    list[str] | None,
-    typer.Option(help="also plan with one setting changed: devices=8,16 batch=64 memory=40GiB links=0.5,2; repeatable"),
-]
-Html = Annotated[Path | None, typer.Option(help="write the report as one HTML file")]
-TraceFile = Annotated[Path | None, typer.Option(help="write the timeline as a Chrome trace")]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="print nothing but errors and --json")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="progress on stderr")]
-Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="keep measurements on disk")]
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -142,7 +125,7 @@ def plan_command(
     from shardplan import what_if as variants
 
     wanted = variants.parse(what_if or ())
-    job = _job(locals(), progress=sys.stderr.isatty() and not quiet)
+    job = job_of(locals(), progress=sys.stderr.isatty() and not quiet)
     found = cli_work.make_plan(job)
     others = variants.explore(job, wanted) if wanted else ()
     _show(found, output, html, trace, json, quiet, others)
@@ -193,6 +176,7 @@ def diff_command(
 def run_command(
     target: Target,
     devices: Devices = "auto",
+    cluster: ClusterFile = None,
     input: Input = None,
     batch: Batch = None,
     seq: Seq = None,
@@ -212,6 +196,7 @@ def run_command(
     time_limit: TimeLimit = 60.0,
     gap: Gap = 0.01,
     cache: Cache = True,
+    output: Output = None,
     html: Html = None,
     trace: TraceFile = None,
     json: Json = False,
@@ -221,14 +206,18 @@ def run_command(
     """Train for a few steps on the factory's batch, or on random inputs; print losses, predicted and measured time."""
     from shardplan import cli_work
 
-    job = _job(locals())
+    job = job_of(locals())
     found = cli_work.train(job, plan, steps, lr, seed, quiet or json)
     if found is None:  # a rank other than the first
         return
     from shardplan.planner import report
 
-    for path in filter(None, (html, trace)):
-        _write(report.render_html if path is html else report.render_trace, found.plan, path, found.measured)
+    if output:
+        write(output, found.plan.to_json())
+    if html:
+        write(html, report.render_html(found.plan, found.measured))
+    if trace:
+        write(trace, report.render_trace(found.plan, found.measured))
     if json:
         print(found.to_json())
 
@@ -241,6 +230,7 @@ app.command("profile")(profile_command)
 def check_command(
     target: Target,
     devices: Devices = "2",
+    cluster: ClusterFile = None,
     input: Input = None,
     batch: Batch = None,
     seq: Seq = None,
@@ -250,6 +240,8 @@ def check_command(
     tp: Degree = None,
     pp: Degree = None,
     microbatches: Microbatches = None,
+    batch_norm: BatchNorm = "global",
+    zero: Zero = "auto",
     plan: Annotated[Path | None, typer.Option(help="check this plan file instead of planning")] = None,
     tolerance: Annotated[float | None, typer.Option(help="relative error that is allowed; default: measured")] = None,
     seed: Annotated[int, typer.Option(help="of weights, random inputs and dropout")] = 0,
@@ -257,6 +249,7 @@ def check_command(
     time_limit: TimeLimit = 60.0,
     gap: Gap = 0.01,
     cache: Cache = True,
+    output: Output = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -267,8 +260,10 @@ def check_command(
     """
     from shardplan import cli_work
 
-    job = _job(locals())
+    job = job_of(locals())
     found = cli_work.check(job, plan, tolerance, seed)
+    if output:
+        write(output, found.plan.to_json())
     if json:
         print(found.to_json())
     elif not quiet or not found.equal:
@@ -312,35 +307,6 @@ def bench_command(
         raise typer.Exit(status)
 
 
-def _job(flags: dict[str, Any], progress: bool = False) -> Any:
-    """The `cli_work.Job` of a command's parameters, by name. progress: show it unasked."""
-    from shardplan import cli_work
-
-    return cli_work.Job(
-        target=flags["target"],
-        devices=str(flags.get("cluster") or flags["devices"]),
-        inputs=tuple(flags["input"] or ()),
-        batch=flags["batch"],
-        seq=flags["seq"],
-        memory=flags["memory"],
-        pins=tuple(flags["pin"] or ()),
-        degrees=_degrees(flags["dp"], flags["tp"], flags["pp"]),
-        microbatches=flags["microbatches"],
-        batch_norm=flags.get("batch_norm", "global"),
-        zero=flags.get("zero", "auto"),
-        objective=flags.get("objective", "train"),
-        solver=flags["solver"],
-        time_limit=flags["time_limit"],
-        gap=flags["gap"],
-        cache=flags["cache"],
-        verbose=flags["verbose"] or progress,
-    )
-
-
-def _degrees(dp: int | None, tp: int | None, pp: int | None) -> dict[str, int]:
-    return {name: value for name, value in (("dp", dp), ("tp", tp), ("pp", pp)) if value is not None}
-
-
 def _show(
     plan: Any,
     output: Path | None,
@@ -353,27 +319,12 @@ def _show(
     from shardplan.planner import report
 
     if output:
-        _save(plan, output)
+        write(output, plan.to_json())
     if html:
-        _write(lambda plan, measured: report.render_html(plan, measured, what_if), plan, html)
+        write(html, report.render_html(plan, None, what_if))
     if trace:
-        _write(report.render_trace, plan, trace)
+        write(trace, report.render_trace(plan))
     if json:
         print(report.render_json(plan, None, what_if).rstrip())
     elif not quiet:
         report.print_report(plan, None, what_if)
-
-
-def _save(plan: Any, path: Path) -> None:
-    _write(lambda plan, _: plan.to_json(), plan, path)
-
-
-def _write(render: Any, plan: Any, path: Path, measured: Any = None) -> None:
-    from shardplan.errors import UsageError
-    from shardplan.planner.plan import write_atomically
-
-    text = render(plan, measured)
-    try:
-        write_atomically(path, text.encode())
-    except OSError as error:
-        raise UsageError(f"cannot write {path}", [str(error)]) from error

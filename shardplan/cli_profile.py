@@ -2,37 +2,73 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from json import dumps
 from typing import Annotated, Any
 
 import typer
+
+from shardplan.cli_flags import (
+    Batch,
+    Cache,
+    ClusterFile,
+    Degree,
+    Devices,
+    Gap,
+    Html,
+    Input,
+    Json,
+    MemoryLimit,
+    Microbatches,
+    Output,
+    Pin,
+    Quiet,
+    Seq,
+    Solver,
+    TimeLimit,
+    TraceFile,
+    Verbose,
+    job_of,
+    write,
+)
 
 Option = typer.Option
 
 
 def profile_command(
     target: Annotated[str | None, typer.Argument(metavar="TARGET", help="file.py:factory or hf:CONFIG.json")] = None,
-    devices: Annotated[str, Option(help='devices of this machine: 2, "cpu:2", "cuda:2" or auto')] = "auto",
-    input: Annotated[list[str] | None, Option(help="an input of the batch, such as ids=int64[8,2048]")] = None,
-    batch: Annotated[int | None, Option(help="global batch size (hf: targets)")] = None,
-    seq: Annotated[int | None, Option(help="sequence length (hf: targets)")] = None,
-    dp: Annotated[int | None, Option(help="force this degree")] = None,
-    tp: Annotated[int | None, Option(help="force this degree")] = None,
-    pp: Annotated[int | None, Option(help="force this degree")] = None,
-    microbatches: Annotated[int | None, Option(help="force this number of microbatches")] = None,
+    devices: Devices = "auto",
+    cluster: ClusterFile = None,
+    input: Input = None,
+    batch: Batch = None,
+    seq: Seq = None,
+    memory: MemoryLimit = None,
+    pin: Pin = None,
+    dp: Degree = None,
+    tp: Degree = None,
+    pp: Degree = None,
+    microbatches: Microbatches = None,
     budget: Annotated[float, Option(min=0.0, help="seconds for measuring ops")] = 40.0,
     steps: Annotated[int, Option(min=1, help="steps to measure")] = 10,
     store: Annotated[
         bool | None, Option("--store/--no-store", help="keep corrections for the plans to come (asked on a terminal)")
     ] = None,
     reset: Annotated[bool, Option("--reset", help="forget the corrections of these devices")] = False,
-    json_output: Annotated[bool, Option("--json", help="print one JSON object")] = False,
-    quiet: Annotated[bool, Option("-q", "--quiet", help="print nothing but errors and --json")] = False,
+    solver: Solver = "highs",
+    time_limit: TimeLimit = 60.0,
+    gap: Gap = 0.01,
+    cache: Cache = True,
+    output: Output = None,
+    html: Html = None,
+    trace: TraceFile = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Measure ops, run the plan, print predicted against measured; offer to correct the plans to come."""
     from shardplan import profiling
     from shardplan.errors import UsageError
+    from shardplan.planner import report
 
     if reset:
         forgotten = profiling.reset(devices)
@@ -42,17 +78,18 @@ def profile_command(
             return
     if target is None:
         raise UsageError("profile needs a TARGET", hints=["shardplan profile model.py:factory --devices 2"])
-    degrees = {name: value for name, value in (("dp", dp), ("tp", tp), ("pp", pp)) if value is not None}
-    job = profiling.Profiled(target, devices, tuple(input or ()), batch, seq, degrees, microbatches, budget, steps)
-    found = profiling.run(job, progress=not quiet)
+    found = profiling.run(job_of(locals()), budget, steps, progress=not quiet)
     if found is None:  # a rank other than the first
         return
     if store is None:
         store = sys.stdin.isatty() and sys.stderr.isatty() and typer.confirm("keep corrections?", err=True)
     if store:
         found.keep()
-    if json_output:
-        print(json.dumps(found.to_dict(stored=bool(store)), indent=1))
+    for path, render in ((output, None), (html, report.render_html), (trace, report.render_trace)):
+        if path is not None:
+            write(path, render(found.plan, found.measured) if render else found.plan.to_json())
+    if json:
+        print(dumps(found.to_dict(stored=bool(store)), indent=1))
     elif not quiet:
         _show(found.rows())
 

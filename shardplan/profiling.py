@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,8 +10,8 @@ import torch
 from shardplan.api import auto_parallel
 from shardplan.batch import example_batch
 from shardplan.calibrating import keep_evidence
+from shardplan.cli_work import Job
 from shardplan.errors import NotRunnableHere
-from shardplan.planner import constraints
 from shardplan.planner.cluster import Cluster
 from shardplan.planner.costs import calibration, profile
 from shardplan.planner.costs.links import LinkModel
@@ -26,21 +26,6 @@ from shardplan.planner.trace import Trace, info, infos, is_tensor, resolve, tens
 from shardplan.planning import Request, make_trace, one_thread
 from shardplan.runtime.progress import Items
 from shardplan.targets import load_target
-
-
-@dataclass(frozen=True, slots=True)
-class Profiled:
-    """The flags of `shardplan profile`; see `shardplan.cli_profile`."""
-
-    target: str
-    devices: str
-    inputs: tuple[str, ...] = ()
-    batch: int | None = None
-    seq: int | None = None
-    degrees: dict[str, int] = field(default_factory=dict)
-    microbatches: int | None = None
-    budget_seconds: float = 40.0
-    steps: int = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,15 +92,16 @@ def reset(devices: str) -> int:
     return sum(calibration.reset(Store.open(), profile.device_key(torch.device(name))) for name in sorted(locals_))
 
 
-def run(job: Profiled, progress: bool = False) -> Comparison:
-    """Raises NotRunnableHere where the devices are only described, and what planning and running raise."""
+def run(job: Job, budget_seconds: float = 40.0, steps: int = 10, progress: bool = False) -> Comparison:
+    """budget_seconds: for measuring ops. steps: to measure. progress: whether to say how far that is. Raises
+    NotRunnableHere where the devices are only described, and what planning and running raise."""
     cluster = Cluster.parse(job.devices)
     if not cluster.is_local:
         raise NotRunnableHere("profiling needs devices of this machine", hints=["--devices auto"])
     target = load_target(job.target, job.inputs, job.batch, job.seq, on_meta=False)
     batch = example_batch(target.model, target.random_batch(0), target.loss_fn is not None)
     trace, _ = make_trace(target.model, batch, Request(loss_fn=target.loss_fn))
-    costs = CostModel(cluster, LinkModel(cluster), Store.open(), budget_seconds=job.budget_seconds)
+    costs = CostModel(cluster, LinkModel(cluster), Store.open(), budget_seconds=budget_seconds)
     with one_thread(cluster), Items("ops measured", 1, progress) as items:
         costs.warm(calls(trace, len(cluster)), 0, items.reach)
     with auto_parallel(
@@ -124,10 +110,10 @@ def run(job: Profiled, progress: bool = False) -> Comparison:
         batch,
         loss_fn=target.loss_fn,
         optimizer=torch.optim.AdamW,
-        constraints=[constraints.degrees(**job.degrees)] if job.degrees else [],
-        microbatches=job.microbatches or "auto",
+        **job.planning(),
+        verbose=job.verbose,
     ) as pm:
-        measured = pm.measure(*batch.args, steps=job.steps, target=batch.target, **batch.kwargs)
+        measured = pm.measure(*batch.args, steps=steps, target=batch.target, **batch.kwargs)
         places = [profile.device_key(torch.device(device.local)) for device in cluster.devices]
         return Comparison(pm.plan, measured, places)
 

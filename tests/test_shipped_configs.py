@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from shardplan import cli, configs, targets
+from shardplan import cli_flags, configs, targets
 from shardplan.errors import TargetError
 from shardplan.planner.cluster import Cluster
 from shardplan.planner.export import trace_model
@@ -113,5 +113,5 @@ def test_names_are_not_case_sensitive_and_files_come_first(tmp_path, monkeypatch
 
 
 def test_the_shell_completes_names():
-    assert cli._complete_target("h") == ["hf:"] and cli._complete_target("model.py") == []
-    assert cli._complete_target("hf:llama-3-") == ["hf:llama-3-70b", "hf:llama-3-8b"]
+    assert cli_flags._complete_target("h") == ["hf:"] and cli_flags._complete_target("model.py") == []
+    assert cli_flags._complete_target("hf:llama-3-") == ["hf:llama-3-70b", "hf:llama-3-8b"]

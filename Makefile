@@ -12,7 +12,7 @@ INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check -c constrain
 # make profile-gpu: op times of this machine's GPU for the package, with the Python that is there; no network.
 # make zoo: every architecture of tests/zoo (half an hour on two cores; resumes), then docs/zoo.md.
 
-.PHONY: bench-gpu demo faults soak zoo test browser docs fuzz rules lint setup setup-test clean
+.PHONY: api bench-gpu demo faults soak zoo stranger test browser docs fuzz rules lint setup setup-test clean
 
 demo: setup
 	$(RUN) examples/train_byte_gpt.py
@@ -39,6 +39,14 @@ soak: setup-test
 # make docs: every block of every page of the documentation is run.
 docs: setup-test
 	$(RUN) -m tests.docs_run
+
+# make api: docs/api.md from the docstrings.
+api: setup-test
+	$(RUN) -m tests.api_page
+
+# make stranger: a fresh clone and virtual environment, then README's "Start here" word by word, timed.
+stranger:
+	@$(PYTHON) tests/stranger.py
 
 # make browser: the HTML report in a real browser (needs chromium).
 browser: setup-test

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,11 +23,13 @@ import numpy as np
 from shardplan.errors import ConflictingConstraints
 from shardplan.planner.placement import Placement, R
 from shardplan.planner.schedules import in_flight
-from shardplan.planner.search.columns import Case, Columns, SegmentColumns
+from shardplan.planner.search.columns import SAMPLE_NBYTES, Case, Columns, SegmentColumns
 from shardplan.planner.search.mixed_boxes import solve_mixed
-from shardplan.planner.search.mixed_dp import States, least_slowest
+from shardplan.planner.search.mixed_candidate import MixedCandidate, Priced
 from shardplan.planner.search.mixed_groups import DeviceGroups, Group
-from shardplan.planner.search.mixed_problem import LAYOUTS, MixedChoice, MixedProblem, MixedStage, Way
+from shardplan.planner.search.mixed_problem import LAYOUTS, MixedChoice, MixedProblem, Way
+from shardplan.planner.search.mixed_shares import by_speed
+from shardplan.planner.search.mixed_states import States, least_slowest
 from shardplan.planner.search.placed_costs import PlacedCosts
 from shardplan.planner.search.problem import Price, Weights
 from shardplan.planner.search.runs import held_by, ops_of
@@ -46,34 +47,6 @@ _LAST_SHARE = 0.1
 _PRICES = (0.01, 0.05, 0.2, 1.0, 5.0)
 """Prices of a byte, as the share of the model's seconds that all of a device's memory is worth."""
 Traffic = dict[tuple[int, int], int]
-
-
-@dataclass(slots=True)
-class MixedCandidate:
-    """A choice with what it was made from. ranks, groups, columns, segments: per stage; every, makers, made: per
-    way."""
-
-    microbatches: int
-    problem: MixedProblem
-    stages: tuple[MixedStage, ...]
-    ranks: tuple[tuple[int, ...], ...]
-    groups: list[Group]
-    columns: list[Columns]
-    segments: list[list[SegmentColumns]]
-    forced: dict[str, Placement]
-    objective: float
-    every: list[Group]
-    makers: list[Columns]
-    made: list[list[SegmentColumns]]
-    label: str = ""
-
-
-@dataclass(slots=True)
-class _Priced:
-    """The ways of one number of microbatches."""
-
-    groups: list[Group] = field(default_factory=list)
-    columns: list[Columns] = field(default_factory=list)
 
 
 class MixedSearch:
@@ -99,9 +72,9 @@ class MixedSearch:
         wanted = self.options.microbatches
         return [m for m in range(1, batch + 1) if batch % m == 0 and (wanted == "auto" or m == wanted)]
 
-    def priced(self, m: int) -> _Priced:
+    def priced(self, m: int) -> Priced:
         """Groups whose replicas divide the batch and compute exactly, with the makers of their columns."""
-        found = _Priced()
+        found = Priced()
         for group in self.groups:
             case = Case(1, group.dp, group.tp, m)
             if self.trace.batch_size % (m * group.dp) or self.search.exact(case) is not None:
@@ -117,23 +90,34 @@ class MixedSearch:
             placed, {**self.work.columns(case).levels, **{name: (0,) for name in self.work.tied}}
         )
 
-    def floor(self, m: int, priced: _Priced) -> float:
+    def alone(self, m: int, kinds: Sequence[int]) -> Priced:
+        """Single devices of some kinds of units."""
+        groups = [Group(((kind, 1),), 1, 1) for kind in kinds]
+        return Priced(groups, [self._columns(Case(1, 1, 1, m), group) for group in groups])
+
+    def summing_seconds(self, nbytes: float, ranks: tuple[int, ...]) -> float:
+        """Of a sum of gradients, in large messages."""
+        placed = PlacedCosts(self.costs, self.cluster, ranks, len(ranks), 1)
+        each = placed.collective("all_reduce", SAMPLE_NBYTES, tuple(range(len(ranks))))
+        return (each * nbytes / SAMPLE_NBYTES + placed.copy(round(nbytes), 0)) * placed.overheads(0).reduce
+
+    def floor(self, m: int, priced: Priced) -> float:
         """See module docstring."""
         cell = np.full((len(priced.groups), self.count + 1, self.count + 1), math.inf)
         for way, columns in enumerate(priced.columns):
             each = [columns.floor(index) for index in range(self.count)]
-            fixed = self._shared(columns).seconds
+            fixed = self.shared(columns).seconds
             for first in range(self.count):
                 cell[way, first, first + 1 :] = np.cumsum(each[first:]) + fixed
         states = States(self.units, (group.takes for group in priced.groups))
         return m * least_slowest(states, [group.takes for group in priced.groups], cell)
 
-    def _shared(self, columns: Columns) -> Price:
+    def shared(self, columns: Columns) -> Price:
         """`casework.shared` with the prices of the way."""
         return self.work.shared(columns)
 
     def ways(
-        self, m: int, priced: _Priced, forced: dict[str, Placement], prices: Sequence[float]
+        self, m: int, priced: Priced, forced: dict[str, Placement], prices: Sequence[float]
     ) -> tuple[list[Way], list[list[SegmentColumns]]]:
         ways, made = [], []
         flights = self._flights(m)
@@ -165,7 +149,7 @@ class MixedSearch:
                 sizes = [self.crossing_nbytes(columns, boundary, p) for p in layouts]
                 received.append((sizes[0], sizes[-1]))
             transients = tuple(columns.least_transient(index) for index in range(self.count))
-            fixed = self._shared(columns)
+            fixed = self.shared(columns)
             again = tuple(columns.least_recomputing(index) for index in range(self.count))
             ways.append(Way(group.takes, limit, each, tuple(received), fixed, known, False, transients, again))
             made.append(segments)
@@ -199,7 +183,7 @@ class MixedSearch:
         schedule = self.search.schedule
         return tuple(in_flight(schedule, 0, behind, m) for behind in range(1, self.most_stages + 1))
 
-    def _problem(self, m: int, ways: list[Way], sends: tuple[np.ndarray, ...], stages: range) -> MixedProblem:
+    def problem(self, m: int, ways: list[Way], sends: tuple[np.ndarray, ...], stages: range) -> MixedProblem:
         """Of all numbers of stages up to the largest; of one alone where the range is of one."""
         return MixedProblem(
             tuple(ways),
@@ -216,7 +200,7 @@ class MixedSearch:
 
     # -- messages ------------------------------------------------------------------------------------------------------
 
-    def sends(self, priced: _Priced) -> tuple[np.ndarray, ...]:
+    def sends(self, priced: Priced) -> tuple[np.ndarray, ...]:
         size = len(priced.groups) * LAYOUTS
         nothing = np.full((size, size), math.inf)
         known: dict[object, np.ndarray] = {}
@@ -242,7 +226,7 @@ class MixedSearch:
             for n in self.work.boundaries.crossing[boundary]
         )
 
-    def _send(self, priced: _Priced, boundary: int) -> np.ndarray:
+    def _send(self, priced: Priced, boundary: int) -> np.ndarray:
         size = len(priced.groups) * LAYOUTS
         made = np.full((size, size), math.inf)
         for i, left in enumerate(priced.groups):
@@ -310,8 +294,9 @@ class MixedSearch:
                 f"no arrangement of {len(self.cluster)} devices satisfies "
                 + (", ".join(map(str, self.options.constraints)) or "the settings")
             )
-        found: list[MixedCandidate] = []
-        best = math.inf
+        found, least = by_speed(self, gap)
+        tally.bound = min(tally.bound, least)
+        best = found[0].objective if found else math.inf
         for bound, m, priced in sorted(queue, key=lambda entry: entry[:2]):
             if bound >= best * (1 - gap):
                 tally.pruned += 1
@@ -342,7 +327,7 @@ class MixedSearch:
             return "does not fit into memory" if not self.decided.degrees else "excluded by the constraints"
         return "excluded by the constraints, the batch or memory"
 
-    def _forced(self, m: int, priced: _Priced) -> Iterator[dict[str, Placement]]:
+    def _forced(self, m: int, priced: Priced) -> Iterator[dict[str, Placement]]:
         """Placements of the tied parameters that all groups with tensor parallelism can have."""
         options: list[dict[str, Placement]] | None = None
         for group, columns in zip(priced.groups, priced.columns, strict=True):
@@ -352,7 +337,7 @@ class MixedSearch:
         yield from options or [{}]
 
     def _solve(
-        self, m: int, priced: _Priced, forced: dict[str, Placement], best: float
+        self, m: int, priced: Priced, forced: dict[str, Placement], best: float
     ) -> tuple[MixedCandidate | None, float]:
         """With few columns, and where the gap stays too large, with those for more prices of a byte. Whatever the time,
         something is looked for as long as nothing is found."""
@@ -366,7 +351,7 @@ class MixedSearch:
                 if best < math.inf and self._late():
                     proven = 0.0
                     break
-                problem = self._problem(m, ways, sends, stages)
+                problem = self.problem(m, ways, sends, stages)
                 choice, least = solve_mixed(problem, gap, best, self._half_of_the_time())
                 proven = min(proven, least)
                 if choice is not None:
@@ -392,13 +377,13 @@ class MixedSearch:
         degree = self.decided.degrees.get("pp")
         if degree is not None:
             return [range(degree, degree + 1)] if degree <= self.most_stages else []
-        ends = [1, *(end for end in (2, 4, 8) if end < self.most_stages), self.most_stages]
+        ends = [*(end for end in (2, 4, 8) if end < self.most_stages), self.most_stages]
         return [range(low + 1, high + 1) for low, high in zip([0, *ends], ends, strict=False) if low < high]
 
     def _candidate(
         self,
         m: int,
-        priced: _Priced,
+        priced: Priced,
         problem: MixedProblem,
         choice: MixedChoice,
         segments: list[list[SegmentColumns]],

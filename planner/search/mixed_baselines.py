@@ -12,7 +12,8 @@ from shardplan.planner.search.mixed_problem import MixedProblem, MixedStage, fit
 from shardplan.planner.search.mixed_runs import RunCells
 
 if TYPE_CHECKING:
-    from shardplan.planner.search.mixed import MixedCandidate, MixedSearch
+    from shardplan.planner.search.mixed import MixedSearch
+    from shardplan.planner.search.mixed_candidate import MixedCandidate
     from shardplan.planner.search.mixed_groups import Group
 
 

@@ -21,8 +21,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shardplan.planner.search.mixed_dp import WHOLE, Programs, Range, Step
+from shardplan.planner.search.mixed_dp import WHOLE, Programs, Range
 from shardplan.planner.search.mixed_problem import MixedChoice, MixedProblem, MixedStage, fits, objective
+from shardplan.planner.search.mixed_suffix import Step
 
 _NEARLY = 1.1
 _ROUNDS = 40
@@ -50,10 +51,10 @@ def solve_mixed(
 class _Solver:
     def __init__(self, problem: MixedProblem, gap: float, best: float, left: Callable[[], float]) -> None:
         self.problem, self.gap, self.best, self.left = problem, gap, best, left
-        self.programs = Programs(problem)
+        self.pace = problem.microbatches - 1
+        self.programs = Programs(problem, best / self.pace if self.pace else math.inf)
         self.found: list[MixedStage] | None = None
         self.number = 0
-        self.pace = problem.microbatches - 1
 
     def solve(self) -> tuple[MixedChoice | None, float]:
         queue: list[_Box] = []
@@ -62,9 +63,12 @@ class _Solver:
             least = max(stage for _, stage in self.problem.pinned) + 1
             wanted = list(range(least, self.problem.most_stages + 1))
         for stages in wanted:
-            self._first_try(stages)
+            if math.isinf(self.best):
+                self._first_try(stages)
             box = self._box(stages, WHOLE, WHOLE, 0.0)
             if box is not None:
+                if not self.programs.settled:
+                    self._first_try(stages)
                 heapq.heappush(queue, box)
         closed = math.inf
         while queue:
@@ -126,7 +130,7 @@ class _Solver:
         bound = max(known, total + self.pace * slowest + once[0])
         if math.isinf(bound) or bound >= self.best:
             return None
-        if programs.exact:
+        if programs.settled:
             self._try(path, cost[1], once)
         else:
             self._seek(cost[1], stages, once)

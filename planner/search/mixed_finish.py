@@ -23,8 +23,9 @@ from shardplan.planner.search.comparing import causes, spent
 from shardplan.planner.search.decisions import Other, nearest
 from shardplan.planner.search.finish import Finished
 from shardplan.planner.search.infeasible import explain_infeasible
-from shardplan.planner.search.mixed import MixedCandidate, MixedSearch
+from shardplan.planner.search.mixed import MixedSearch
 from shardplan.planner.search.mixed_baselines import hand_made
+from shardplan.planner.search.mixed_candidate import MixedCandidate
 from shardplan.planner.search.otherwise import Piece, otherwise
 from shardplan.planner.search.stage_ilp import StageChoice, StageProblem
 from shardplan.planner.search.summing import Part, with_sums
@@ -115,12 +116,15 @@ class _Mixed:
             used[kinds[rank]] = used.get(kinds[rank], 0) + 1
         order = " then ".join(dict.fromkeys(kinds[ranks[0]] for ranks in self.candidate.ranks))
         meshes = " | ".join(f"dp{group.dp} x tp{group.tp}" for group in self.candidate.groups)
+        sharing = self.candidate.sharing
+        shares = "equal" if sharing is None else " : ".join(map(str, sharing.microbatches))
         return {
             "devices in use": ", ".join(f"{count} x {kind}" for kind, count in used.items()),
             "order of kinds": order,
             "pipeline stages": str(len(self.bounds)),
             "meshes of the stages": meshes,
             "microbatches": str(self.candidate.microbatches),
+            "shares of replicas": shares,
         }
 
     def causes(self, best: _Mixed) -> str:
@@ -143,7 +147,7 @@ class _Mixed:
         group, columns, segments = candidate.groups[number], candidate.columns[number], candidate.segments[number]
         placed = copy.copy(columns.costs)
         count = len(self.bounds)
-        case = Case(count, group.dp, group.tp, candidate.microbatches)
+        case = Case(count, columns.mesh.size("dp"), group.tp, candidate.microbatches)
         numbers = [0] * len(segments)
         numbers[stage.first : stage.last] = stage.columns
         way = candidate.problem.ways[stage.way]
@@ -197,6 +201,15 @@ class _Mixed:
         group = self.candidate.groups[number]
         mesh = Mesh(("dp", "tp"), (group.dp, group.tp))
         made = finish._detailed(part.search, part.candidate, part.chosen, stages[number])
+        sharing = self.candidate.sharing
+        if sharing is not None:
+            made = replace(
+                made,
+                shares=sharing.microbatches,
+                forward_seconds=made.forward_seconds * sharing.scale,
+                backward_seconds=made.backward_seconds * sharing.scale,
+                once_seconds=sharing.once,
+            )
         return replace(made, ranks=ranks, mesh=mesh)
 
     # -- messages ------------------------------------------------------------------------------------------------------

@@ -73,6 +73,11 @@ class DeviceGroups:
                 found.setdefault(key, []).append(Unit(node, tuple(held), limit))
         return list(found.values())
 
+    def name_of(self, kind: int) -> tuple[str, int]:
+        """Kind and limit of the devices of a kind of unit."""
+        unit = self.kinds[kind][0]
+        return self.cluster.devices[unit.devices[0]].kind.name, unit.limit
+
     def _groups(self) -> list[Group]:
         """All groups, or where these lead to too many states, groups of larger steps."""
         largest = max(units[0] for units in self.units)

@@ -15,21 +15,33 @@ import numpy as np
 from shardplan.planner.search.mixed_cells import Key, Link, numbers_of
 from shardplan.planner.search.mixed_problem import LAYOUTS, MixedProblem, Way
 from shardplan.planner.search.problem import Price, Weights
-from shardplan.planner.search.stage_cells import StageCells
+from shardplan.planner.search.stage_cells import Known, StageCells
 from shardplan.planner.search.stage_fronts import best_within
 from shardplan.planner.search.stage_ilp import Column, StageProblem
 
 
+class _Cells(StageCells):
+    """Of runs of at most `longest` segments."""
+
+    def __init__(self, problem: StageProblem, known: Known, kappa: float, longest: int) -> None:
+        self._most = longest
+        super().__init__(problem, known, kappa)
+
+    def _longest(self, best: float) -> int:
+        return self._most
+
+
 class RunCells:
     """Runs of one way. low, real: [flight][enters, leaves, first, last] -> c of the bound, and of the best run known.
-    fits: where that is the fastest one."""
+    fits: where that is the fastest one. most: c of a cell from which on it is of no interest."""
 
-    def __init__(self, problem: MixedProblem, way: Way) -> None:
+    def __init__(self, problem: MixedProblem, way: Way, most: float = math.inf) -> None:
         self.problem, self.way = problem, way
         self.count = len(way.columns)
         self.flights = sorted(set(problem.in_flight))
         self._best: dict[int, dict[tuple[int, int], tuple[float, int, Price]]] = {}
         plain, held = self._plain()
+        plain[plain > most] = math.inf
         self.fits = [np.isfinite(plain) & (bytes_held <= way.limit) for bytes_held in held]
         self._points: dict[tuple[int, int, int, int], tuple[float, int]] = {}
         self._cells: StageCells | None = None
@@ -37,7 +49,9 @@ class RunCells:
             self.low = self.real = [plain] * len(self.flights)
             self._open = [np.zeros(plain.shape, dtype=bool) for _ in self.flights]
             return
-        self._cells = StageCells(self._stage_problem(), way.known, problem.once)
+        first, last = np.nonzero(np.isfinite(plain).any((0, 1)))
+        self._longest = int((last - first).max(initial=0))
+        self._cells = _Cells(self._stage_problem(), way.known, problem.once, self._longest)
         self.low = [np.where(fits, plain, low) for fits, low in zip(self.fits, self._bounds(plain), strict=True)]
         self.real = [low.copy() for low in self.low]
         self._open = [np.isfinite(low) & ~fits for fits, low in zip(self.fits, self.low, strict=True)]
@@ -123,6 +137,8 @@ class RunCells:
         assert cells is not None and cells.words is not None
         width = cells.words.width
         first, last = np.triu_indices(self.count + 1, 1)
+        short = last - first <= self._longest
+        first, last = first[short], last[short]
         words = cells.words.number[first, last - first]
         found = []
         for bounds in cells.bounds:

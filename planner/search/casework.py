@@ -25,6 +25,7 @@ from shardplan.planner.search.candidate import Candidate, Prepared
 from shardplan.planner.search.columns import Case, Columns, SegmentColumns
 from shardplan.planner.search.memory import Keeps
 from shardplan.planner.search.problem import Price, Weights
+from shardplan.planner.search.recomputing import Curve
 from shardplan.planner.search.runs import held_by, ops_of
 from shardplan.planner.search.stage_cells import Known, hull_steps
 from shardplan.planner.search.stage_dp import certified
@@ -42,6 +43,8 @@ _ROUNDS = 4
 _PRICES = 8
 """Prices of a byte between what the fastest columns pay and what the leanest do."""
 _LEANEST = 1e8
+_CEILING = 1.25
+"""A bound is raised to so much of itself at once: what costs more need not be looked at then."""
 _SHARES = 2
 """Of segments that a stage has many of, so many different numbers."""
 
@@ -50,7 +53,7 @@ _SHARES = 2
 class Sketch:
     """A prepared case and what is proven of it. known: weightings for which its columns are the best there are. bound:
     on every plan of the case with these tied placements (inf: none fits). wanted: prices of a byte that may raise it.
-    refined: whether the columns are those to solve it with.
+    refined: whether the columns are those to solve it with, and the bound is what they prove.
     """
 
     prepared: Prepared
@@ -64,11 +67,12 @@ class Sketch:
 @dataclass(frozen=True, slots=True)
 class Lower:
     """seconds: of every segment and a microbatch, from below; total: of all of them one after the other; fixed: of
-    every stage."""
+    every stage; again: what computing activations again adds to the total."""
 
     seconds: list[float]
     total: float
     fixed: float
+    again: Curve
 
 
 class Cases:
@@ -84,7 +88,8 @@ class Cases:
         self.budget = search.budget
         self.keeps = Keeps(search.trace, search.costs)
         self.boundaries = Boundaries(search.trace)
-        self.makers: dict[tuple[int, int, int], Columns] = {}
+        self.limits = [search.cluster.memory_limit(r) for r in range(len(search.cluster))]
+        self.makers: dict[tuple[int, ...], Columns] = {}
         self.follows: dict[tuple[int, int], dict[str, Follow]] = {}
         self._followed_for: list[tuple[int, int, frozenset[tuple[tuple[int, ...], Layout]], dict[str, Follow]]] = []
         self._floors: dict[tuple[int, ...], Lower] = {}
@@ -113,6 +118,10 @@ class Cases:
         """How the batch is split on the axes "mb" and "dp" of a case."""
         sizes = case.microbatches, case.dp
         if sizes not in self.follows:
+            # What small axes allow, larger ones mostly do too, so one analysis of the trace serves many cases.
+            small = replace(case, microbatches=_smallest_factor(sizes[0]), dp=_smallest_factor(sizes[1]))
+            if small != case:
+                self.follow(small)
             self.follows[sizes] = self._followed_before(case) or self._followed(case)
         return self.follows[sizes]
 
@@ -146,14 +155,15 @@ class Cases:
         parts = case.microbatches * case.dp
         twin = Case(1, 1, case.tp, parts)  # in time: there are no messages between microbatches
         shared = self._alike(case, twin)
-        key = (parts, case.tp) if shared else (case.microbatches, case.dp, case.tp)
+        strides = case.stride("dp"), case.stride("tp")
+        key = (parts, case.tp) if shared else (case.microbatches, case.dp, case.tp, *strides)
         if key not in known:
             known[key] = of(self.columns(twin if shared else case))
         return known[key]
 
     def _floor_of(self, columns: Columns) -> Lower:
         seconds = [columns.floor(index) for index in range(len(self.trace.segments))]
-        return Lower(seconds, sum(seconds), self.shared(columns).seconds)
+        return Lower(seconds, sum(seconds), self.shared(columns).seconds, columns.curve())
 
     def _cheapest_of(self, columns: Columns) -> Lower:
         weights = Weights()
@@ -162,13 +172,13 @@ class Cases:
         # Replicas that store gradients in parts add less to them than as many more microbatches would.
         adding = [columns.most_adding(index) for index in range(len(segments))]
         each = [max(s - a, 0.0) for s, a in zip(found.seconds, adding, strict=True)]
-        return Lower(each, max(found.total - sum(adding), 0.0), found.fixed)
+        return Lower(each, max(found.total - sum(adding), 0.0), found.fixed, found.again)
 
     def lower(self, columns: Columns, segments: list[SegmentColumns], weights: Weights) -> Lower:
         """Of given columns, by their weighted price, which has to be least among all for these weights."""
         each = [min((weights.of(c.price) for c in s.columns), default=math.inf) * columns.proven for s in segments]
         path = cheapest_path(segments, weights) * columns.proven
-        return Lower(each, path, self.shared(columns).seconds)
+        return Lower(each, path, self.shared(columns).seconds, columns.curve())
 
     def _alike(self, case: Case, twin: Case) -> bool:
         key = case.microbatches, case.dp
@@ -182,7 +192,7 @@ class Cases:
 
     def columns(self, case: Case) -> Columns:
         """The maker of a case's columns, which do not depend on the number of stages."""
-        mesh = case.dp, case.tp, case.microbatches
+        mesh = case.dp, case.tp, case.microbatches, case.stride("dp"), case.stride("tp")
         if mesh not in self.makers:
             self.makers[mesh] = Columns(
                 self.trace,
@@ -274,16 +284,13 @@ class Cases:
             nbytes: dict[int, float] = {}
             for number, placement in enumerate(columns.boundary_layouts(index)):
                 nbytes[number] = self._crossing_nbytes(columns, index, placement)
-                ranks = (0, case.width % len(self.cluster))
+                ranks = (0, case.stride("pp") % len(self.cluster))
                 once = self.costs.p2p(round(nbytes[number]), *ranks) if case.stages > 1 else 0.0
                 seconds[number] = 2 * once if self.options.training else once
             cut_seconds.append(seconds)
             cut_nbytes.append(nbytes)
-        flights = self._flights(case, schedule)
-        limits = tuple(
-            float(min(self.cluster.memory_limit(r) for r in range(s * case.width, (s + 1) * case.width)))
-            for s in range(case.stages)
-        )
+        flights = self.flights(case, schedule)
+        limits = tuple(float(min(self.limits[s * case.width : (s + 1) * case.width])) for s in range(case.stages))
         shared = self.shared(columns)
         fixed = replace(shared, activation_nbytes=shared.activation_nbytes * max(flights))
         same = {id(s): tuple(s.columns) for s in segments}  # equal segments share one tuple
@@ -334,18 +341,18 @@ class Cases:
         return [self._weighing(case, _LEANEST / self._limit(case), flight) for flight in self._few_flights(case)]
 
     def _limit(self, case: Case) -> float:
-        return max(min(self.cluster.memory_limit(r) for r in range(case.devices)), 1)
+        return max(min(self.limits[: case.devices]), 1)
 
     def _few_flights(self, case: Case, between: bool = True) -> tuple[int, ...]:
         """Microbatches in flight for which columns are made: the fewest, the most, and powers of two between them."""
-        flights = sorted(set(self._flights(case, self.search.schedule)))
+        flights = sorted(set(self.flights(case, self.search.schedule)))
         inner = [q for q in flights if q & (q - 1) == 0] if between else []
         return tuple(sorted({flights[0], *inner, flights[-1]}))
 
     def _weighing(self, case: Case, price: float, flight: int) -> Weights:
         return Weights(once=self.once(case).once, nbytes=price, in_flight=flight)
 
-    def _flights(self, case: Case, schedule: str) -> tuple[int, ...]:
+    def flights(self, case: Case, schedule: str) -> tuple[int, ...]:
         if not self.options.training:
             return (1,) * case.stages
         return tuple(in_flight(schedule, s, case.stages, case.microbatches) for s in range(case.stages))
@@ -357,15 +364,17 @@ class Cases:
         known = Known((), flights, True, shares=self._shares(prepared))
         found = Sketch(prepared, self.problem(prepared, self.search.schedule), known, bound)
         self._make(found)
-        self._priced(found, self._spread(found, _PRICES // 3), best)
+        self._priced(found, self._spread(found, _PRICES // 3), min(best, _CEILING * bound), False)
         return found
 
     def refine(self, sketch: Sketch, best: float) -> None:
-        """More prices of a byte, for more numbers of microbatches in flight: what it takes to solve the case well."""
-        sketch.refined = True
+        """More prices of a byte, for more numbers of microbatches in flight: what it takes to solve the case well. Not
+        refined still: there is more to prove than was looked for."""
+        ceiling = min(best, _CEILING * sketch.bound)
         prices = self._spread(sketch, _PRICES)
         sketch.known = replace(sketch.known, prices=(), flights=self._few_flights(sketch.prepared.case))
-        self._priced(sketch, prices, best)
+        self._priced(sketch, prices, ceiling)
+        sketch.refined = ceiling == best or sketch.bound < ceiling
 
     def _shares(self, prepared: Prepared) -> tuple[float, ...]:
         """Of a byte's price, what a gathered byte counts: all of it in a segment that is one of its kind on a stage,
@@ -387,12 +396,12 @@ class Cases:
         assert prepared is not None
         sketch.prepared, sketch.problem = prepared, self.problem(prepared, self.search.schedule)
 
-    def _priced(self, sketch: Sketch, prices: tuple[float, ...], best: float) -> None:
-        """Add the columns of these prices of a byte, and raise the bound by them."""
+    def _priced(self, sketch: Sketch, prices: tuple[float, ...], best: float, asking: bool = True) -> None:
+        """Add the columns of these prices of a byte, and raise the bound by them, to no more than `best`."""
         known = sketch.known = replace(sketch.known, prices=(*sketch.known.prices, *prices))
         self._make(sketch)
         proven = sketch.prepared.columns.proven
-        certificate = certified(sketch.problem, known, self.budget.gap, best / proven)
+        certificate = certified(sketch.problem, known, self.budget.gap, best / proven, asking)
         sketch.bound = max(sketch.bound, certificate.bound * proven)
         sketch.wanted = certificate.prices
 
@@ -447,6 +456,11 @@ class Cases:
             self.search.schedule,
             prepared.forced,
         )
+
+
+def _smallest_factor(n: int) -> int:
+    """The smallest prime factor (1 of 1)."""
+    return next((d for d in range(2, math.isqrt(n) + 1) if n % d == 0), n)
 
 
 def _level(way: Stored) -> int:

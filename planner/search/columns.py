@@ -26,6 +26,7 @@ from shardplan.planner.search.builder import Builder
 from shardplan.planner.search.elimination import eliminate
 from shardplan.planner.search.memory import Keeps, copies, root
 from shardplan.planner.search.problem import Price, SegmentProblem, Weights, total_price
+from shardplan.planner.search.recomputing import Curve, Lever, curve
 from shardplan.planner.search.runs import Run, held_by, ops_of
 from shardplan.planner.search.segment_ilp import solve_segment
 from shardplan.planner.search.solver import Budget
@@ -37,14 +38,19 @@ SAMPLE_NBYTES = 4 << 20
 _ADDING = 1.5  # what adding to a gradient moves, over a copy of as many bytes
 
 
+USUAL = ("tp", "dp", "pp")
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One point of the outer search: stages x (dp x tp) devices each, and microbatches."""
+    """One point of the outer search: stages x (dp x tp) devices each, and microbatches. order: which axis runs through
+    neighbouring devices, which through groups of these, and which through what is left."""
 
     stages: int
     dp: int
     tp: int
     microbatches: int
+    order: tuple[str, str, str] = USUAL
 
     @property
     def width(self) -> int:
@@ -59,8 +65,19 @@ class Case:
         """Layouts refer to this mesh; the batch is split in time first, then over replicas."""
         return Mesh(("mb", "dp", "tp"), (self.microbatches, self.dp, self.tp))
 
+    def stride(self, axis: str) -> int:
+        """Devices from one rank of a group of the axis ("tp", "dp", "pp") to the next."""
+        sizes = {"tp": self.tp, "dp": self.dp, "pp": self.stages}
+        return math.prod(sizes[inner] for inner in self.order[: self.order.index(axis)])
+
+    def ranks(self, stage: int) -> tuple[int, ...]:
+        """Devices of a stage in row-major order of its mesh (dp, tp)."""
+        first, rows, columns = (stage * self.stride("pp"), self.stride("dp"), self.stride("tp"))
+        return tuple(first + d * rows + t * columns for d in range(self.dp) for t in range(self.tp))
+
     def __str__(self) -> str:
-        return f"pp{self.stages} dp{self.dp} tp{self.tp} m{self.microbatches}"
+        placed = f" ({' in '.join(self.order)})" if self.order != USUAL else ""
+        return f"pp{self.stages} dp{self.dp} tp{self.tp} m{self.microbatches}{placed}"
 
 
 @dataclass(slots=True)
@@ -119,8 +136,9 @@ class Columns:
         self.training = training
         self.rematerialize = rematerialize
         self.levels, self.any_level = levels, any_level
-        self.tp_ranks = tuple(range(case.tp))
-        self.dp_ranks = tuple(range(0, case.width, case.tp))
+        self.ranks = case.ranks(0)
+        self.tp_ranks = self.ranks[: case.tp]
+        self.dp_ranks = self.ranks[:: case.tp]
         self._builders: dict[Hashable, Builder] = {}
         self._made: dict[Hashable, dict[tuple[int, int], _Made]] = {}
         self._columns: dict[Hashable, SegmentColumns] = {}
@@ -134,6 +152,8 @@ class Columns:
         """Of the ops that every stage computes for itself; filled in by `casework`."""
         self._nbytes: dict[tuple[str, Placement], float] = {}
         self._floors: dict[int, float] = {}
+        self._curve: Curve | None = None
+        self._forwards: dict[int, float] = {}
         self._transients: dict[int, float] = {}
         self._recomputing: dict[int, float] = {}
         self._op_prices: dict[tuple[str, Strategy | None], Price] = {}
@@ -149,6 +169,7 @@ class Columns:
         found._builders, found._made, found._columns, found._op_prices = {}, {}, {}, {}
         found._numbers, found._plain, found._ends = {}, {}, {}
         found._floors, found._transients, found._recomputing = {}, {}, {}
+        found._forwards, found._curve = {}, None
         return found
 
     # -- layouts -------------------------------------------------------------------------------------------------------
@@ -282,6 +303,29 @@ class Columns:
                 total += min((self.op_price(node, s).seconds for s in self.legal(node)), default=0.0)
             self._floors[kind] = total
         return self._floors[kind]
+
+    def curve(self) -> Curve:
+        """What computing again takes at least for the bytes that it saves, over all segments."""
+        if self._curve is None:
+            self._curve = curve(self._lever(index) for index in range(len(self.trace.segments)))
+        return self._curve
+
+    def _lever(self, index: int) -> Lever:
+        tensor = self.boundaries.before(index)
+        layouts = self.boundary_layouts(index - 1)
+        entering = min(self.local_nbytes(tensor, p) for p in layouts) if tensor is not None else 0.0
+        transient, modes = self.least_transient(index), self._modes(index)
+        kept = self.least_recomputing(index) - transient if False in modes else entering
+        return Lever(kept, entering, self._least_forward(index) if True in modes else math.inf, transient)
+
+    def _least_forward(self, index: int) -> float:
+        """Seconds of a segment's forward, every op by its cheapest legal split."""
+        kind = self.trace.segments[index].kind
+        if kind not in self._forwards:
+            nodes = ops_of(self.trace, self.trace.segments[index])
+            prices = ([self.op_price(node, s) for s in self.legal(node)] for node in nodes)
+            self._forwards[kind] = sum(min((p.forward_seconds for p in mine), default=0.0) for mine in prices)
+        return self._forwards[kind]
 
     def least_transient(self, index: int) -> float:
         """Bytes that some op of the segment holds while it runs, whichever splits are chosen."""
@@ -517,7 +561,7 @@ class Columns:
         """Ranks of the first replica group over which a gradient has to be summed."""
         axes = {axis for axis, p in zip(self.mesh.axes, layout, strict=True) if p == D and axis != "mb"}
         if axes == {"dp", "tp"}:
-            return tuple(range(self.width))
+            return self.ranks
         return self.dp_ranks if "dp" in axes else self.tp_ranks if "tp" in axes else (0,)
 
     def collective_seconds(self, kind: str, nbytes: int, ranks: tuple[int, ...]) -> float:

@@ -49,19 +49,17 @@ class Decided:
                 return False
         if self.pinned and max(self.pinned.values()) >= case.stages:
             return False
-        return not (
-            ("tp" in self.within and not _inside(cluster, case, 1, case.tp))
-            or ("dp" in self.within and not _inside(cluster, case, case.tp, case.dp))
-        )
+        return all(_inside(cluster, case, axis) for axis in self.within)
 
 
-def _inside(cluster: Cluster, case: Case, stride: int, size: int) -> bool:
-    groups = [
-        range(start, start + stride * size, stride)
-        for start in range(case.devices)
-        if start % (stride * size) < stride and start + stride * (size - 1) < case.devices
-    ]
-    return all(len({cluster.devices[rank].node for rank in group}) == 1 for group in groups)
+def _inside(cluster: Cluster, case: Case, axis: str) -> bool:
+    for stage in range(case.stages):
+        ranks = case.ranks(stage)
+        rows = [ranks[first : first + case.tp] for first in range(0, len(ranks), case.tp)]
+        groups = rows if axis == "tp" else [ranks[first :: case.tp] for first in range(case.tp)]
+        if any(len({cluster.devices[rank].node for rank in group}) > 1 for group in groups):
+            return False
+    return True
 
 
 def decide(trace: Trace, cluster: Cluster, constraints: tuple[Constraint, ...]) -> Decided:

@@ -234,7 +234,7 @@ def finish(search: Search, candidate: Candidate) -> Finished:
     """Work out what a candidate means for every node, and simulate it."""
     chosen, stored = _chosen(search, candidate)
     split = split_stages(search.trace, candidate.choice.bounds)
-    links = _links(search, candidate, chosen, split)
+    links = links_of(search, candidate, chosen, split)
     stages = _stages(search, candidate, chosen, stored)
     case = candidate.case
     instructions = schedules.build(
@@ -291,7 +291,7 @@ def _tp(chosen: dict[str, Strategy], value: fx.Node) -> Placement:
     return placed(chosen.get(maker.name), index)
 
 
-def _links(
+def links_of(
     search: Search, candidate: Candidate, chosen: dict[str, Strategy], split: StageSplit
 ) -> tuple[StageLink, ...]:
     nbytes: dict[tuple[int, int], list[float]] = {}
@@ -302,10 +302,10 @@ def _links(
             held = nbytes.setdefault((crossing.source, target), [0.0, 0.0])
             held[0] += size
             held[1] += size if crossing.info.needs_grad and search.options.training else 0.0
-    width = candidate.case.width
+    apart = candidate.case.stride("pp")
     found = []
     for (source, target), (there, back) in sorted(nbytes.items()):
-        ranks = candidate.position(source) * width, candidate.position(target) * width
+        ranks = candidate.position(source) * apart, candidate.position(target) * apart
         seconds = (0.0,) * 5  # on one position nothing is sent
         if ranks[0] != ranks[1]:
             sent, returned = search.costs.p2p(round(there), *ranks), search.costs.p2p(round(back), *ranks[::-1])
@@ -345,7 +345,7 @@ def _stages(
                 first=first,
                 last=last,
                 blocks=tuple(segment.name for segment in segments),
-                ranks=tuple(range(position * case.width, (position + 1) * case.width)),
+                ranks=case.ranks(position),
                 mesh=Mesh(("dp", "tp"), (case.dp, case.tp)),
                 forward_seconds=sum(p.forward_seconds for p in prices) + problem.fixed.forward_seconds,
                 backward_seconds=sum(p.backward_seconds for p in prices) + problem.fixed.backward_seconds + again,

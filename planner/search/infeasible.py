@@ -101,7 +101,7 @@ def explain_infeasible(search: Search, unfit: list[Case]) -> NoFeasiblePlan:
     kinds = ", ".join(f"{count} x {kind.name}" for kind, count in search.cluster.kinds().items())
     if smallest is None:
         return NoFeasiblePlan(f"no plan fits on {kinds}")
-    first = smallest.stage * smallest.case.width
+    first = smallest.case.ranks(smallest.stage)[0]
     limits = [search.cluster.memory_limit(r) for r in range(len(search.cluster))]
     details = [
         f"Smallest reachable peak: {_size(smallest.nbytes)} on device {first}, {_size(smallest.over)} over"

@@ -13,7 +13,8 @@ from shardplan.planner.search.solver import SOLVERS
 
 @dataclass(frozen=True, slots=True)
 class SolveOptions:
-    """constraints: see `planner.constraints`. microbatches: a number, or "auto". schedule: one of `schedules.KINDS`, or "auto".
+    """constraints: see `planner.constraints`. microbatches: a number, or "auto". schedule: one of `schedules.KINDS`, or
+    "auto".
 
     rematerialize: True (every segment), False (none) or "auto". zero: level at which replicated parameters are stored
     in parts (see `planner.storage`), 0 for none, or "auto". optimizer_factor: bytes of optimizer state per byte of

@@ -57,6 +57,8 @@ _CHUNKS = (2, 4)
 _ASKED = (2, 3, 4, 6, 8)
 _SIMULATED = 2048
 """Up to so many microbatches x stages the simulator says what a schedule's bubble is."""
+_UNDER = 0.98
+"""What the simulator says of unequal stages may be so much less than the model."""
 _RECOMPUTING = 0.75
 """The forward's share of a microbatch is at least this part of what it is without recomputation, where backward takes
 up to twice as long as forward."""
@@ -107,13 +109,13 @@ class Scheduling:
         return [way for way in found if asked in ("auto", way.kind)]
 
     def _closer(self, case: Case, way: Way) -> float:
-        if way.kind not in SPLIT or case.stages * case.microbatches * way.chunks > _SIMULATED:
+        if way.fill == 1.0 or case.stages * case.microbatches * way.chunks > _SIMULATED:
             return way.fill
         forward, weight = self.parts()
         found = []
         for again in (0.0, forward):  # without and with recomputation
             whole = 1.0 + again
-            times = StageTimes(forward, whole - forward, weight)
+            times = StageTimes(forward, whole - forward, weight if way.kind in SPLIT else 0.0)
             stages = case.stages * way.chunks
             edges = frozenset((s, s + 1) for s in range(stages - 1))
             schedule = build(way.kind, stages, case.microbatches, edges, chunks=way.chunks)
@@ -168,7 +170,7 @@ class Scheduling:
         overfull: Finished | None = None
         for way in self.ways(candidate.case):
             least = rho(candidate.case, way.fill) * candidate.choice.objective
-            if least >= min(best, found.exposed_seconds if found is not None else math.inf):
+            if least * _UNDER >= min(best, found.exposed_seconds if found is not None else math.inf):
                 break  # no other schedule's is less
             for made in self._candidates(sketch, candidate, way, best):
                 done = finish(self.search, made)

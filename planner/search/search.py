@@ -4,7 +4,8 @@ For every case (S, dp, tp, m) the segments' columns are made (`columns`), a boun
 cheapest of them, and where that bound can still win, the stage program (`stage_ilp`) is solved. The best choices are
 then scored by the simulator on the very instruction list that will run. Baselines are cases of the same kind, scored
 the same way, so the plan is never worse than one of them. The schedule of a pipeline is chosen when its case is solved
-(`scheduling`, which says by which share of a case's bounds that can pay).
+(`scheduling`, which says by which share of a case's bounds that can pay), and then another order of its ranks is
+looked at where that can pay (`placing`).
 
 Bound of a case. Fold the once-a-step seconds u of a segment into its microbatches: c = t + u / (S + m - 1). For any
 stages
@@ -13,9 +14,10 @@ stages
 
 and the right side is least where every segment runs by the column of least c and the stages are the contiguous
 partition of least maximum (`_least_maximum`); the sum is taken along layouts that agree (`cheapest_path`). Columns
-minimise c, memory aside; messages and memory can only add. Before anything is solved the same holds with c = the
-cheapest split of every op and no conversions, then with the fastest columns: both depend on the local shapes alone, so
-few have to be worked out. What a case itself proves, memory included, is in `stage_dp`.
+minimise c, memory aside; messages can only add. Before anything is solved the same holds with c = the cheapest split of
+every op and no conversions, then with the fastest columns: both depend on the local shapes alone, so few have to be
+worked out. To all of them is added what memory costs at least (`recomputing`). What a case itself proves is in
+`stage_dp`.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from shardplan.planner.search.mixed_finish import solve_unequal
 from shardplan.planner.search.mixed_groups import is_unequal
 from shardplan.planner.search.moving import moved
 from shardplan.planner.search.options import SolveOptions
+from shardplan.planner.search.placing import placed_otherwise
 from shardplan.planner.search.scheduling import Scheduling
 from shardplan.planner.search.solver import Budget
 from shardplan.planner.trace import Trace, info
@@ -94,6 +97,7 @@ class Search:
         if len(self.cluster) > self.most_tensor and "tp" not in self.decided.degrees:
             self.tally.notes.append(f"tensor parallelism was searched up to {self.most_tensor} devices")
         self.work = Cases(self)
+        self._parameters: dict[int, float] = {}
         self.scheduling = Scheduling(self)
         self.ledger = Ledger()
 
@@ -124,6 +128,8 @@ class Search:
                     dp = used // stages // tp
                     for microbatches in self._microbatches(stages, dp):
                         yield Case(stages, dp, tp, microbatches)
+                        if "dp" in self.decided.within and dp > 1 and tp > 1:
+                            yield Case(stages, dp, tp, microbatches, ("dp", "tp", "pp"))
 
     @property
     def most_tensor(self) -> int:
@@ -177,7 +183,9 @@ class Search:
 
     def bound(self, case: Case, lower: Lower) -> float:
         """No plan of the case is faster; see the module docstring."""
+        limit, flights = max(self.work.limits), self.work.flights(case, self.schedule)
         total = max(sum(lower.seconds), lower.total)
+        total += lower.again.least(self.memory_floor(case) * case.stages, limit, flights)
         if not math.isfinite(total):
             return math.inf
         slowest = max(_least_maximum(lower.seconds, case.stages), total / case.stages) + lower.fixed
@@ -185,20 +193,22 @@ class Search:
 
     def can_hold(self, case: Case) -> bool:
         """Whether the parameters of a case may fit."""
-        return self.memory_floor(case) <= max(self.cluster.memory_limit(r) for r in range(case.devices))
+        return self.memory_floor(case) <= max(self.work.limits[: case.devices])
 
     def memory_floor(self, case: Case) -> float:
         """Bytes that the fullest device of a case holds at least: its share of the parameters with their gradients and
         optimizer state, each split as far as the mesh can, for its use and for storage."""
-        total = 0.0
         stored = case.dp if self.options.zero != 0 or self.decided.levels else 1
-        for name, source in self.trace.sources.items():
-            if source.kind == "param":
-                node = self.trace.node(name)
-                split = case.tp if any(extent % case.tp == 0 for extent in info(node).shape) else 1
-                held = 2 + self.options.optimizer_factor if source.trainable and self.options.training else 1
-                total += info(node).nbytes * held / split / stored
-        return total / case.stages
+        if case.tp not in self._parameters:
+            total = 0.0
+            for name, source in self.trace.sources.items():
+                if source.kind == "param":
+                    node = self.trace.node(name)
+                    split = case.tp if any(extent % case.tp == 0 for extent in info(node).shape) else 1
+                    held = 2 + self.options.optimizer_factor if source.trainable and self.options.training else 1
+                    total += info(node).nbytes * held / split
+            self._parameters[case.tp] = total
+        return self._parameters[case.tp] / stored / case.stages
 
     # -- the search ----------------------------------------------------------------------------------------------------
 
@@ -212,6 +222,13 @@ class Search:
         queue = self._queue()
         while queue:
             bound, devices, text, work, case = heapq.heappop(queue)
+            if bound == math.inf:
+                rest = [(case, text), *((entry[-1], entry[2]) for entry in queue)]
+                self.tally.infeasible += len(rest)
+                unfit += [other for other, _ in rest]
+                for other, name in rest:
+                    self.ledger.drop(other, name)
+                break
             if bound >= best * (1 - self.options.gap / 2):
                 self.tally.pruned += 1 + len(queue)  # no other bound is lower
                 self.tally.bound = min(self.tally.bound, bound)
@@ -241,6 +258,8 @@ class Search:
                 if done is not None:
                     found.append(done)
                     best = min(best, done.exposed_seconds)  # bounds count sums in full too
+                    for other in placed_otherwise(self, done, best):
+                        heapq.heappush(queue, (0.0, other.devices, str(other), False, other))
                     name = done.candidate.schedule
                     self._say(f"{case} {name}: {done.seconds * 1e3:.2f} ms", best)
                 elif over is not None:

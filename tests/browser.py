@@ -1,10 +1,10 @@
 """The HTML report in a real browser: hovered, zoomed and dragged, at two widths, with and without scripts.
 
-    python -m tests.browser [--keep FOLDER]
+    python -m tests.browser [--keep FOLDER] [PLAN.json ...]
 
 Needs chromium (or google-chrome) on the PATH; ends with status 2 where there is none. A copy of the page gets a driver
 that plays the pointer and writes what it saw into the page, which the browser then prints. --keep: leave pages and
-screenshots there.
+screenshots there, light, dark and as printed. PLAN.json: plan files whose reports are opened too.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from shardplan.planner.plan import Plan
-from shardplan.planner.report import render_html
+from shardplan.planner.report import WhatIf, render_html
 from tests.report_plans import measured, pipeline_plan
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 WIDTHS = (1280, 390)
+MOST_NBYTES = 500_000
 
 DRIVER = """
 <script>
@@ -51,8 +53,23 @@ at(svg, 'pointerdown', box.left + box.width / 2);
 at(svg, 'pointermove', box.left + box.width / 2 + 50);
 at(svg, 'pointerup', box.left + box.width / 2 + 50);
 seen.dragged = +bar.getAttribute('x') - place;
+seen.zooms = Array.from(document.querySelectorAll('svg.timeline')).map(function (s) { return s.dataset.zoom; });
 document.querySelectorAll('.zoom button')[2].click();
 seen.back = +bar.getAttribute('width') / before;
+var point = document.querySelector('svg.plot circle');
+if (point) {
+  at(point, 'pointermove', 60);
+  seen.point = document.querySelector('.tip').textContent;
+}
+seen.sorted = true;
+document.querySelectorAll('table.sorts').forEach(function (table) {
+  Array.from(table.tHead.rows[0].cells).forEach(function (head, column) {
+    head.querySelector('button').click();
+    var values = Array.from(table.tBodies[0].rows).map(function (row) { return row.cells[column].dataset.v; });
+    if (values[0] === undefined) return;
+    for (var i = 1; i < values.length; i++) if (+(values[i - 1] || -1) > +(values[i] || -1)) seen.sorted = false;
+  });
+});
 seen.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
 var cut = [];
 document.querySelectorAll('p, h1, h2, dd, dt, td, th').forEach(function (e) {
@@ -74,7 +91,7 @@ def browser() -> str | None:
 
 def drive(program: str, page: Path, width: int, flags: tuple[str, ...] = ()) -> str:
     """The document as the browser has it after its scripts ran."""
-    command = [program, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},2000", *flags]
+    command = [program, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},6000", *flags]
     done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
     return done.stdout
 
@@ -88,6 +105,12 @@ def wrong(seen: dict, width: int) -> list[str]:
         found.append(f"zoom: {seen['zoomed']}, by wheel {seen['wheeled']}, back {seen['back']}")
     if seen["dragged"] <= 0:
         found.append(f"dragging moved bars by {seen['dragged']}")
+    if len(set(seen["zooms"])) > 1:
+        found.append(f"timelines on one scale are zoomed apart: {seen['zooms']}")
+    if "samples/s" not in seen.get("point", "samples/s"):
+        found.append(f"a point under the pointer says {seen['point']!r}")
+    if not seen["sorted"]:
+        found.append("a table is not sorted by a click on its heading")
     if seen["wide"] > 0:
         found.append(f"the page is {seen['wide']} px wider than a window of {width}")
     if seen["cut"]:
@@ -95,18 +118,33 @@ def wrong(seen: dict, width: int) -> list[str]:
     return found
 
 
-def pages() -> dict[str, tuple[Plan, bool]]:
-    """Name -> (plan, whether it was measured)."""
+def pages(files: Sequence[Path]) -> dict[str, str]:
+    """Name -> page."""
+    small, deep, one = pipeline_plan(), pipeline_plan(8, 8, 64, 80), pipeline_plan(1, 1, 1, 4)
+    rates = ((1, 20.0), (2, 38.0), (8, 120.0))
+    others = tuple(WhatIf("devices", str(n), f"dp{n}", 8 / rate, rate, 9 << 30, devices=n) for n, rate in rates)
+    others += tuple(WhatIf("links", f"{n}x", "dp4", 8 / rate, rate, 9 << 30) for n, rate in rates[1:])
+    found = {
+        "small": render_html(small, measured(small), others),
+        "deep": render_html(deep),
+        "one": render_html(one),
+    }
+    return found | {path.stem: render_html(Plan.load(path)) for path in files}
+
+
+def looks(text: str) -> dict[str, str]:
+    """Suffix -> the page as a screenshot shows it: light, dark, as printed."""
     return {
-        "small": (pipeline_plan(), True),
-        "deep": (pipeline_plan(8, 8, 64, 80), False),
-        "one": (pipeline_plan(1, 1, 1, 4), False),
+        "": text,
+        "-dark": text.replace("prefers-color-scheme: dark", "prefers-color-scheme: light"),
+        "-print": text.replace("@media print", "@media all"),
     }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="The HTML report in a real browser.")
     parser.add_argument("--keep", type=Path, help="a folder for pages and screenshots")
+    parser.add_argument("plans", nargs="*", type=Path, metavar="PLAN.json")
     options = parser.parse_args()
     program = browser()
     if program is None:
@@ -115,20 +153,22 @@ def main() -> int:
     folder = options.keep or Path(tempfile.mkdtemp(prefix="shardplan-report-"))
     folder.mkdir(parents=True, exist_ok=True)
     failures = 0
-    for name, (plan, is_measured) in pages().items():
-        text = render_html(plan, measured(plan) if is_measured else None)
-        page = folder / f"{name}.html"
-        page.write_text(text)
+    for name, text in pages(options.plans).items():
         driven = folder / f"{name}.driven.html"
         driven.write_text(text.replace("</body>", f"{DRIVER}</body>"))
         for width in WIDTHS:
             dump = drive(program, driven, width, ("--dump-dom",))
             found = re.search(r'<pre id="seen">(.*?)</pre>', dump, re.DOTALL)
             trouble = wrong(json.loads(html.unescape(found[1])), width) if found else ["the script did not run"]
-            if options.keep:
-                drive(program, page, width, (f"--screenshot={folder / f'{name}-{width}.png'}", "--hide-scrollbars"))
+            if len(text.encode()) >= MOST_NBYTES:
+                trouble.append(f"the page has {len(text.encode()):,} bytes")
             print(f"{name:8} {width:5} px: {'; '.join(trouble) or 'ok'}")
             failures += bool(trouble)
+            for suffix, shown in looks(text).items() if options.keep else ():
+                page = folder / f"{name}{suffix}.html"
+                page.write_text(shown)
+                picture = folder / f"{name}{suffix}-{width}.png"
+                drive(program, page, width, (f"--screenshot={picture}", "--hide-scrollbars"))
     if not options.keep:
         shutil.rmtree(folder)
     return 1 if failures else 0

@@ -3,8 +3,8 @@ command and file under "Start here" of the README, word by word.
 
     python tests/stranger.py [--keep FOLDER] [--no-cache]
 
-Says how long each command took and what it printed last. Ends with 7 where one fails, where a report that should be there
-cannot be opened, or where all of it takes more than ten minutes. Needs only Python: what the README asks for.
+Says how long each command took and what it printed last. Ends with 7 where one fails, where a report that should be
+there cannot be opened, or where all of it takes more than ten minutes. Needs only Python: what the README asks for.
 --no-cache: without pip's cache, as on a machine that never installed anything.
 """
 

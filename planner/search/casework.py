@@ -89,7 +89,7 @@ class Cases:
         self.keeps = Keeps(search.trace, search.costs)
         self.boundaries = Boundaries(search.trace)
         self.limits = [search.cluster.memory_limit(r) for r in range(len(search.cluster))]
-        self.makers: dict[tuple[int, ...], Columns] = {}
+        self.makers: dict[tuple[int, int, int], Columns] = {}
         self.follows: dict[tuple[int, int], dict[str, Follow]] = {}
         self._followed_for: list[tuple[int, int, frozenset[tuple[tuple[int, ...], Layout]], dict[str, Follow]]] = []
         self._floors: dict[tuple[int, ...], Lower] = {}
@@ -155,8 +155,7 @@ class Cases:
         parts = case.microbatches * case.dp
         twin = Case(1, 1, case.tp, parts)  # in time: there are no messages between microbatches
         shared = self._alike(case, twin)
-        strides = case.stride("dp"), case.stride("tp")
-        key = (parts, case.tp) if shared else (case.microbatches, case.dp, case.tp, *strides)
+        key = (parts, case.tp) if shared else (case.microbatches, case.dp, case.tp)
         if key not in known:
             known[key] = of(self.columns(twin if shared else case))
         return known[key]
@@ -192,7 +191,7 @@ class Cases:
 
     def columns(self, case: Case) -> Columns:
         """The maker of a case's columns, which do not depend on the number of stages."""
-        mesh = case.dp, case.tp, case.microbatches, case.stride("dp"), case.stride("tp")
+        mesh = case.dp, case.tp, case.microbatches
         if mesh not in self.makers:
             self.makers[mesh] = Columns(
                 self.trace,
@@ -284,7 +283,7 @@ class Cases:
             nbytes: dict[int, float] = {}
             for number, placement in enumerate(columns.boundary_layouts(index)):
                 nbytes[number] = self._crossing_nbytes(columns, index, placement)
-                ranks = (0, case.stride("pp") % len(self.cluster))
+                ranks = (0, case.width % len(self.cluster))
                 once = self.costs.p2p(round(nbytes[number]), *ranks) if case.stages > 1 else 0.0
                 seconds[number] = 2 * once if self.options.training else once
             cut_seconds.append(seconds)

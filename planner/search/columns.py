@@ -38,19 +38,14 @@ SAMPLE_NBYTES = 4 << 20
 _ADDING = 1.5  # what adding to a gradient moves, over a copy of as many bytes
 
 
-USUAL = ("tp", "dp", "pp")
-
-
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One point of the outer search: stages x (dp x tp) devices each, and microbatches. order: which axis runs through
-    neighbouring devices, which through groups of these, and which through what is left."""
+    """One point of the outer search: stages x (dp x tp) devices each, and microbatches."""
 
     stages: int
     dp: int
     tp: int
     microbatches: int
-    order: tuple[str, str, str] = USUAL
 
     @property
     def width(self) -> int:
@@ -65,19 +60,8 @@ class Case:
         """Layouts refer to this mesh; the batch is split in time first, then over replicas."""
         return Mesh(("mb", "dp", "tp"), (self.microbatches, self.dp, self.tp))
 
-    def stride(self, axis: str) -> int:
-        """Devices from one rank of a group of the axis ("tp", "dp", "pp") to the next."""
-        sizes = {"tp": self.tp, "dp": self.dp, "pp": self.stages}
-        return math.prod(sizes[inner] for inner in self.order[: self.order.index(axis)])
-
-    def ranks(self, stage: int) -> tuple[int, ...]:
-        """Devices of a stage in row-major order of its mesh (dp, tp)."""
-        first, rows, columns = (stage * self.stride("pp"), self.stride("dp"), self.stride("tp"))
-        return tuple(first + d * rows + t * columns for d in range(self.dp) for t in range(self.tp))
-
     def __str__(self) -> str:
-        placed = f" ({' in '.join(self.order)})" if self.order != USUAL else ""
-        return f"pp{self.stages} dp{self.dp} tp{self.tp} m{self.microbatches}{placed}"
+        return f"pp{self.stages} dp{self.dp} tp{self.tp} m{self.microbatches}"
 
 
 @dataclass(slots=True)
@@ -136,9 +120,8 @@ class Columns:
         self.training = training
         self.rematerialize = rematerialize
         self.levels, self.any_level = levels, any_level
-        self.ranks = case.ranks(0)
-        self.tp_ranks = self.ranks[: case.tp]
-        self.dp_ranks = self.ranks[:: case.tp]
+        self.tp_ranks = tuple(range(case.tp))
+        self.dp_ranks = tuple(range(0, case.width, case.tp))
         self._builders: dict[Hashable, Builder] = {}
         self._made: dict[Hashable, dict[tuple[int, int], _Made]] = {}
         self._columns: dict[Hashable, SegmentColumns] = {}
@@ -169,7 +152,6 @@ class Columns:
         found._builders, found._made, found._columns, found._op_prices = {}, {}, {}, {}
         found._numbers, found._plain, found._ends = {}, {}, {}
         found._floors, found._transients, found._recomputing = {}, {}, {}
-        found._forwards, found._curve = {}, None
         return found
 
     # -- layouts -------------------------------------------------------------------------------------------------------
@@ -561,7 +543,7 @@ class Columns:
         """Ranks of the first replica group over which a gradient has to be summed."""
         axes = {axis for axis, p in zip(self.mesh.axes, layout, strict=True) if p == D and axis != "mb"}
         if axes == {"dp", "tp"}:
-            return self.ranks
+            return tuple(range(self.width))
         return self.dp_ranks if "dp" in axes else self.tp_ranks if "tp" in axes else (0,)
 
     def collective_seconds(self, kind: str, nbytes: int, ranks: tuple[int, ...]) -> float:

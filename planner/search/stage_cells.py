@@ -8,7 +8,7 @@ known for a smaller share kappa of the once-a-step seconds than the problem's: t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -48,13 +48,16 @@ class StageCells:
     """known: weightings of the given columns, None: all. kappa: share of once-a-step seconds that counts. words is None
     where nothing can fit, or be part of a solution better than `best`."""
 
+    from_start = False
+    """Whether only runs that begin with the first segment are looked at."""
+
     def __init__(self, problem: StageProblem, known: Known | None, kappa: float, best: float = math.inf) -> None:
         self.problem, self.known, self.kappa = problem, known, kappa
         pairs = list(zip(problem.limits, problem.in_flight, strict=True))
         self.pairs = sorted(set(pairs))
         self.groups = [self.pairs.index(pair) for pair in pairs]
         flights = {flight for _, flight in pairs}
-        self.given = tuple(sorted(flights)) if known is None else tuple(sorted(known.flights))
+        self.given = _some(flights) if known is None else tuple(sorted(set(known.flights)))
         if known is None:
             transients = tuple(min(c.price.transient_nbytes for c in columns) for columns in problem.columns)
             again = transients
@@ -63,7 +66,7 @@ class StageCells:
             again = problem.least_recomputing or transients
         self._vectors()
         most = self._longest(best)
-        self.words = Words(problem, most, transients, again) if most else None
+        self.words = Words(problem, most, transients, again, self.from_start) if most else None
         if self.words is None:
             return
         self.counted = self._counted()
@@ -125,10 +128,14 @@ class StageCells:
         assert self.words is not None
         kinds = len(self.words.members)
         found = [np.zeros(kinds)]
+        numbers = [self.words.kinds.count(kind) for kind in range(kinds)]
+        # What gathers so little that another's op takes more anyway, on every stage, has no part in W.
+        common = [own for own, n in zip(self.words.own, numbers, strict=True) if n >= self.problem.stages]
         for kind, member in enumerate(self.words.members):
-            if not self.vectors[id(self.problem.columns[member])][:, 7].any():
+            most = float(self.vectors[id(self.problem.columns[member])][:, 7].max())
+            if not most or self.words.own[kind] + most <= max(common, default=0.0):
                 continue
-            usual = -(-self.words.kinds.count(kind) // self.problem.stages)
+            usual = -(-numbers[kind] // self.problem.stages)
             shares = [1.0 / usual] if self.known is None else [s for s in self.known.shares if s * usual <= 1 + _CLOSE]
             if shares:
                 found.append(np.where(np.arange(kinds) == kind, max(shares), 0.0))
@@ -156,23 +163,14 @@ class StageCells:
         transients = mixed[:, None] + np.maximum(1.0 - given, 0.0)[:, None] * self.needs
         return (self.rooms[:, :, None, :] - transients[None, :, :, None])[..., None]
 
-    def _tables(self, seconds: float, price: float, shares: Numbers) -> tuple[list[int], list[Numbers]]:
-        """Groups for which the price is known, and for each [kind, recomputed, a, b] at its own microbatches in flight:
-        what lies between two that are known is bounded by the line between them."""
-        at = {flight: self._weighed(seconds, price, flight, shares) for flight in self.given}
-        groups, tables = [], []
-        for group, (_, flight) in enumerate(self.pairs):
-            low = max((f for f in at if f <= flight), default=None)
-            high = min((f for f in at if f >= flight), default=None)
-            if low is None or high is None:
-                continue
-            groups.append(group)
-            if low == high:
-                tables.append(at[low])
-            else:
-                share = (high - flight) / (high - low)
-                tables.append(share * at[low] + (1 - share) * at[high])
-        return groups, tables
+    def _between(self, flight: int) -> tuple[int, int, float] | None:
+        """Positions in `given` of the flights next below and above, and the share of the former; None: unknown."""
+        low = max((i for i, f in enumerate(self.given) if f <= flight), default=None)
+        high = min((i for i, f in enumerate(self.given) if f >= flight), default=None)
+        if low is None or high is None:
+            return None
+        ends = self.given[low], self.given[high]
+        return low, high, (ends[1] - flight) / (ends[1] - ends[0]) if low < high else 1.0
 
     def _bounds(self) -> Numbers:
         """[group, word, count, a, b]."""
@@ -196,20 +194,23 @@ class StageCells:
     def _products(
         self, seconds: float, prices: Sequence[float], shares: Numbers
     ) -> Iterator[tuple[float, int, Numbers]]:
-        """(price, group, product of the tables: [word, count, a, b])."""
+        """(price, group, [word, count, a, b]: product of the tables). Products are concave in the microbatches in
+        flight, so what lies between two that are known is bounded by the line between them."""
         assert self.words is not None
-        every = [
-            (price, group, table)
-            for price in prices
-            for group, table in zip(*self._tables(seconds, price, shares), strict=True)
-        ]
-        entries = len(self.words) * (self.counted + 1) * self.words.width**2
-        step = max(_AT_ONCE // entries, 1)
-        for first in range(0, len(every), step):
-            some = every[first : first + step]
-            held = self.words.products(np.array([table for _, _, table in some]), self.counted)
-            for (price, group, _), product in zip(some, held, strict=True):
-                yield price, group, product
+        ends = [(group, self._between(flight)) for group, (_, flight) in enumerate(self.pairs)]
+        entries = len(self.given) * len(self.words) * (self.counted + 1) * self.words.width**2
+        step = max(_AT_ONCE // max(entries, 1), 1)
+        for first in range(0, len(prices) if self.given else 0, step):
+            some = prices[first : first + step]
+            tables = [self._weighed(seconds, price, flight, shares) for price in some for flight in self.given]
+            held = self.words.products(np.array(tables), self.counted)
+            for number, price in enumerate(some):
+                mine = held[number * len(self.given) : (number + 1) * len(self.given)]
+                for group, between in ends:
+                    if between is not None:
+                        low, high, share = between
+                        line = mine[low] if low == high else share * mine[low] + (1 - share) * mine[high]
+                        yield price, group, line
 
     def _spread(self) -> tuple[float, ...]:
         """Prices of a byte between which the best one must lie: the steps between columns, spread evenly."""
@@ -221,6 +222,12 @@ class StageCells:
             return ()
         low, high = min(steps) * 0.99, max(steps) * 1.01
         return tuple(np.geomspace(low, high, _PRICES)) if high > low else (low,)
+
+
+def _some(flights: Iterable[int]) -> tuple[int, ...]:
+    """The least, the most, and powers of two between them."""
+    every = sorted(flights)
+    return tuple(f for f in every if f in (every[0], every[-1]) or f & (f - 1) == 0)
 
 
 def hull_steps(cost: Numbers, nbytes: Numbers) -> list[float]:

@@ -44,7 +44,6 @@ from shardplan.planner.search.stage_cells import Known, StageCells
 from shardplan.planner.search.stage_cuts import Cell, Cuts
 from shardplan.planner.search.stage_fronts import best_within
 from shardplan.planner.search.stage_ilp import StageChoice, StageProblem, memory, objective
-from shardplan.planner.search.stage_words import Numbers
 
 _ROUNDS = 40
 _CLOSE = 0.02
@@ -61,15 +60,16 @@ class Certificate:
     prices: tuple[float, ...] = ()
 
 
-def certified(problem: StageProblem, known: Known, gap: float, best: float = math.inf) -> Certificate:
-    """A bound on the program over *all* columns; it need not exceed `best`."""
+def certified(
+    problem: StageProblem, known: Known, gap: float, best: float = math.inf, asking: bool = True
+) -> Certificate:
+    """A bound on the program over *all* columns; it need not exceed `best`. asking: for prices that may raise it."""
     program = _Program(problem, gap, known, best)
-    if program.words is None:
-        return Certificate(math.inf)
-    found = program.cuts.solve(program.bounds)
+    found = program.cuts.solve(program.bounds) if program.words is not None else None
     if found is None:
         return Certificate(best if program.capped else math.inf)
-    return Certificate(min(found.value, best) if program.capped else found.value, program.wanted(found.cells))
+    prices = program.wanted(found.cells) if asking else ()
+    return Certificate(min(found.value, best) if program.capped else found.value, prices)
 
 
 def solve_quickly(problem: StageProblem, gap: float, best: float = math.inf) -> StageChoice | None:
@@ -82,7 +82,7 @@ class _Program(StageCells):
     """known: see `certified`; None: every weighting is one of the given columns, exactly."""
 
     def __init__(self, problem: StageProblem, gap: float, known: Known | None, best: float) -> None:
-        self.gap, self.capped = gap, False
+        self.gap, self.capped, self.from_start = gap, False, problem.stages == 1
         super().__init__(problem, known, 1.0 / (problem.stages + problem.microbatches - 1), best)
         if self.words is not None:
             self.cuts = Cuts(problem, self.words, self.groups, gap)
@@ -115,40 +115,30 @@ class _Program(StageCells):
         by_group: dict[int, list[tuple[int, int, int]]] = {}
         for s, (i, j, a, b) in enumerate(cells):
             by_group.setdefault(self.groups[s], []).append((int(self.words.number[i, j - i]), a, b))
-        wanted: dict[float, None] = {}
-        for group, mine in list(by_group.items())[:: max(len(by_group) // 8, 1)]:
-            duals = self._duals(group, ordered)
-            if duals is None:
-                continue
-            for word, a, b in dict.fromkeys(mine):
+        looked: dict[int, dict[tuple[int, int, int, int], list[float]]] = {}
+        for group in list(by_group)[:: max(len(by_group) // 8, 1)]:
+            for word, a, b in by_group[group]:
                 k = int(self.by_count[group, word, :, a, b].argmin())
-                values = duals[:, word, k, a, b]
-                at = int(values.argmax())
-                if not math.isfinite(values[at]) or values[at] <= self.free[word, k, a, b]:
-                    continue
-                below = ordered[at - 1] if at else ordered[0] / _FURTHER**2
-                above = ordered[at + 1] if at + 1 < len(ordered) else ordered[-1] * _FURTHER**2
-                for other in (below, above):
-                    middle = math.sqrt(ordered[at] * other)
-                    if abs(middle - ordered[at]) > _CLOSE * middle:
-                        wanted[middle] = None
-        return tuple(sorted(wanted))
-
-    def _duals(self, group: int, prices: Sequence[float]) -> Numbers | None:
-        """[price, word, count, a, b]: the bounds of a group's cells by each price, of the best mixture."""
-        assert self.words is not None
-        found: Numbers | None = None
+                looked.setdefault(group, {})[word, k, a, b] = [-math.inf] * len(ordered)
         for shares in self.mixtures:
-            tables = []
-            for price in prices:
-                groups, mine = self._tables(1.0, price, shares)
-                if group not in groups:
-                    return None
-                tables.append(mine[groups.index(group)])
-            products = self.words.products(np.array(tables), self.counted)
-            duals = products - np.array(prices)[:, None, None, None, None] * self._budget(shares)[group]
-            found = duals if found is None else np.maximum(found, duals)
-        return found
+            budget = self._budget(shares)
+            for price, group, held in self._products(1.0, ordered, shares):
+                for (word, k, a, b), duals in looked.get(group, {}).items():
+                    value = float(held[word, k, a, b] - price * budget[group, word, k, a, 0])
+                    at = ordered.index(price)
+                    duals[at] = max(duals[at], value)
+        wanted: dict[float, None] = {}
+        for (word, k, a, b), duals in (item for mine in looked.values() for item in mine.items()):
+            at = duals.index(max(duals))
+            if not math.isfinite(duals[at]) or duals[at] <= self.free[word, k, a, b]:
+                continue
+            below = ordered[at - 1] if at else ordered[0] / _FURTHER**2
+            above = ordered[at + 1] if at + 1 < len(ordered) else ordered[-1] * _FURTHER**2
+            for other in (below, above):
+                middle = math.sqrt(ordered[at] * other)
+                if abs(middle - ordered[at]) > _CLOSE * middle:
+                    wanted[middle] = None
+        return tuple(sorted(wanted))
 
     # -- the given columns ---------------------------------------------------------------------------------------------
 

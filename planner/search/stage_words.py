@@ -28,10 +28,17 @@ class Words:
     with which a run of the word begins. members: per kind, one segment of it. received, send: [segment, layout], bytes
     that stay of what enters a segment, seconds of its message. transients: [word], bytes that every run of the word
     needs while it computes. counts: [word, kind], how many segments of a kind there are. own: [kind], bytes that a
-    segment needs while it computes."""
+    segment needs while it computes. from_start: only runs that begin with the first segment."""
 
-    def __init__(self, problem: StageProblem, most: int, transients: tuple[float, ...], again: tuple[float, ...]):
-        self.count, self.most = len(problem.columns), most
+    def __init__(
+        self,
+        problem: StageProblem,
+        most: int,
+        transients: tuple[float, ...],
+        again: tuple[float, ...],
+        from_start: bool = False,
+    ) -> None:
+        self.count, self.most, self.from_start = len(problem.columns), most, from_start
         self.width = 1 + max(max(c.enters, c.leaves) for columns in problem.columns for c in columns)
         self.received = np.zeros((self.count + 1, self.width))
         self.send = np.full((self.count + 1, self.width), math.inf)
@@ -67,7 +74,7 @@ class Words:
         for length in range(1, self.most + 1):
             self.starts.append(len(self.parent))
             known: dict[object, int] = {}
-            for i in range(self.count - length + 1):
+            for i in range(1 if self.from_start else self.count - length + 1):
                 end = i + length - 1
                 parent = int(self.number[i, length - 1])
                 entry = parent if length > 1 else (self.received[i].tobytes(), self.send[i].tobytes())

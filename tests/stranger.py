@@ -65,7 +65,8 @@ def main() -> int:
     parser.add_argument("--no-cache", action="store_true")
     options = parser.parse_args()
     folder = options.keep or Path(tempfile.mkdtemp(prefix="shardplan-stranger-"))
-    clone = folder / "checkout"
+    folder.mkdir(parents=True, exist_ok=True)
+    clone = folder.resolve() / "checkout"
     drop = ("VIRTUAL_ENV", "PYTHONPATH", "OMP_NUM_THREADS")
     environment = {name: value for name, value in os.environ.items() if name not in drop}
     environment |= {"SHARDPLAN_CACHE": str(folder / "cache")} | ({"PIP_NO_CACHE_DIR": "1"} if options.no_cache else {})

@@ -1,6 +1,6 @@
 """All benchmarks that need no GPU, one after another, under one protocol; then docs/benchmarks.md.
 
-    python -m benchmarks [NAME ...] [--smoke] [--fresh] [--compare [FILE]] [--keep-baseline] [--page]
+    python -m benchmarks [NAME ...] [--smoke] [--long] [--fresh] [--compare [FILE]] [--keep-baseline] [--page]
 
 Results go to benchmarks/results, one JSON file a suite; without --fresh a suite that can resume (prediction, regret)
 measures only what its file lacks. --compare sets the figures beside a stored baseline (results/baseline.json) and ends
@@ -35,7 +35,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 class Suite:
     """name: of the module in `benchmarks`; output: its flag for a file. smoke: arguments of the tiny version, None for
     none. links: whether it uses emulated links, and runs on loopback where there are none. minutes: about, on two
-    cores."""
+    cores. long: only run where it is named, or with --long."""
 
     name: str
     output: str
@@ -44,6 +44,7 @@ class Suite:
     links: bool = False
     resumes: bool = False
     minutes: float = 1.0
+    long: bool = False
 
     @property
     def file(self) -> Path:
@@ -66,6 +67,8 @@ SUITES = (
         "search", "--json", ("8b@8", "8b@64", "70b@64", "405b@16384"), smoke=("8b@8", "--time-limit", "20"), minutes=3
     ),
     Suite("scaling", "-o", smoke=("--model", "llama-8b"), minutes=2),
+    Suite("mixed", "-o", minutes=10, long=True),
+    Suite("expert_plans", "--json", minutes=30, long=True),
 )
 
 
@@ -125,6 +128,7 @@ def main() -> int:
     )
     parser.add_argument("names", nargs="*", help=", ".join(suite.name for suite in SUITES))
     parser.add_argument("--smoke", action="store_true", help="tiny, in two minutes; keeps nothing")
+    parser.add_argument("--long", action="store_true", help="the long ones too: searches of many minutes")
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")
     parser.add_argument("--compare", nargs="?", type=Path, const=BASELINE, metavar="FILE", help="with a baseline")
     parser.add_argument("--keep-baseline", action="store_true", help="store the figures that are there")
@@ -132,7 +136,7 @@ def main() -> int:
     given = parser.parse_args()
     if unknown := set(given.names) - {suite.name for suite in SUITES}:
         parser.error(f"no suite {', '.join(sorted(unknown))}; there are {', '.join(s.name for s in SUITES)}")
-    chosen = tuple(suite for suite in SUITES if not given.names or suite.name in given.names)
+    chosen = tuple(s for s in SUITES if s.name in given.names or (not given.names and (given.long or not s.long)))
     if given.smoke:
         chosen = tuple(suite for suite in chosen if suite.smoke is not None)
     statuses = {} if given.page or given.keep_baseline else run(chosen, given.smoke, given.fresh)

@@ -15,8 +15,11 @@ import shutil
 import socket
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 OK, WARN, FAIL = "ok", "warning", "problem"
@@ -25,6 +28,7 @@ _OLDEST_TORCH, _FIRST_UNKNOWN_TORCH = (2, 11), (2, 14)
 _FEW_FILES = 4096
 _SMALL_SHARED_NBYTES = 1 << 30
 _SMALL_CACHE_NBYTES = 256 << 20
+_MEETING_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +272,38 @@ def _interfaces() -> tuple[str, str, str]:
     return OK, ", ".join(there), ""
 
 
+def _meeting() -> tuple[str, str, str]:
+    """Two ranks, as threads of this process, meet over the interface that gloo takes, and sum a tensor."""
+    import torch
+    import torch.distributed as dist
+
+    store, size = dist.HashStore(), 1 << 18
+    seen: list[float | Exception] = []
+
+    def rank(number: int) -> None:
+        try:
+            group = dist.ProcessGroupGloo(store, number, 2, timedelta(seconds=_MEETING_SECONDS))
+            tensor = torch.ones(size)
+            group.allreduce([tensor]).wait()  # connects
+            started = time.perf_counter()
+            group.allreduce([tensor]).wait()
+            seen.append(time.perf_counter() - started if bool((tensor == 4).all()) else ArithmeticError("wrong sums"))
+        except Exception as error:
+            seen.append(error)
+
+    ranks = [threading.Thread(target=rank, args=(number,), daemon=True) for number in range(2)]
+    for thread in ranks:
+        thread.start()
+    for thread in ranks:
+        thread.join(2 * _MEETING_SECONDS)
+    wrong = [str(found) for found in seen if isinstance(found, Exception)]
+    if wrong or len(seen) < 2:
+        advice = "mend /etc/hosts, or set GLOO_SOCKET_IFNAME to an interface that is up; a firewall may be in the way"
+        return FAIL, f"two ranks do not meet: {' '.join(wrong[0].split())[:160] if wrong else 'no answer'}", advice
+    seconds = max(found for found in seen if isinstance(found, float))
+    return OK, f"two ranks summed 1 MiB in {seconds * 1e3:.1f} ms over gloo", ""
+
+
 # -- GPUs --------------------------------------------------------------------------------------------------------------
 
 
@@ -294,6 +330,27 @@ def _gpus() -> tuple[str, str, str]:
     if taken:
         return WARN, found, f"memory of device {', '.join(taken)} is in use: nvidia-smi shows by whom"
     return OK, found, ""
+
+
+def _nccl() -> tuple[str, str, str]:
+    """All GPUs of this machine sum a tensor, from this process."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        return OK, "no GPU", ""
+    from torch.cuda import nccl
+
+    tensors = [torch.ones(1 << 18, device=f"cuda:{index}") for index in range(count)]
+    advice = "run it again with NCCL_DEBUG=INFO; containers need --ipc=host or a larger /dev/shm"
+    try:
+        nccl.all_reduce(tensors)
+        sums = {float(tensor.mean()) for tensor in tensors}
+    except RuntimeError as error:
+        return FAIL, f"all-reduce failed: {' '.join(str(error).split())[:160]}", advice
+    if sums != {float(count)}:
+        return FAIL, f"all-reduce of {count} GPUs gave {sorted(sums)}", advice
+    return OK, f"{count} GPUs summed 1 MiB, NCCL {'.'.join(map(str, nccl.version()))}", ""
 
 
 def _peer_access() -> tuple[str, str, str]:
@@ -367,7 +424,9 @@ CHECKS: dict[str, Callable[[], tuple[str, str, str]]] = {
     "host name": _host_name,
     "ports": _ports,
     "interfaces": _interfaces,
+    "ranks": _meeting,
     "GPUs": _gpus,
+    "NCCL": _nccl,
     "peer access": _peer_access,
     "GPU clocks": _clocks,
 }

@@ -155,3 +155,17 @@ def test_a_quota_of_the_processor(monkeypatch, tmp_path, text, quota):
     monkeypatch.setattr(doctor, "Path", lambda p: file if str(p).endswith("cpu.max") else real(p))
     assert doctor._cpu_quota() == quota
     assert level("processor")[0] == (doctor.WARN if quota else doctor.OK)
+
+
+def test_ranks_that_do_not_meet_are_a_problem(monkeypatch):
+    import torch.distributed as dist
+
+    found, said, _ = level("ranks")
+    assert found == doctor.OK and "over gloo" in said
+
+    def refused(*arguments):
+        raise RuntimeError("no\n  such interface")
+
+    monkeypatch.setattr(dist, "ProcessGroupGloo", refused)
+    found, said, advice = level("ranks")
+    assert (found, said) == (doctor.FAIL, "two ranks do not meet: no such interface") and "GLOO_SOCKET_IFNAME" in advice

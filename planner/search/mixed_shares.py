@@ -6,7 +6,7 @@ Choice     a group, m, shares n_r >= 1 with sum n_r = m, and which segments reco
 Objective  max_r n_r t_r + max_r u_r + the sum of all gradients over the group
            t_r, u_r: seconds of a microbatch, and of the optimizer, on the device of replica r alone
 Subject to every device holds its parameters, and the activations of one microbatch.
-Bound      the same with each t_r at its least, memory and the optimizer left out.
+Bound      the same with each t_r at its least, memory left out.
 
 For given t the shares are best that give one microbatch after another to the replica that would be done with it first.
 """
@@ -100,25 +100,26 @@ class _Shared:
     ) -> None:
         self.search, self.m, self.ranks, self.place, self.takes = search, m, ranks, place, takes
         self.priced = search.alone(m, kinds)
-        self.summing = self._summing(self.priced.columns[0])
+        self.summing = search.summing_seconds(sum(self._trained(self.priced.columns[0])), ranks)
 
-    def _summing(self, columns: Columns) -> float:
-        """Seconds of the sum of all gradients over the group."""
-        nbytes = 0.0
+    def _trained(self, columns: Columns) -> list[float]:
+        """Bytes of every parameter that is trained."""
+        found = []
         for node, source in columns.trace.sources.items():
             if source.kind == "param" and source.trainable:
                 value = columns.trace.node(node)
-                nbytes += columns.stored_nbytes(value, columns.local_nbytes(value, R))
-        return self.search.summing_seconds(nbytes, self.ranks)
+                found.append(columns.stored_nbytes(value, columns.local_nbytes(value, R)))
+        return found
 
     def bound(self) -> float:
         """See module docstring."""
-        least = [
-            sum(columns.floor(i) for i in range(self.search.count)) + self.search.shared(columns).seconds
-            for columns in self.priced.columns
-        ]
+        least, once = [], 0.0
+        for columns in self.priced.columns:
+            floor = sum(columns.floor(i) for i in range(self.search.count))
+            least.append(floor + self.search.shared(columns).seconds)
+            once = max(once, sum(columns.costs.optimizer(round(n), 0) for n in self._trained(columns)))
         seconds = [least[kind] for kind in self.place]
-        return max(n * t for n, t in zip(shares_of(seconds, self.m), seconds, strict=True)) + self.summing
+        return max(n * t for n, t in zip(shares_of(seconds, self.m), seconds, strict=True)) + once + self.summing
 
     def candidate(self) -> MixedCandidate | None:
         """The best choice with recomputation as some device needs it; None: no device can hold it."""

@@ -65,6 +65,9 @@ class Wire:
         return rank * (rows + columns) / (rows * columns) if rank else 1.0
 
 
+EXACT = Wire()
+
+
 def said(reduction: str, average_every: int) -> list[str]:
     """Notes of a plan that does not compute what one device does."""
     wire = Wire.parse(reduction)

@@ -250,6 +250,8 @@ def find_plan(trace: Trace, cluster: Cluster, request: Request, tables: LinkTabl
         gap=request.gap,
         objective=request.objective,
         optimizer_factor=kept,
+        reduction=request.reduction,
+        average_every=request.average_every or 1,
         progress=say,
     )
     store = Store.open() if request.cache else None

@@ -25,6 +25,7 @@ from shardplan.rewrite import compile as compile_program
 from shardplan.rewrite.reference import run_program
 from tests.prices import SimplePrices
 
+
 class Deep(nn.Module):
     """Blocks in a row."""
 
@@ -180,3 +181,16 @@ def test_replicas_inside_a_node(tmp_path):
     assert plan.stages[0].ranks == (0, 2, 1, 3), "rows of replicas: dp runs through a node"
     with pytest.raises(ConflictingConstraints):
         planned(cluster, degrees(dp=2, tp=2, pp=1), within_node("dp"), within_node("tp"))
+
+
+def test_rounded_sums_are_priced():
+    """Where the user allows it: a quarter of the bytes of float64, or the sums of every fourth step."""
+    cluster = Cluster.cpu(2)
+    shape = degrees(dp=2, tp=1, pp=1)
+    exact, rounded, rarely = (
+        planned(cluster, shape, width=256, zero=0, microbatches=1, **more)
+        for more in ({}, {"reduction": "bf16"}, {"average_every": 4})
+    )
+    sums = [sum(seconds for _, seconds in plan.stages[0].reductions) for plan in (exact, rounded, rarely)]
+    assert sums[1] < 0.75 * sums[0] and sums[2] == pytest.approx(sums[0] / 4)
+    assert rounded.step_seconds < exact.step_seconds

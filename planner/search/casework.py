@@ -33,6 +33,7 @@ from shardplan.planner.search.stage_ilp import StageChoice, StageProblem
 from shardplan.planner.search.stages import solve_stages
 from shardplan.planner.search.storing import AUTO, Stored, Window, ways_to_store
 from shardplan.planner.trace import info, infos, needs_grad, resolve
+from shardplan.planner.wire import EXACT, Wire
 
 if TYPE_CHECKING:
     from shardplan.planner.search.search import Search
@@ -86,10 +87,12 @@ class Cases:
         self.options = search.options
         self.decided = search.decided
         self.budget = search.budget
+        wire = Wire.parse(search.options.reduction)
+        self.wire = EXACT if wire.exact else wire
         self.keeps = Keeps(search.trace, search.costs)
         self.boundaries = Boundaries(search.trace)
         self.limits = [search.cluster.memory_limit(r) for r in range(len(search.cluster))]
-        self.makers: dict[tuple[int, int, int], Columns] = {}
+        self.makers: dict[tuple[int, ...], Columns] = {}
         self.follows: dict[tuple[int, int], dict[str, Follow]] = {}
         self._followed_for: list[tuple[int, int, frozenset[tuple[tuple[int, ...], Layout]], dict[str, Follow]]] = []
         self._floors: dict[tuple[int, ...], Lower] = {}
@@ -155,7 +158,8 @@ class Cases:
         parts = case.microbatches * case.dp
         twin = Case(1, 1, case.tp, parts)  # in time: there are no messages between microbatches
         shared = self._alike(case, twin)
-        key = (parts, case.tp) if shared else (case.microbatches, case.dp, case.tp)
+        strides = case.stride("dp"), case.stride("tp")
+        key = (parts, case.tp) if shared else (case.microbatches, case.dp, case.tp, *strides)
         if key not in known:
             known[key] = of(self.columns(twin if shared else case))
         return known[key]
@@ -191,7 +195,7 @@ class Cases:
 
     def columns(self, case: Case) -> Columns:
         """The maker of a case's columns, which do not depend on the number of stages."""
-        mesh = case.dp, case.tp, case.microbatches
+        mesh = case.dp, case.tp, case.microbatches, case.stride("dp"), case.stride("tp")
         if mesh not in self.makers:
             self.makers[mesh] = Columns(
                 self.trace,
@@ -206,6 +210,8 @@ class Cases:
                 self.options.rematerialize,
                 dict(self.decided.levels),
                 AUTO if self.options.zero == "auto" else (int(self.options.zero),),
+                self.wire,
+                self.options.average_every,
             )
             self._fix_tied_levels(self.makers[mesh])
         return self.makers[mesh]
@@ -283,7 +289,7 @@ class Cases:
             nbytes: dict[int, float] = {}
             for number, placement in enumerate(columns.boundary_layouts(index)):
                 nbytes[number] = self._crossing_nbytes(columns, index, placement)
-                ranks = (0, case.width % len(self.cluster))
+                ranks = (0, case.stride("pp") % len(self.cluster))
                 once = self.costs.p2p(round(nbytes[number]), *ranks) if case.stages > 1 else 0.0
                 seconds[number] = 2 * once if self.options.training else once
             cut_seconds.append(seconds)

@@ -33,19 +33,25 @@ from shardplan.planner.search.solver import Budget
 from shardplan.planner.search.stage_ilp import Column
 from shardplan.planner.search.storing import Window
 from shardplan.planner.trace import Trace, info, infos, is_tensor, mutated, needs_grad, resolve, tensor_args
+from shardplan.planner.wire import EXACT, Wire
 
 SAMPLE_NBYTES = 4 << 20
 _ADDING = 1.5  # what adding to a gradient moves, over a copy of as many bytes
 
 
+USUAL = ("tp", "dp", "pp")
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One point of the outer search: stages x (dp x tp) devices each, and microbatches."""
+    """One point of the outer search: stages x (dp x tp) devices each, and microbatches. order: which axis runs through
+    neighbouring devices, which through groups of these, and which through what is left."""
 
     stages: int
     dp: int
     tp: int
     microbatches: int
+    order: tuple[str, str, str] = USUAL
 
     @property
     def width(self) -> int:
@@ -60,8 +66,19 @@ class Case:
         """Layouts refer to this mesh; the batch is split in time first, then over replicas."""
         return Mesh(("mb", "dp", "tp"), (self.microbatches, self.dp, self.tp))
 
+    def stride(self, axis: str) -> int:
+        """Devices from one rank of a group of the axis ("tp", "dp", "pp") to the next."""
+        sizes = {"tp": self.tp, "dp": self.dp, "pp": self.stages}
+        return math.prod(sizes[inner] for inner in self.order[: self.order.index(axis)])
+
+    def ranks(self, stage: int) -> tuple[int, ...]:
+        """Devices of a stage in row-major order of its mesh (dp, tp)."""
+        first, rows, columns = (stage * self.stride("pp"), self.stride("dp"), self.stride("tp"))
+        return tuple(first + d * rows + t * columns for d in range(self.dp) for t in range(self.tp))
+
     def __str__(self) -> str:
-        return f"pp{self.stages} dp{self.dp} tp{self.tp} m{self.microbatches}"
+        placed = f" ({' in '.join(self.order)})" if self.order != USUAL else ""
+        return f"pp{self.stages} dp{self.dp} tp{self.tp} m{self.microbatches}{placed}"
 
 
 @dataclass(slots=True)
@@ -107,7 +124,10 @@ class Columns:
         rematerialize: bool | str,
         levels: dict[str, tuple[int, ...]],
         any_level: tuple[int, ...],
+        wire: Wire = EXACT,
+        steps: int = 1,
     ) -> None:
+        """wire: what sums of gradients over replicas are sent as, once in so many steps."""
         self.trace = trace
         self.mesh = case.mesh
         self.tp, self.width, self.microbatches = case.tp, case.width, case.microbatches
@@ -120,8 +140,10 @@ class Columns:
         self.training = training
         self.rematerialize = rematerialize
         self.levels, self.any_level = levels, any_level
-        self.tp_ranks = tuple(range(case.tp))
-        self.dp_ranks = tuple(range(0, case.width, case.tp))
+        self.wire, self.steps = wire, steps
+        self.ranks = case.ranks(0)
+        self.tp_ranks = self.ranks[: case.tp]
+        self.dp_ranks = self.ranks[:: case.tp]
         self._builders: dict[Hashable, Builder] = {}
         self._made: dict[Hashable, dict[tuple[int, int], _Made]] = {}
         self._columns: dict[Hashable, SegmentColumns] = {}
@@ -152,6 +174,7 @@ class Columns:
         found._builders, found._made, found._columns, found._op_prices = {}, {}, {}, {}
         found._numbers, found._plain, found._ends = {}, {}, {}
         found._floors, found._transients, found._recomputing = {}, {}, {}
+        found._forwards, found._curve = {}, None
         return found
 
     # -- layouts -------------------------------------------------------------------------------------------------------
@@ -521,8 +544,10 @@ class Columns:
         # Gradients travel in buckets, so a parameter costs its share of a large message.
         nbytes = self.stored_nbytes(node, self.local_nbytes(node, tp))
         sample = self.costs.collective("all_reduce", SAMPLE_NBYTES, ranks)
-        reduce = sample * nbytes / SAMPLE_NBYTES + self.costs.copy(round(nbytes), 0)
-        return reduce * self.costs.overheads(0).reduce, ranks
+        shape = local_shape(info(node).shape, self.layout(node, tp), self.mesh)
+        sent = nbytes * self.wire.share(shape, info(node).dtype.itemsize) if self.wire is not EXACT else nbytes
+        reduce = sample * sent / SAMPLE_NBYTES + self.costs.copy(round(nbytes), 0)
+        return reduce * self.costs.overheads(0).reduce / self.steps, ranks
 
     def stored_nbytes(self, node: fx.Node, used_nbytes: float) -> float:
         """Bytes of a parameter as the optimizer has it, where the ops have it in so many (see `planner.precision`)."""
@@ -543,7 +568,7 @@ class Columns:
         """Ranks of the first replica group over which a gradient has to be summed."""
         axes = {axis for axis, p in zip(self.mesh.axes, layout, strict=True) if p == D and axis != "mb"}
         if axes == {"dp", "tp"}:
-            return tuple(range(self.width))
+            return self.ranks
         return self.dp_ranks if "dp" in axes else self.tp_ranks if "tp" in axes else (0,)
 
     def collective_seconds(self, kind: str, nbytes: int, ranks: tuple[int, ...]) -> float:

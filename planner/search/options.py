@@ -9,6 +9,7 @@ from shardplan.errors import UsageError
 from shardplan.planner import schedules
 from shardplan.planner.constraints import Constraint
 from shardplan.planner.search.solver import SOLVERS
+from shardplan.planner.wire import Wire
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,8 @@ class SolveOptions:
     rematerialize: True (every segment), False (none) or "auto". zero: level at which replicated parameters are stored
     in parts (see `planner.storage`), 0 for none, or "auto". optimizer_factor: bytes of optimizer state per byte of
     trainable parameters. time_limit: seconds of the whole search; gap: relative. progress: gets lines of text.
-    hints: where nothing fits, solve variants of the job for hints.
+    hints: where nothing fits, solve variants of the job for hints. reduction: what sums of gradients over replicas are
+    sent as (`planner.wire`); average_every: in every so many steps.
     """
 
     constraints: tuple[Constraint, ...] = ()
@@ -34,6 +36,8 @@ class SolveOptions:
     optimizer_factor: float = 2.0
     progress: Callable[[str], None] | None = None
     hints: bool = True
+    reduction: str = "exact"
+    average_every: int = 1
 
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
@@ -48,6 +52,7 @@ class SolveOptions:
         count = self.microbatches
         if count != "auto" and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
             raise UsageError(f"microbatches={count!r}", [], ['"auto" or a number of at least 1'])
+        Wire.parse(self.reduction)
         if self.objective not in ("train", "infer"):
             raise UsageError(f"objective={self.objective!r}", [], ['"train" or "infer"'])
         if self.schedule not in ("auto", *schedules.KINDS):

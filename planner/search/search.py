@@ -4,7 +4,8 @@ For every case (S, dp, tp, m) the segments' columns are made (`columns`), a boun
 cheapest of them, and where that bound can still win, the stage program (`stage_ilp`) is solved. The best choices are
 then scored by the simulator on the very instruction list that will run. Baselines are cases of the same kind, scored
 the same way, so the plan is never worse than one of them. The schedule of a pipeline is chosen when its case is solved
-(`scheduling`, which says by which share of a case's bounds that can pay).
+(`scheduling`, which says by which share of a case's bounds that can pay), and then another order of its ranks is
+looked at where that can pay (`placing`).
 
 Bound of a case. Fold the once-a-step seconds u of a segment into its microbatches: c = t + u / (S + m - 1). For any
 stages
@@ -43,6 +44,7 @@ from shardplan.planner.search.mixed_finish import solve_unequal
 from shardplan.planner.search.mixed_groups import is_unequal
 from shardplan.planner.search.moving import moved
 from shardplan.planner.search.options import SolveOptions
+from shardplan.planner.search.placing import placed_otherwise
 from shardplan.planner.search.scheduling import Scheduling
 from shardplan.planner.search.solver import Budget
 from shardplan.planner.trace import Trace, info
@@ -126,6 +128,8 @@ class Search:
                     dp = used // stages // tp
                     for microbatches in self._microbatches(stages, dp):
                         yield Case(stages, dp, tp, microbatches)
+                        if "dp" in self.decided.within and dp > 1 and tp > 1:
+                            yield Case(stages, dp, tp, microbatches, ("dp", "tp", "pp"))
 
     @property
     def most_tensor(self) -> int:
@@ -254,6 +258,8 @@ class Search:
                 if done is not None:
                     found.append(done)
                     best = min(best, done.exposed_seconds)  # bounds count sums in full too
+                    for other in placed_otherwise(self, done, best):
+                        heapq.heappush(queue, (0.0, other.devices, str(other), False, other))
                     name = done.candidate.schedule
                     self._say(f"{case} {name}: {done.seconds * 1e3:.2f} ms", best)
                 elif over is not None:

@@ -33,6 +33,7 @@ from shardplan.planner.search.stage_ilp import StageChoice, StageProblem
 from shardplan.planner.search.stages import solve_stages
 from shardplan.planner.search.storing import AUTO, Stored, Window, ways_to_store
 from shardplan.planner.trace import info, infos, needs_grad, resolve
+from shardplan.planner.wire import EXACT, Wire
 
 if TYPE_CHECKING:
     from shardplan.planner.search.search import Search
@@ -86,6 +87,8 @@ class Cases:
         self.options = search.options
         self.decided = search.decided
         self.budget = search.budget
+        wire = Wire.parse(search.options.reduction)
+        self.wire = EXACT if wire.exact else wire
         self.keeps = Keeps(search.trace, search.costs)
         self.boundaries = Boundaries(search.trace)
         self.limits = [search.cluster.memory_limit(r) for r in range(len(search.cluster))]
@@ -207,6 +210,8 @@ class Cases:
                 self.options.rematerialize,
                 dict(self.decided.levels),
                 AUTO if self.options.zero == "auto" else (int(self.options.zero),),
+                self.wire,
+                self.options.average_every,
             )
             self._fix_tied_levels(self.makers[mesh])
         return self.makers[mesh]

@@ -33,6 +33,7 @@ from shardplan.planner.search.solver import Budget
 from shardplan.planner.search.stage_ilp import Column
 from shardplan.planner.search.storing import Window
 from shardplan.planner.trace import Trace, info, infos, is_tensor, mutated, needs_grad, resolve, tensor_args
+from shardplan.planner.wire import EXACT, Wire
 
 SAMPLE_NBYTES = 4 << 20
 _ADDING = 1.5  # what adding to a gradient moves, over a copy of as many bytes
@@ -123,7 +124,10 @@ class Columns:
         rematerialize: bool | str,
         levels: dict[str, tuple[int, ...]],
         any_level: tuple[int, ...],
+        wire: Wire = EXACT,
+        steps: int = 1,
     ) -> None:
+        """wire: what sums of gradients over replicas are sent as, once in so many steps."""
         self.trace = trace
         self.mesh = case.mesh
         self.tp, self.width, self.microbatches = case.tp, case.width, case.microbatches
@@ -136,6 +140,7 @@ class Columns:
         self.training = training
         self.rematerialize = rematerialize
         self.levels, self.any_level = levels, any_level
+        self.wire, self.steps = wire, steps
         self.ranks = case.ranks(0)
         self.tp_ranks = self.ranks[: case.tp]
         self.dp_ranks = self.ranks[:: case.tp]
@@ -539,8 +544,10 @@ class Columns:
         # Gradients travel in buckets, so a parameter costs its share of a large message.
         nbytes = self.stored_nbytes(node, self.local_nbytes(node, tp))
         sample = self.costs.collective("all_reduce", SAMPLE_NBYTES, ranks)
-        reduce = sample * nbytes / SAMPLE_NBYTES + self.costs.copy(round(nbytes), 0)
-        return reduce * self.costs.overheads(0).reduce, ranks
+        shape = local_shape(info(node).shape, self.layout(node, tp), self.mesh)
+        sent = nbytes * self.wire.share(shape, info(node).dtype.itemsize) if self.wire is not EXACT else nbytes
+        reduce = sample * sent / SAMPLE_NBYTES + self.costs.copy(round(nbytes), 0)
+        return reduce * self.costs.overheads(0).reduce / self.steps, ranks
 
     def stored_nbytes(self, node: fx.Node, used_nbytes: float) -> float:
         """Bytes of a parameter as the optimizer has it, where the ops have it in so many (see `planner.precision`)."""

@@ -46,7 +46,8 @@ _SOLVE_SECONDS = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A plan to be made. degrees {}: the planner chooses. microbatches None: likewise. zero: likewise if "auto".
+    """A plan to be made. degrees {}: the planner chooses. microbatches None: likewise, and the schedule; else it is
+    1F1B. zero: likewise if "auto".
 
     cut: share of the trace's segments in the first of two stages; None: the planner chooses. order: device of each of
     the plan's ranks; (): as they are numbered.
@@ -111,7 +112,8 @@ class Slowed:
 
     def op(self, call: Any, device: int) -> OpCost:
         found, factor = self._costs.op(call, device), self._factors[device]
-        return OpCost(found.forward_seconds * factor, found.backward_seconds * factor, found.source)
+        seconds = found.forward_seconds * factor, found.backward_seconds * factor
+        return replace(found, forward_seconds=seconds[0], backward_seconds=seconds[1])
 
     def copy(self, nbytes: int, device: int) -> float:
         return self._costs.copy(nbytes, device) * self._factors[device]
@@ -276,6 +278,7 @@ def _plan(job: _Job, tables: LinkTables, want: Wanted, conditions: Conditions) -
     options = SolveOptions(
         constraints=tuple(constraints),
         microbatches=want.microbatches or "auto",
+        schedule="auto" if want.microbatches is None else "1f1b",
         zero=want.zero,
         optimizer_factor=optimizer_factor(job.request.optimizer),
         time_limit=_SOLVE_SECONDS,

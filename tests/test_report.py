@@ -34,6 +34,7 @@ from shardplan.planner.report import (
 )
 from shardplan.planner.report.facts import simulate_plan
 from shardplan.planner.report.json_form import SCHEMA
+from shardplan.planner.report.traffic import traffic
 from shardplan.planner.report.words import change_text, names_text, nbytes_text, pattern, ranges, seconds_text
 from tests.report_plans import GIB, measured, pipeline_plan
 
@@ -408,3 +409,53 @@ def test_json_keeps_to_its_published_schema() -> None:
     ):
         jsonschema.validate(json.loads(text), schema)
     assert schema["properties"]["schema"] == {"const": SCHEMA}
+
+
+def test_bytes_on_links_are_those_of_rings() -> None:
+    """Two stages of two tensor-parallel devices in one node: an all-reduce of the down projection forward, and of the
+    input's gradient backward, for every layer but the first input; activations between the stages."""
+    plan = pipeline_plan()
+    found = traffic(plan)
+    tensor = 8 * 128 * 64 * 4
+    by_kind = {(s.stage, s.axis, s.what): s.nbytes for s in found.sent}
+    layers = sum(stage == 0 for node in plan.nodes.values() for stage in node.stages if node.op == "aten.linear") // 2
+    # A ring of two sends each tensor once (2 * 1/2 of it); the first layer's input needs a gradient too: the embedding.
+    assert by_kind[0, "tp", "all-reduce"] == pytest.approx((2 * layers - (len(plan.stages) > 1)) * tensor)
+    messages = [s for s in found.sent if s.target >= 0]
+    assert {(s.stage, s.target) for s in messages} == {(0, 1), (1, 0)}
+    assert all(s.nbytes == plan.microbatches * plan.links[0].nbytes for s in messages if s.stage == 0)
+    assert set(found.inside) == {0} and not found.between
+    apart = dataclasses.replace(
+        plan, devices=tuple(dataclasses.replace(d, node=r // 2) for r, d in enumerate(plan.devices))
+    )
+    assert set(traffic(apart).between) == {(0, 1), (1, 0)}
+
+
+def test_the_map_shows_which_part_of_a_layer_a_device_holds() -> None:
+    (found,) = pictures.held(facts(pipeline_plan()))
+    rows = {name: cells for name, _, cells in found.rows}
+    assert found.columns == (("0", 0), ("1", 0), ("2", 1), ("3", 1))
+    assert rows["model.layers.[0-1]"] == ((0.0, 0.5), (0.5, 0.5), (0.0, 0.0), (0.0, 0.0))
+    assert rows["embed"] == ((0.0, 1.0), (0.0, 1.0), (0.0, 0.0), (0.0, 0.0))
+    (many,) = pictures.held(facts(pipeline_plan(16, 8, 16, 32)))
+    assert len(many.columns) <= 32 and "of 128 devices" in many.note
+
+
+def test_what_if_is_drawn_over_its_numbers() -> None:
+    plan = pipeline_plan()
+    others = (
+        WhatIf("devices", "8xa10g", "dp4", 0.1, 80.0, GIB, devices=8),
+        WhatIf("memory", "40 GiB", "dp4", 0.1, 60.0, GIB),
+        WhatIf("memory", "1 KiB", reason="does not fit"),
+        WhatIf("links", "2x", "dp4", 0.1, 55.0, GIB),
+        WhatIf("devices", "cluster.toml", "dp4", 0.1, 70.0, GIB),
+    )
+    plots = {plot.name: plot for plot in pictures.rates(facts(plan, None, others))}
+    assert set(plots) == {"devices", "memory", "links"}
+    assert [x for x, _, _ in plots["devices"].points] == [4.0, 8.0] and plots["devices"].marked == 4.0
+    assert [x for x, _, _ in plots["memory"].points] == [20.0, 40.0]
+    page = render_html(plan, None, others)
+    assert page.count("<circle") == 6 and page.count('class="point here"') == 3 and 'class="even"' in page
+    text = io.StringIO()
+    render_terminal(plan, Console(file=text, width=100), None, others)
+    assert "samples/s over devices" in text.getvalue() and "(this plan) [" in text.getvalue()

@@ -12,7 +12,7 @@ INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check -c constrain
 # make profile-gpu: op times of this machine's GPU for the package, with the Python that is there; no network.
 # make zoo: every architecture of tests/zoo (half an hour on two cores; resumes), then docs/zoo.md.
 
-.PHONY: api bench-gpu demo faults soak zoo stranger test browser docs fuzz rules lint setup setup-test clean
+.PHONY: api bench bench-gpu demo faults soak zoo stranger test browser docs fuzz rules lint setup setup-test clean
 
 demo: setup
 	$(RUN) examples/train_byte_gpt.py
@@ -47,6 +47,12 @@ api: setup-test
 # make stranger: a fresh clone and virtual environment, then README's "Start here" word by word, timed.
 stranger:
 	@$(PYTHON) tests/stranger.py
+
+# make bench: every benchmark that needs no GPU (40 minutes on two cores; root, for emulated links), then
+# docs/benchmarks.md.  ARGS: of python -m benchmarks, such as ARGS=--smoke.
+bench: setup-test
+	$(INSTALL) -e ".[test,bench]"
+	$(RUN) -m benchmarks $(ARGS)
 
 # make browser: the HTML report in a real browser (needs chromium).
 browser: setup-test

@@ -25,8 +25,10 @@ import numpy as np
 
 from shardplan.planner.search.problem import Option, SegmentProblem, Value, Weights
 
-_LARGEST = 1 << 20
+_LARGEST = 1 << 22
 """Entries of a table, one weighting."""
+_TOGETHER = 1 << 24
+"""Entries of a table, all weightings that go through it side by side."""
 _WIDE = 1 << 12
 """Entries of the table of a value and its readers, above which readers are joined two by two."""
 Numbers = np.ndarray
@@ -45,12 +47,21 @@ def eliminate(problem: SegmentProblem, weights: Sequence[Weights]) -> list[Matri
     """The optimum between all layouts at the ends, for every weighting. None: the tables would be too large."""
     try:
         return _Elimination(problem, weights).run()
+    except _TooMany:
+        half = len(weights) // 2
+        first = eliminate(problem, weights[:half])
+        rest = eliminate(problem, weights[half:])
+        return [*first, *rest] if first is not None and rest is not None else None
     except _TooLarge:
         return None
 
 
 class _TooLarge(Exception):
     pass
+
+
+class _TooMany(_TooLarge):
+    """Weightings at once."""
 
 
 class _Elimination:
@@ -182,8 +193,11 @@ class _Elimination:
         while left:
             variable = min(left, key=lambda v: (math.prod(self.domains[w] for w in neighbours[v]), v))
             scope = tuple(sorted(neighbours[variable]))
-            if math.prod(self.domains[w] for w in scope) * self.domains[variable] > _LARGEST:
+            entries = math.prod(self.domains[w] for w in scope) * self.domains[variable]
+            if entries > _LARGEST:
                 raise _TooLarge
+            if entries * len(self.weights) > _TOGETHER and len(self.weights) > 1:
+                raise _TooMany
             total = self._sum([factors.pop(n) for n in of.pop(variable)], (variable, *scope))
             # The first of equal minima: the same input gives the same choice.
             done.append((variable, scope, total.argmin(1)))

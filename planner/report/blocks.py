@@ -162,7 +162,15 @@ class Plot:
     even: bool = False
 
 
-Block = Lines | Table | Bars | Chart | Shares | Curves | Topology | Map | Plot
+@dataclass(frozen=True, slots=True)
+class Reasons:
+    """The same in sentences, for a terminal, and in columns, for a page."""
+
+    sentences: tuple[str, ...]
+    table: Table
+
+
+Block = Reasons | Lines | Table | Bars | Chart | Shares | Curves | Topology | Map | Plot
 
 
 @dataclass(frozen=True, slots=True)

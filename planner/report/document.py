@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 from shardplan.planner.plan import Alternative, Memory, Plan
 from shardplan.planner.report import pictures
-from shardplan.planner.report.blocks import Bar, Bars, Block, Chart, Lines, Section, Table
+from shardplan.planner.report.blocks import Bar, Bars, Block, Chart, Lines, Reasons, Section, Table
 from shardplan.planner.report.facts import STORED, SUMMED, Facts, SplitFacts
-from shardplan.planner.report.why import reasons
+from shardplan.planner.report.why import reasons, table
 from shardplan.planner.report.words import (
     change_text,
     names_text,
@@ -33,7 +33,7 @@ def document(facts: Facts) -> tuple[Section, ...]:
         Section("Memory over the step", pictures.memory_curves(facts)),
         Section("Where the model lies", pictures.held(facts)),
         Section("Splits", _splits(facts)),
-        Section("Why", _lines(reasons(facts.plan))),
+        Section("Why", _why(facts.plan)),
         Section("What binds", _lines(facts.binds)),
         Section("Alternatives", _alternatives(facts)),
         Section("What if", _what_if(facts)),
@@ -52,6 +52,11 @@ def document(facts: Facts) -> tuple[Section, ...]:
 def _lines(items: Iterable[str]) -> tuple[Block, ...]:
     found = tuple(items)
     return (Lines(found),) if found else ()
+
+
+def _why(plan: Plan) -> tuple[Block, ...]:
+    found = tuple(reasons(plan))
+    return (Reasons(found, table(plan)),) if found else ()
 
 
 def _stages(facts: Facts) -> tuple[Block, ...]:

@@ -16,6 +16,7 @@ from shardplan.planner.report.blocks import (
     Lines,
     Map,
     Plot,
+    Reasons,
     Section,
     Shares,
     Table,
@@ -37,7 +38,7 @@ _MOST_BARS = 64
 _MOST_CURVES = 16
 _MOST_ROWS = 400
 _NAMES = ("parameter", "op")
-_WORDS = ("why not",)
+_WORDS = ("why not", "and", "decision")
 
 
 def render_html(plan: Plan, measured: Measured | None = None, what_if: tuple[WhatIf, ...] = ()) -> str:
@@ -102,8 +103,8 @@ def _block(block: Block) -> Iterable[str]:
     assert not isinstance(block, Plot)  # these stand side by side
     if isinstance(block, Lines):
         yield from (f"<p>{escape(item)}</p>" for item in block.items)
-    elif isinstance(block, Table):
-        yield _table(block)
+    elif isinstance(block, (Table, Reasons)):
+        yield _table(block if isinstance(block, Table) else block.table)
     elif isinstance(block, Bars):
         yield _bars(block)
     elif isinstance(block, Shares):
@@ -142,7 +143,7 @@ def _table(table: Table) -> str:
 
 def _sort_key(cell: str) -> str:
     """What the script sorts a cell of numbers with units by."""
-    found = _QUANTITY.match(cell)
+    found = _QUANTITY.search(cell)
     if not found:
         return ""
     return f' data-v="{float(found[1].replace(",", "")) * _UNITS.get(found[2], 1.0):g}"'

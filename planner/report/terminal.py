@@ -20,6 +20,7 @@ from shardplan.planner.report.blocks import (
     Lines,
     Map,
     Plot,
+    Reasons,
     Section,
     Shares,
     Table,
@@ -69,6 +70,8 @@ def _section(section: Section, width: int) -> Group:
 def _block(block: Block, width: int) -> Iterable[object]:
     if isinstance(block, Lines):
         yield from (Text(item) for item in block.items)
+    elif isinstance(block, Reasons):
+        yield from map(_reason, block.sentences)
     elif isinstance(block, Table):
         yield _table(block, width)
     elif isinstance(block, Bars):
@@ -87,6 +90,12 @@ def _block(block: Block, width: int) -> Iterable[object]:
         yield from _plot(block, width)
     else:
         yield from _chart(block, width)
+
+
+def _reason(sentence: str) -> Text:
+    """What was decided stands out."""
+    head, colon, rest = sentence.partition(": ")
+    return Text.assemble((head + colon, "bold"), rest)
 
 
 def _table(table: Table, width: int) -> RichTable:

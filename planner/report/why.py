@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from shardplan.planner import schedules
 from shardplan.planner.instructions import Op
 from shardplan.planner.plan import Decision, Plan
+from shardplan.planner.report.blocks import Table
 from shardplan.planner.report.facts import stage_times
 from shardplan.planner.report.words import change_text, nbytes_text, pattern, seconds_text
 from shardplan.planner.simulate import messages_of, simulate
@@ -18,6 +19,30 @@ _SAME = 0.0005
 def reasons(plan: Plan) -> list[str]:
     """One sentence per decision and its next best."""
     return [sentence(plan, decision) for decision in (*plan.decisions, *schedule_decisions(plan))]
+
+
+def table(plan: Plan) -> Table:
+    """The same in columns."""
+    columns = (("decision", False), ("this plan", False), ("instead", False), ("a step", True), ("change", True))
+    rows = []
+    for decision in (*plan.decisions, *schedule_decisions(plan)):
+        found = seconds_text(decision.seconds)
+        step = f"at least {found}" if decision.proven else found
+        change = change_text(decision.seconds, plan.step_seconds) if decision.seconds is not None else ""
+        cells = (decision.topic, decision.chosen, decision.other, step, change, _because(plan, decision))
+        rows.append(cells)
+    return Table((*columns, ("and", False)), tuple(rows))
+
+
+def _because(plan: Plan, decision: Decision) -> str:
+    """What is to be said besides the seconds."""
+    if decision.seconds is None:
+        return decision.why
+    if decision.proven:
+        return "" if decision.seconds >= plan.step_seconds * (1 - _SAME) else "not sought further: the time was up"
+    name = [decision.name] if decision.name and not decision.nbytes else []
+    why = decision.why.partition(": ")[2]
+    return ", ".join([*name, *([why] if why else []), *_memory(plan, decision)])
 
 
 def reasons_of(plan: Plan, name: str) -> list[str]:

@@ -459,3 +459,8 @@ def test_what_if_is_drawn_over_its_numbers() -> None:
     text = io.StringIO()
     render_terminal(plan, Console(file=text, width=100), None, others)
     assert "samples/s over devices" in text.getvalue() and "(this plan) [" in text.getvalue()
+
+
+def test_what_is_inexact_is_in_the_verdict() -> None:
+    plan = dataclasses.replace(pipeline_plan(), notes=("INEXACT: sums are rounded", "something else"))
+    assert facts(plan).verdict.endswith("; INEXACT: sums are rounded.")

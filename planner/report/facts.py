@@ -295,6 +295,8 @@ def _verdict(plan: Plan, devices: tuple[DeviceFacts, ...]) -> str:
         parts.append("as given, not searched")
     elif plan.status.lower_bound > 0:
         parts.append(f"proven within {share_text(max(plan.status.gap, 0.0))} of the best")
+    # What is not what one device computes has to be seen first.
+    parts += [note for note in plan.notes if note.startswith("INEXACT")]
     name = plan.model or "model"
     return (
         f"{name} on {plural(len(plan.devices), 'device')}: "

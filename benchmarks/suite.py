@@ -67,6 +67,7 @@ SUITES = (
         "search", "--json", ("8b@8", "8b@64", "70b@64", "405b@16384"), smoke=("8b@8", "--time-limit", "20"), minutes=3
     ),
     Suite("scaling", "-o", smoke=("--model", "llama-8b"), minutes=2),
+    Suite("startup", "-o", smoke=("--rounds", "1"), minutes=0.7),
     Suite("mixed", "-o", minutes=10, long=True),
     Suite("expert_plans", "--json", minutes=30, long=True),
 )

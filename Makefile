@@ -12,7 +12,7 @@ INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check -c constrain
 # make profile-gpu: op times of this machine's GPU for the package, with the Python that is there; no network.
 # make zoo: every architecture of tests/zoo (half an hour on two cores; resumes), then docs/zoo.md.
 
-.PHONY: api bench bench-gpu demo faults soak zoo stranger test browser docs fuzz rules lint setup setup-test clean
+.PHONY: api bench bench-gpu determinism demo faults soak zoo stranger test browser docs fuzz rules lint setup setup-test clean
 
 demo: setup
 	$(RUN) examples/train_byte_gpt.py
@@ -64,6 +64,10 @@ profile-gpu:
 # make bench-gpu: all that one GPU can prove, with the Python that is there; no network.
 bench-gpu:
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu
+
+# make determinism: 20 processes with other hash seeds and shuffled inputs plan the same bytes.
+determinism: setup-test
+	$(RUN) -m tests.determinism --runs 20
 
 zoo: setup-test
 	$(RUN) -m tests.zoo.run

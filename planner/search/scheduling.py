@@ -163,7 +163,7 @@ class Scheduling:
             found = min(found, factor * inside)
         return found
 
-    def scheduled(self, sketch: Sketch, candidate: Candidate, best: float) -> tuple[Finished | None, Finished | None]:
+    def scheduled(self, candidate: Candidate, best: float) -> tuple[Finished | None, Finished | None]:
         """(The fastest that fits, the leanest that does not fit op by op), of schedules that may take less than `best`
         seconds. candidate: the solved case."""
         found: Finished | None = None
@@ -172,7 +172,7 @@ class Scheduling:
             least = rho(candidate.case, way.fill) * candidate.choice.objective
             if least * _UNDER >= min(best, found.exposed_seconds if found is not None else math.inf):
                 break  # no other schedule's is less
-            for made in self._candidates(sketch, candidate, way, best):
+            for made in self._candidates(candidate, way, best):
                 done = finish(self.search, made)
                 if done.fits:
                     if found is None or done.exposed_seconds < found.exposed_seconds:
@@ -182,7 +182,7 @@ class Scheduling:
                     overfull = done
         return found, overfull
 
-    def _candidates(self, sketch: Sketch, candidate: Candidate, way: Way, best: float) -> Iterator[Candidate]:
+    def _candidates(self, candidate: Candidate, way: Way, best: float) -> Iterator[Candidate]:
         """The candidate under a schedule, first with its own columns."""
         if way.kind == self.search.schedule:
             yield candidate
@@ -193,7 +193,7 @@ class Scheduling:
         flights = self.flights(candidate.case, way)
         if all(f <= q for f, q in zip(flights, candidate.problem.in_flight, strict=True)):
             return
-        problem = replace(sketch.problem, in_flight=flights)
+        problem = replace(candidate.problem, in_flight=flights)  # whose columns the candidate's segments are
         try:
             choice = solve_stages(problem, self.search.budget, best / rho(candidate.case, way.fill))
         except SolverTimeout:

@@ -253,7 +253,7 @@ class Search:
                 self.tally.bound = min(self.tally.bound, bound)
                 done, over = None, None
                 if candidate is not None:
-                    done, over = self.scheduling.scheduled(work, candidate, best)
+                    done, over = self.scheduling.scheduled(candidate, best)
                     self.tally.solved += done is not None or over is None
                 if done is not None:
                     found.append(done)

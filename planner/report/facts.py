@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from shardplan.planner.instructions import Op
 from shardplan.planner.placement import MICROBATCH_AXIS, Placement
 from shardplan.planner.plan import Alternative, Memory, Plan, StagePlan, Status
 from shardplan.planner.reductions import times_of
@@ -164,21 +163,14 @@ def simulate_plan(plan: Plan) -> Simulation:
 
 
 def stage_times(plan: Plan) -> list[StageTimes]:
-    """What the simulator has to know of every stage."""
+    """What the simulator has to know of every stage. Its bytes of a microbatch are such that its peak is the plan's."""
+    units = simulate(plan.instructions, [times_of(stage, 1) for stage in plan.stages], messages_of(plan.links)).memory
     found = []
     for index, stage in enumerate(plan.stages):
-        held = stage.memory.activations // max(_most_alive(plan, index), 1)
+        alive = max((count for _, count in units.get(index, ())), default=1)
+        held = stage.memory.activations // max(alive, 1)
         found.append(times_of(stage, held, stage.memory.peak_nbytes - stage.memory.activations))
     return found
-
-
-def _most_alive(plan: Plan, stage: int) -> int:
-    """Microbatches of a stage whose forward is done and whose backward is not, at most."""
-    most = now = 0
-    for i in (i for line in plan.instructions for i in line if i.stage == stage):
-        now += (i.op is Op.FORWARD) - (i.op in (Op.BACKWARD, Op.BACKWARD_INPUT))
-        most = max(most, now)
-    return most
 
 
 def axis_sizes(plan: Plan) -> dict[str, tuple[int, ...]]:

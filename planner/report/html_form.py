@@ -34,6 +34,16 @@ from shardplan.planner.report.words import nbytes_text, plural, ratio_text, seco
 
 _QUANTITY = re.compile(r"([-+]?[\d,.]+)\s*(\w*)")
 _UNITS = {"ms": 1e-3, "us": 1e-6, "ns": 1e-9, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30, "TiB": 2.0**40}
+_BARS = {
+    "forward": "forward",
+    "backward": "backward",
+    "weight": "gradients of weights",
+    "reduce": "once a step",
+    "optimizer": "optimizer",
+    "transfer": "message",
+    "wait": "waiting",
+}
+"""Colours of a timeline."""
 _MOST_BARS = 64
 _MOST_CURVES = 16
 _MOST_ROWS = 400
@@ -87,8 +97,10 @@ def _figures(found: Facts) -> str:
 
 def _section(section: Section) -> Iterable[str]:
     yield f"<section><h2>{escape(section.title)}</h2>"
-    if any(isinstance(block, Chart) for block in section.blocks):
-        yield _key(("forward", "backward", "reduce", "transfer"), {"reduce": "once a step", "transfer": "message"})
+    charts = [block for block in section.blocks if isinstance(block, Chart)]
+    drawn = {event.category for chart in charts for track in chart.timeline.tracks for event in track.events}
+    if charts:
+        yield _key([name for name in _BARS if name in drawn], _BARS)
     plots = [block for block in section.blocks if isinstance(block, Plot)]
     if plots:
         drawn = (f"<figure><figcaption>{escape(plot.y_name)}</figcaption>{plot_svg(plot)}</figure>" for plot in plots)

@@ -11,9 +11,11 @@ from shardplan.planner.report.words import nbytes_text, seconds_text
 from shardplan.planner.timeline import Event, Timeline, Track
 
 _WIDTH = 1000.0
-_LABEL = 92.0
+_LABEL = 130.0
 _ROW, _THIN, _GAP, _BREAK = 24.0, 9.0, 5.0, 26.0
 _MOST_BARS = 1600
+_MOST_LETTERS = 18
+"""Of a track's name beside its row."""
 _NUMBER = re.compile(r"\d+$")
 
 
@@ -86,7 +88,10 @@ def _windows(timeline: Timeline) -> list[tuple[float, float]]:
 
 def _row(track: Track, scale: _Scale, top: float, height: float, named: bool) -> Iterable[str]:
     size = "" if named else ' class="small"'
-    yield f'<text x="0" y="{top + height / 2 + 4:.0f}"{size}>{escape(track.name)}</text>'
+    short = track.name if len(track.name) <= _MOST_LETTERS else track.name[: _MOST_LETTERS - 2] + ".."
+    yield (
+        f'<text x="0" y="{top + height / 2 + 4:.0f}"{size}>{escape(short)}<title>{escape(track.name)}</title></text>'
+    )
     if named:
         yield f'<rect class="idle" x="{_LABEL:.0f}" y="{top:.0f}" width="{_WIDTH - _LABEL:.0f}" height="{height:.0f}"/>'
     for event in track.events:

@@ -70,7 +70,7 @@ def experts(batch: int = 8, length: int = 64) -> Made:
     config = MixtralConfig(
         vocab_size=512, hidden_size=192, intermediate_size=384, num_hidden_layers=4, num_attention_heads=6,
         num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=128, use_cache=False,
-        experts_implementation="batched_mm",
+        experts_implementation="grouped_mm",
     )  # fmt: skip
     ids = torch.randint(512, (batch, length))
     return MixtralForCausalLM(config), {"input_ids": ids, "labels": ids}, None

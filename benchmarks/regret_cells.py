@@ -80,7 +80,7 @@ def _four() -> Iterator[Wanted]:
         yield Wanted(f"dp2 tp2{', across' if order else ''}", _degrees(2, 2, 1), 1, order=order)
 
 
-_SMALL = ("wide@4x32", "usual@8x32", "deep@8x64", "images@8", "experts@8x32", "translation@8x32")
+_SMALL = ("wide@4x32", "usual@8x32", "deep@8x64", "images@8", "experts@8x64", "translation@8x32")
 _LINKS = (
     uniform(2), uniform(2, 1000), uniform(2, 200), uniform(2, 50), uniform(2, 1000, 1), uniform(2, 1000, 5),
 )  # fmt: skip

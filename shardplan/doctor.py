@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 OK, WARN, FAIL = "ok", "warning", "problem"
 SCHEMA = 1
@@ -277,12 +278,12 @@ def _meeting() -> tuple[str, str, str]:
     import torch
     import torch.distributed as dist
 
-    store, size = dist.HashStore(), 1 << 18
+    store, size = dist.HashStore(), 1 << 18  # pyright: ignore[reportPrivateImportUsage]
     seen: list[float | Exception] = []
 
     def rank(number: int) -> None:
         try:
-            group = dist.ProcessGroupGloo(store, number, 2, timedelta(seconds=_MEETING_SECONDS))
+            group: Any = dist.ProcessGroupGloo(store, number, 2, timedelta(seconds=_MEETING_SECONDS))
             tensor = torch.ones(size)
             group.allreduce([tensor]).wait()  # connects
             started = time.perf_counter()

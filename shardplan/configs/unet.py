@@ -52,7 +52,10 @@ class Config:
         for name in ("attention", "attention_head_dim", "transformer_layers_per_block"):
             if len(given[name]) != levels:
                 raise ValueError(f"{name} names {len(given[name])} levels, block_out_channels {levels}")
-        return Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+        for name, value in given.items():
+            if isinstance(value, list):
+                given[name] = tuple(value)
+        return Config(**given)
 
 
 class Residual(nn.Module):

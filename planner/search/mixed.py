@@ -6,7 +6,7 @@ every mesh (dp, tp) is a way (`mixed_problem`). Which ways in which order, where
 is decided together (`mixed_boxes`), once per number of microbatches and placement of tied parameters. Numbers of
 microbatches are taken by a bound from the fastest split of every op:
 
-    step >= m * (least slowest stage, where nothing is converted, sent or held).
+    step >= (m - 1) * (least slowest stage) + (least sum of stages), where nothing is converted, sent or held.
 
 Prices of a way are those of its first devices; where units of a kind have several nodes, a message between two stages
 on them is bounded as if it stayed in the node, and the plan is priced on its own ranks.
@@ -29,7 +29,7 @@ from shardplan.planner.search.mixed_candidate import MixedCandidate, Priced
 from shardplan.planner.search.mixed_groups import DeviceGroups, Group
 from shardplan.planner.search.mixed_problem import LAYOUTS, MixedChoice, MixedProblem, Way
 from shardplan.planner.search.mixed_shares import by_speed
-from shardplan.planner.search.mixed_states import States, least_slowest
+from shardplan.planner.search.mixed_states import States, least_slowest, least_sum
 from shardplan.planner.search.placed_costs import PlacedCosts
 from shardplan.planner.search.problem import Price, Weights
 from shardplan.planner.search.runs import held_by, ops_of
@@ -63,6 +63,7 @@ class MixedSearch:
         self.most_stages = min(most, self.decided.degrees.get("pp", most))
         if most == _MOST_STAGES < min(self.count, len(self.cluster)):
             self.search.tally.notes.append(f"pipelines of unequal devices were searched up to {_MOST_STAGES} stages")
+        self.states: States | None = None
         self._traffic: dict[object, tuple[Traffic, Traffic] | None] = {}
 
     # -- ways ----------------------------------------------------------------------------------------------------------
@@ -109,8 +110,11 @@ class MixedSearch:
             fixed = self.shared(columns).seconds
             for first in range(self.count):
                 cell[way, first, first + 1 :] = np.cumsum(each[first:]) + fixed
-        states = States(self.units, (group.takes for group in priced.groups))
-        return m * least_slowest(states, [group.takes for group in priced.groups], cell)
+        takes = [group.takes for group in priced.groups]
+        if self.states is None:
+            self.states = States(self.units, (group.takes for group in self.groups))
+        slowest = least_slowest(self.states, takes, cell)
+        return (m - 1) * slowest + least_sum(self.states, takes, cell) if m > 1 else slowest
 
     def shared(self, columns: Columns) -> Price:
         """`casework.shared` with the prices of the way."""

@@ -53,6 +53,7 @@ class _Solver:
         self.problem, self.gap, self.best, self.left = problem, gap, best, left
         self.pace = problem.microbatches - 1
         self.programs = Programs(problem, best / self.pace if self.pace else math.inf)
+        self.least = 0.0 if self.programs.exact else self.programs.least_slowest(self.programs.low)
         self.found: list[MixedStage] | None = None
         self.number = 0
 
@@ -94,16 +95,14 @@ class _Solver:
         """A choice that is nearly as even as can be, so that all that is worse need not be looked at."""
         slowest = self.programs.least_slowest(self.programs.real)
         if self.pace and math.isfinite(slowest):
-            self._seek(slowest * _NEARLY, stages, WHOLE)
+            self._seek(slowest, slowest * _NEARLY, stages, WHOLE)
 
-    def _seek(self, most: float, stages: int, once: Range) -> None:
-        """Try the best path by what is known of costs, settle its cells, and again until all of a path are settled."""
+    def _seek(self, slowest: float, most: float, stages: int, once: Range) -> None:
+        """Try the best path by what is known of costs, settle its cells, and again until all of a path are settled.
+        slowest: no stage can be faster."""
         programs = self.programs
         for _ in range(_ROUNDS):
             real = programs.boxed(programs.real, most, once)
-            slowest = programs.least_slowest(real)
-            if math.isinf(slowest):
-                return
             _, path = programs.solve(real, stages, self.best - self.pace * slowest - once[0])
             fresh = programs.settle(path)
             self._try(path, most, once)
@@ -120,8 +119,10 @@ class _Solver:
             least, least_once = map(programs.least_slowest, programs.apart(cost[1], once[1]))
             cost, once = (max(cost[0], least), cost[1]), (max(once[0], least_once), once[1])
         low = programs.boxed(programs.low, cost[1], once)
-        slowest = max(cost[0], programs.least_slowest(low))
-        if not programs.exact:
+        if programs.exact:
+            slowest = max(cost[0], programs.least_slowest(low))
+        else:  # a limit on cells leaves the least slowest stage as it is, or nothing
+            slowest = max(cost[0], self.least)
             cost = slowest, cost[1]
         if cost[0] > cost[1] or once[0] > once[1] or math.isinf(slowest):
             return None
@@ -133,7 +134,7 @@ class _Solver:
         if programs.settled:
             self._try(path, cost[1], once)
         else:
-            self._seek(cost[1], stages, once)
+            self._seek(slowest, cost[1], stages, once)
         self.number += 1
         most = min(cost[1], (self.best - total - once[0]) / self.pace) if self.pace else cost[1]
         return _Box(bound, self.number, stages, (cost[0], most), once)

@@ -78,9 +78,9 @@ class Programs:
             if cells.settle((number, enters, leaves, first, last)):
                 fresh = True
                 touched[number, way] = None
-                for end in (last - 1, last + 1):
-                    if first < end <= self.count:
-                        cells.settle((number, enters, leaves, first, end))
+                for begin, end in ((first, last - 1), (first, last + 1), (first - 1, last), (first + 1, last)):
+                    if 0 <= begin < end <= self.count:
+                        cells.settle((number, enters, leaves, begin, end))
         for number, way in touched:
             self.real[number][way] = np.where(self._shut, math.inf, self.cells[way].real[number])
         return fresh

@@ -79,9 +79,21 @@ def least_slowest(states: States, takes: Sequence[Take], cell: np.ndarray) -> fl
     return float(value[:, 0].min())
 
 
+def least_sum(states: States, takes: Sequence[Take], cell: np.ndarray) -> float:
+    """The same for the sum."""
+    return float(_sums(states, takes, cell)[:, -1].min())
+
+
 def in_front(states: States, takes: Sequence[Take], cell: np.ndarray) -> np.ndarray:
     """[state, last]: no run of stages for [0, last) on what the state leaves has a lower sum of cell[way, first, last];
     -inf: nothing is known."""
+    value = _sums(states, takes, cell)
+    nothing = np.full(cell.shape[1], -math.inf)
+    return np.stack([value[left] if left >= 0 else nothing for left in states.left])
+
+
+def _sums(states: States, takes: Sequence[Take], cell: np.ndarray) -> np.ndarray:
+    """[state, last]: the least sum of a run of stages for [0, last) on at most what the state has in use."""
     count = cell.shape[1] - 1
     least = _by_take(states, takes, cell)
     value = np.full((len(states.numbers), count + 1), math.inf)
@@ -95,8 +107,7 @@ def in_front(states: States, takes: Sequence[Take], cell: np.ndarray) -> np.ndar
         for place, mine in zip(places, reached, strict=True):
             for after in states.steps[used, states.takes[place]]:
                 np.minimum(value[after], mine, out=value[after])
-    nothing = np.full(count + 1, -math.inf)
-    return np.stack([value[left] if left >= 0 else nothing for left in states.left])
+    return value
 
 
 def _by_take(states: States, takes: Sequence[Take], cell: np.ndarray) -> np.ndarray:

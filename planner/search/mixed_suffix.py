@@ -17,6 +17,8 @@ import numpy as np
 from shardplan.planner.search.mixed_problem import LAYOUTS, MixedProblem
 from shardplan.planner.search.mixed_states import States, in_front
 
+Layer = dict[int, np.ndarray]
+"""State -> [first, head]."""
 Step = tuple[int, int, int, int, int, int]
 """Of a path: flight (its position), layouts that enter and leave, first and last segment, way."""
 
@@ -126,45 +128,47 @@ class Suffixes:
 
     def _layered(self, tables: list[np.ndarray], stages: int) -> tuple[float, list[Step]]:
         problem = self.problem
-        runs = [self._runs(table) for table in tables] if not stages else []
-        layers, used_runs = [self._start()], []
-        best, at = math.inf, 0
+        layers: list[Layer] = [{0: np.zeros(0)}]
+        used_runs = []
+        best, at, shown = math.inf, 0, tables[0]
         for behind in range(1, problem.most_stages + 1):
             number = self.flights.index(problem.flight(behind))
-            mine = runs[number] if runs else self._runs(self._pinned(tables[number], behind, stages))
+            table = self._pinned(tables[number], behind, stages) if stages else tables[number]
+            same = used_runs and (table is shown or np.array_equal(table, shown))
+            mine, shown = used_runs[-1] if same else self._runs(table), table
             used_runs.append(mine)
-            layer = self._empty()
+            layer: Layer = {}
             for used in self.states.order:
-                self._extend(layers[-1], layer, used, mine, behind == 1)
+                self._extend(layers[-1], layer, used, mine)
             layers.append(layer)
-            final = float(layer[:, 0, ::LAYOUTS].min())
+            final = self._least(layer)
             allowed = (not stages or behind == stages) and (not problem.stages or behind in problem.stages)
             if final < best and allowed:
                 best, at = final, behind
-            if np.isinf(layer).all():
+            if not layer:
                 break
         if not at:
             return best, []
         used, head, first, found = *self._final(layers[at]), 0, []
         for behind in range(at, 0, -1):
             source, target = layers[behind - 1 : behind + 1]
-            used, tail, last = self._origin(source, target, used, first, head, used_runs[behind - 1], (behind == 1,))
+            used, tail, last = self._origin(source, target, used, first, head, used_runs[behind - 1])
             found.append(self._step(behind, head, tail, first, last))
             head, first = self._next_head(layers[behind - 1], used, last, tail), last
         return best, found
 
     def _together(self, table: np.ndarray) -> tuple[float, list[Step]]:
         """Where flights make no difference all numbers of stages share one layer."""
-        layer, start, runs = self._empty(), self._start(), self._runs(table)
-        self._extend(start, layer, 0, runs, True)
+        layer, start, runs = {}, {0: np.zeros(0)}, self._runs(table)
+        self._extend(start, layer, 0, runs)
         for used in self.states.order:
-            self._extend(layer, layer, used, runs, False)
-        best = float(layer[:, 0, ::LAYOUTS].min())
+            self._extend(layer, layer, used, runs)
+        best = self._least(layer)
         if math.isinf(best):
             return best, []
         used, head, first, found = *self._final(layer), 0, []
         while first < self.count:
-            used, tail, last = self._origin(layer, layer, used, first, head, runs, (True, False))
+            used, tail, last = self._origin(layer | start, layer, used, first, head, runs)
             found.append((head, tail, first, last))
             if last < self.count:
                 head = self._next_head(layer, used, last, tail)
@@ -184,35 +188,27 @@ class Suffixes:
             table[..., ~inside if stage == stages - behind else inside] = math.inf
         return table
 
-    def _empty(self) -> np.ndarray:
-        """[state, first, head]"""
-        return np.full((len(self.states.numbers), self.count + 1, self.heads), math.inf)
+    def _least(self, layer: Layer) -> float:
+        """Of a pipeline that begins with the first segment."""
+        return float(min((held[0, ::LAYOUTS].min() for held in layer.values()), default=math.inf))
 
-    def _start(self) -> np.ndarray:
-        layer = self._empty()
-        layer[0, self.count, 0] = 0.0
-        return layer
-
-    def _behind(self, layer: np.ndarray, used: int, begins: bool) -> np.ndarray:
+    def _behind(self, layer: Layer, used: int) -> np.ndarray:
         """[tail, last]: the least of what follows a stage that ends there by that way and layout."""
         found = np.full((self.heads, self.count + 1), math.inf)
-        if begins:
-            if used == 0:
-                found[::LAYOUTS, self.count] = 0.0
+        if used == 0:  # nothing follows
+            found[::LAYOUTS, self.count] = 0.0
             return found
         least = layer[used].min(1)
         lasts = np.flatnonzero(np.isfinite(least) & (least <= self._room[used]))
         lasts = lasts[(lasts > 0) & (lasts < self.count)]
         if len(lasts):
-            found[:, lasts] = (self.sends[lasts] + layer[used, lasts][:, None, :]).min(2).T
+            found[:, lasts] = (self.sends[lasts] + layer[used][lasts][:, None, :]).min(2).T
         return found
 
-    def _extend(
-        self, source: np.ndarray, target: np.ndarray, used: int, runs: list[_Runs | None], begins: bool
-    ) -> None:
-        if not begins and not np.isfinite(source[used]).any():
+    def _extend(self, source: Layer, target: Layer, used: int, runs: list[_Runs | None]) -> None:
+        if used not in source:
             return
-        behind = self._behind(source, used, begins)
+        behind = self._behind(source, used)
         if not np.isfinite(behind).any():
             return
         for place in self.states.possible[used]:
@@ -221,46 +217,46 @@ class Suffixes:
                 continue
             reached = mine.reached(behind)
             for after in self.states.steps[used, self.states.takes[place]]:
-                held = target[after]
+                if not (np.isfinite(reached) & (reached <= self._room[after, mine.firsts])).any():
+                    continue
+                held = target.get(after)
+                if held is None:
+                    held = target[after] = np.full((self.count + 1, self.heads), math.inf)
                 held[mine.firsts, mine.heads] = np.minimum(held[mine.firsts, mine.heads], reached)
 
     # -- backwards -----------------------------------------------------------------------------------------------------
 
-    def _final(self, layer: np.ndarray) -> tuple[int, int]:
+    def _final(self, layer: Layer) -> tuple[int, int]:
         """State and head of the best."""
-        value = layer[:, 0, ::LAYOUTS]
-        used, way = (int(x) for x in np.unravel_index(value.argmin(), value.shape))
-        return used, way * LAYOUTS
+        used = min(sorted(layer), key=lambda state: layer[state][0, ::LAYOUTS].min())
+        return used, int(layer[used][0, ::LAYOUTS].argmin()) * LAYOUTS
 
     def _origin(
         self,
-        source: np.ndarray,
-        target: np.ndarray,
+        source: Layer,
+        target: Layer,
         after: int,
         first: int,
         head: int,
         runs: list[_Runs | None],
-        begins: tuple[bool, ...],
     ) -> tuple[int, int, int]:
-        """State before, tail and last segment of the stage by which a value was reached. begins: whether the stage may
-        be the last, and whether it may not be."""
+        """State before, tail and last segment of the stage by which a value was reached."""
         take = self.problem.ways[head // LAYOUTS].takes
-        mine, value = runs[self.states.takes.index(take)], target[after, first, head]
+        mine, value = runs[self.states.takes.index(take)], target[after][first, head]
         assert mine is not None
         cells = mine.of(first, head)
         tails, lasts = mine.tails[cells], mine.lasts[cells]
         for used in self.before[after]:
-            if after not in self.states.steps.get((used, take), ()):
+            if used not in source or after not in self.states.steps.get((used, take), ()):
                 continue
-            for last_stage in begins:
-                reached = mine.costs[cells] + self._behind(source, used, last_stage)[tails, lasts]
-                at = int(reached.argmin())
-                if reached[at] == value:
-                    return used, int(tails[at]), int(lasts[at])
+            reached = mine.costs[cells] + self._behind(source, used)[tails, lasts]
+            at = int(reached.argmin())
+            if reached[at] == value:
+                return used, int(tails[at]), int(lasts[at])
         raise AssertionError("a value without an origin")
 
-    def _next_head(self, layer: np.ndarray, used: int, last: int, tail: int) -> int:
-        return int((self.sends[last][tail] + layer[used, last]).argmin()) if last < self.count else 0
+    def _next_head(self, layer: Layer, used: int, last: int, tail: int) -> int:
+        return int((self.sends[last][tail] + layer[used][last]).argmin()) if last < self.count else 0
 
 
 def _more(mine: np.ndarray, theirs: np.ndarray, axis: int) -> np.ndarray:

@@ -103,8 +103,9 @@ def run(settings: tuple[Setting, ...], ranks: int, known: dict[str, Cell], loopb
             EmulatedCluster(todo[0].links, shares=share if share < 1 else None, loopback=loopback) as c,
         ):
             for setting in shown(todo, not sys.stderr.isatty()):
-                found = measure(c, setting.links, setting.job, setting.wanted, folder, Conditions((share,) * ranks))
-                for want, result in zip(setting.wanted, found, strict=True):
+                wanted = [want for want in setting.wanted if _key(setting, ranks, want) not in known]
+                found = measure(c, setting.links, setting.job, wanted, folder, Conditions((share,) * ranks))
+                for want, result in zip(wanted, found, strict=True):
                     known[_key(setting, ranks, want)] = Cell(_key(setting, ranks, want), result)
                 save()
     return [known[_key(s, ranks, w)] for s in settings for w in s.wanted]

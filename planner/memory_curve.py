@@ -8,13 +8,20 @@ memory from the device 2 MiB at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shardplan.planner.instructions import Instruction, Op
 
 _CUDA_SEGMENT_NBYTES = 2 << 20
+_CUDA_BLOCK_NBYTES = 512
 _COMPUTES = {Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT}
+
+
+def block(nbytes: float, cuda: bool) -> float:
+    """What an allocator hands out for a tensor."""
+    return math.ceil(nbytes / _CUDA_BLOCK_NBYTES) * float(_CUDA_BLOCK_NBYTES) if cuda else float(nbytes)
 
 
 @dataclass(frozen=True, slots=True)

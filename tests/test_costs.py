@@ -114,7 +114,7 @@ def test_absurd_seconds_are_neither_kept_nor_believed(tmp_path, number):
     store = Store(path)
     store.put_samples([Sample("k", "f", number, 1.0, 1.0, 1.0)])
     assert store.sample("k") is None and store.family("f") == []
-    store._connection.execute("INSERT INTO samples VALUES ('k', 'f', 1.0, ?, 1.0, 1.0)", (number,))
+    store._connection.execute("INSERT INTO samples VALUES ('k', 'f', 1.0, ?, 1.0, 1.0, 0, 0)", (number,))
     store._connection.commit()
     assert store.sample("k") is None and store.family("f") == []
     store.put_samples([SAMPLE])  # takes its place

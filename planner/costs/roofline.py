@@ -103,7 +103,7 @@ def modelled_seconds(call: LocalCall, kind: DeviceKind) -> tuple[float, float]:
         found = [modelled_seconds(part, kind) for part in mixtures.parts(call)]
         return sum(ahead for ahead, _ in found), sum(back for _, back in found)
     differentiable = any(value.needs_grad for value in call.outputs)
-    if is_view(call.target):
+    if is_view(call.target) and (not call.inputs or call.outputs[0].dtype == call.inputs[0].dtype):
         return _VIEW_SECONDS, _VIEW_SECONDS if differentiable else 0.0
     launch = _LAUNCH_SECONDS[kind.torch_device]
     traffic = sum(value.nbytes for value in (*call.inputs, *call.outputs))

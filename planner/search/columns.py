@@ -24,7 +24,7 @@ from shardplan.planner.rules.strategy import SENT
 from shardplan.planner.search.boundaries import Boundaries
 from shardplan.planner.search.builder import Builder
 from shardplan.planner.search.elimination import eliminate
-from shardplan.planner.search.memory import Keeps, copies, root
+from shardplan.planner.search.memory import Keeps, lies_otherwise, root
 from shardplan.planner.search.problem import Price, SegmentProblem, Weights, total_price
 from shardplan.planner.search.recomputing import Curve, Lever, curve
 from shardplan.planner.search.runs import Run, held_by, ops_of
@@ -455,7 +455,7 @@ class Columns:
 
     def _cost(self, node: fx.Node, call: LocalCall) -> OpCost:
         cost = self.costs.op(call, 0)
-        if not copies(node):
+        if not lies_otherwise(node):
             return cost
         # A local call does not know strides, so this was priced as a view.
         again = self.costs.copy(sum(result.nbytes for result in call.outputs), 0)

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from shardplan.planner.costs.roofline import is_view
+from shardplan.planner.memory_curve import block
 from shardplan.planner.placement import D, Placement, R
 from shardplan.planner.propagate import placed
 from shardplan.planner.rules import LocalCall, Strategy, local_call
@@ -72,11 +73,12 @@ def segment_bytes(
     recomputed: bool,
     bucketed: Collection[fx.Node] = (),
     arriving: bool = False,
+    cuda: bool = False,
 ) -> SegmentBytes:
     """nodes: the segment's ops in order; chosen: tp strategies by node; recomputed: whether its forward runs again in
     backward; bucketed: parameters whose gradients are moved to a place of their own; arriving: whether the gradients of
-    its results are messages, which are not counted here."""
-    steps, entering = _steps(columns, list(nodes), chosen, bucketed)
+    its results are messages, which are not counted here; cuda: whether tensors take whole blocks."""
+    steps, entering = _steps(columns, list(nodes), chosen, bucketed, cuda)
     if not columns.training:
         return SegmentBytes(0.0, _forward(steps, entering, columns.keeps, False)[1])
     kept, forward = _forward(steps, entering, columns.keeps, True)
@@ -90,7 +92,7 @@ def segment_bytes(
 
 
 def _steps(
-    columns: Columns, nodes: list[fx.Node], chosen: Mapping[str, Strategy], bucketed: Collection[fx.Node]
+    columns: Columns, nodes: list[fx.Node], chosen: Mapping[str, Strategy], bucketed: Collection[fx.Node], cuda: bool
 ) -> tuple[list[_Step], dict[Key, float]]:
     trace, keeps = columns.trace, columns.keeps
     inside = set(nodes)
@@ -108,13 +110,13 @@ def _steps(
             maker, index = root(argument)
             key: Key = (maker, index, None)
             source = trace.sources.get(maker.name)
-            nbytes = call.inputs[position].nbytes
+            nbytes = block(call.inputs[position].nbytes, cuda)
             wanted = placed_input(strategy, position)
             lies = placed(chosen.get(resolve(argument)[0].name), resolve(argument)[1])
             if wanted not in (lies, D) and lies != D and (wanted.is_shard or lies != R):
                 key = maker, index, wanted
                 if key not in sizes:
-                    step.made[key] = float(nbytes)
+                    step.made[key] = nbytes
             elif source is not None:
                 if needs_grad(argument) and source.kind == "param" and maker in bucketed:
                     step.moved += nbytes
@@ -122,23 +124,26 @@ def _steps(
                     step.parameters += nbytes
                 continue
             elif maker not in inside and key not in sizes and maker.op == "call_function":
-                entering[key] = float(columns.local_nbytes(_value(maker, index), placed(chosen.get(maker.name), index)))
-            sizes.setdefault(key, float(nbytes))
+                whole = columns.local_nbytes(_value(maker, index), placed(chosen.get(maker.name), index))
+                entering[key] = block(whole, cuda)
+            sizes.setdefault(key, nbytes)
             step.read.add(key)
             if columns.training and saves is not None and position < len(saves.inputs) and saves.inputs[position]:
                 step.saved.add(key)
             if needs_grad(argument) and columns.training:
-                step.gradients.append((key, float(nbytes), node.target in _PASS_GRADIENTS_ON))
+                step.gradients.append((key, nbytes, node.target in _PASS_GRADIENTS_ON))
         cost = columns.costs.op(call, 0)
         step.scratch = cost.forward_scratch, cost.backward_scratch
         if node.target in _TWO_IN_ONE and step.gradients and cost.source != "measured":
             step.scratch = step.scratch[0], step.gradients[0][1]
-        _results(step, node, call, sizes, columns)
+        _results(step, node, call, sizes, columns, cuda)
         steps.append(step)
     return steps, entering
 
 
-def _results(step: _Step, node: fx.Node, call: LocalCall, sizes: dict[Key, float], columns: Columns) -> None:
+def _results(
+    step: _Step, node: fx.Node, call: LocalCall, sizes: dict[Key, float], columns: Columns, cuda: bool
+) -> None:
     saves = columns.keeps.saves_of(node)
     looks = (is_view(node.target) and not copies(node)) or mutated(node)
     if looks:
@@ -149,7 +154,7 @@ def _results(step: _Step, node: fx.Node, call: LocalCall, sizes: dict[Key, float
     for position, result in enumerate(call.outputs):
         key: Key = (node, position, None)
         found.append(key)
-        sizes[key] = step.made[key] = float(result.nbytes)
+        sizes[key] = step.made[key] = block(result.nbytes, cuda)
         if columns.training and saves is not None and position < len(saves.outputs) and saves.outputs[position]:
             step.saved.add(key)
     step.results = tuple(found)

@@ -17,11 +17,13 @@ from shardplan.planner.rules import LocalCall, views
 from shardplan.planner.trace import Trace, infos, is_tensor, resolve, tensor_args
 
 aten = torch.ops.aten
+_CONVERSIONS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default}
 _VIEWS = (
     views.RESHAPES
     | views.PERMUTES
     | {aten.expand.default, aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default}
-    | {aten.chunk.default, aten.unbind.int, aten.alias.default, aten.detach.default}
+    | {aten.chunk.default, aten.unbind.int, aten.alias.default, aten.detach.default, aten.contiguous.default}
+    | _CONVERSIONS
 )
 
 
@@ -84,7 +86,16 @@ def root_of(node: fx.Node, position: int) -> tuple[fx.Node, int]:
 
 
 def copies(node: fx.Node) -> bool:
-    """Whether a reshape has to copy because of its input's strides."""
+    """Whether an op that could look at its input has to make a tensor of its own, because of strides or dtype."""
+    if node.target in _CONVERSIONS:
+        return infos(node)[0].dtype != infos(tensor_args(node)[0])[0].dtype
+    return lies_otherwise(node)
+
+
+def lies_otherwise(node: fx.Node) -> bool:
+    """Whether a reshape, or what asks for a contiguous tensor, has to copy because of its input's strides."""
+    if node.target is aten.contiguous.default and is_tensor(node):
+        return not tensor_args(node)[0].meta["val"].is_contiguous()
     if node.target not in views.RESHAPES:
         return False
     found = node.meta.get("reshape_copies")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from shardplan.planner.instructions import Op, Schedule
-from shardplan.planner.memory_curve import Moment, StageBytes, curve, peak
+from shardplan.planner.memory_curve import Moment, StageBytes, block, curve, peak
 from shardplan.planner.plan import BUCKET_NBYTES, Memory, StageLink, StagePlan
 from shardplan.planner.receipts import receipts
 from shardplan.planner.reductions import goes_alone
@@ -111,7 +111,7 @@ def _bytes(
     again = set(stage.rematerialized)
     parts: list[SegmentBytes] = []
     gathered: list[Gathered] = []
-    largest = 0.0
+    params: dict[fx.Node, None] = {}
     standing: dict[fx.Node, float] = {}
     inside = {n for i in range(stage.first, stage.last) for n in ops_of(search.trace, search.trace.segments[i])}
     leaving = 0.0
@@ -124,7 +124,7 @@ def _bytes(
         bucketed = _bucketed(search, columns, chosen, [n for n in held if n.name not in stored], bucket_nbytes)
         standing |= bucketed
         if key not in known:
-            known[key] = segment_bytes(columns, nodes, chosen, segment.name in again, bucketed, arriving)
+            known[key] = segment_bytes(columns, nodes, chosen, segment.name in again, bucketed, arriving, cuda)
         part = known[key]
         elsewhere = 0.0 if segment.name in again else _kept_elsewhere(search, columns, chosen, nodes, inside)
         leaving += elsewhere
@@ -132,17 +132,20 @@ def _bytes(
             replace(part, kept=part.kept - elsewhere, first=part.first - elsewhere, later=part.later - elsewhere)
         )
         gathered.append(gathered_by(columns, held, chosen, stored) if stored else Gathered())
-        for node in held:
-            largest = max(largest, columns.local_nbytes(node, columns.placement(chosen, node)))
+        params |= dict.fromkeys(held)
     whole = stage_bytes(with_gathered(parts, gathered))
+    # Of blocks of the allocator, what parameters do not fill.
+    sizes = [columns.local_nbytes(node, columns.placement(chosen, node)) for node in params]
+    unused = sum(block(nbytes, cuda) - nbytes for nbytes in sizes)
     gradients = float(stage.memory.gradients)
+    gradients += unused if gradients else 0.0
     step = 0.0
     if search.options.optimizer_factor >= _ADAM_FACTOR:
-        step = gradients if cuda else 2 * largest
+        step = gradients if cuda else 2 * max(sizes, default=0.0)
     shared = candidate.problem.fixed.activation_nbytes / max(candidate.problem.in_flight)
     return StageBytes(
         parameters=float(stage.memory.parameters),
-        optimizer=float(stage.memory.optimizer),
+        optimizer=stage.memory.optimizer + unused * (1 + search.options.optimizer_factor),
         gradients=gradients,
         kept=whole.kept + shared,
         forward=whole.forward + shared,

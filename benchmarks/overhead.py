@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -34,13 +34,25 @@ RANKS = 2
 TARGETS = {"DTensor": 1.0, "torch pipelining": 1.0, "DDP": 1.02, "FSDP2": 1.02, "hand-written": 1.02, "eager": 1.0,
            "torch.compile": 1.0}  # fmt: skip
 _PIPES = ("1f1b", *opponents.CHUNKED)
+_PROGRAMS = {
+    "one device": "one",
+    "data parallel": "dp",
+    "data parallel, 2 microbatches": "dp accumulating",
+    "fully sharded": "zero3",
+    "tensor parallel": "tp",
+    "pipeline 1f1b, 4 microbatches": "pp 1f1b",
+    "pipeline zbv, 4 microbatches": "pp zbv",
+    "pipeline interleaved, 4 microbatches": "pp interleaved",
+    "one device, compiled": "one",
+}
+"""Group -> which program of ours runs in it."""
 _MICROBATCHES = 4
 _SMALL, _LARGE = 64, 1 << 18  # elements
 _CALLS = 50
 _SPLITS = {"*.q.weight": 0, "*.k.weight": 0, "*.v.weight": 0, "*.up.weight": 0, "*.o.weight": 1, "*.down.weight": 1}
 
 
-def programs(size: Size) -> dict[str, Program]:
+def programs(size: Size, wanted: Iterable[str]) -> dict[str, Program]:
     """What is run of ours, by name; the plans are made for described devices, so nothing is measured."""
     import shardplan as sp
     from shardplan.planner import schedules
@@ -78,14 +90,16 @@ def programs(size: Size) -> dict[str, Program]:
             trace, replace(plan, devices=plan.devices[:RANKS], stages=stages, schedule=kind, instructions=lists)
         )
 
-    return {
-        "one": program("1xh100"),
-        "dp": program("2xh100", sp.degrees(dp=2, tp=1, pp=1)),
-        "dp accumulating": program("2xh100", sp.degrees(dp=2, tp=1, pp=1), microbatches=2),
-        "zero3": program("2xh100", sp.degrees(dp=2, tp=1, pp=1), zero=3),
-        "tp": program("2xh100", sp.degrees(dp=1, tp=2, pp=1), *split, *whole),
-        **{f"pp {kind}": pipeline(kind) for kind in _PIPES},
+    twice = sp.degrees(dp=2, tp=1, pp=1)
+    made: dict[str, Callable[[], Program]] = {
+        "one": lambda: program("1xh100"),
+        "dp": lambda: program("2xh100", twice),
+        "dp accumulating": lambda: program("2xh100", twice, microbatches=2),
+        "zero3": lambda: program("2xh100", twice, zero=3),
+        "tp": lambda: program("2xh100", sp.degrees(dp=1, tp=2, pp=1), *split, *whole),
+        **{f"pp {kind}": lambda kind=kind: pipeline(kind) for kind in _PIPES},
     }
+    return {name: made[name]() for name in wanted}
 
 
 def ours(program: Program, rank: int, size: Size, backend: str | None = None) -> Step:
@@ -286,7 +300,8 @@ def main() -> int:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with tempfile.TemporaryDirectory(prefix="shardplan-overhead-") as directory:
         file = f"{directory}/programs.pt"
-        torch.save(programs(size), file)
+        wanted = dict.fromkeys(name for group, name in _PROGRAMS.items() if given.only in group)
+        torch.save(programs(size, wanted), file)
         arguments = (f"{directory}/store", file, given.only, given.repeats, given.steps, size)
         mp.spawn(rank_main, arguments, nprocs=RANKS)  # pyright: ignore[reportPrivateImportUsage]
         report = json.loads(Path(file).with_suffix(".json").read_text())

@@ -27,6 +27,8 @@ class Row:
     seq: int
 
 
+MIXTURES = ("mixtral", "deepseek")
+"""Models with experts."""
 ROWS = {
     f"{row.model}@{row.devices}": row
     for row in (

@@ -63,9 +63,7 @@ SUITES = (
     Suite("overhead", "--json", minutes=2),
     Suite("overlap", "--json", minutes=1),
     Suite("peers", "-o", ("--published",), links=True, minutes=2),
-    Suite(
-        "search", "--json", ("8b@8", "8b@64", "70b@64", "405b@16384"), smoke=("8b@8", "--time-limit", "20"), minutes=3
-    ),
+    Suite("search", "-o", ("8b@8", "8b@64", "70b@64", "405b@16384"), smoke=("8b@8", "--time-limit", "20"), minutes=3),
     Suite("scaling", "-o", smoke=("--model", "llama-8b"), minutes=2),
     Suite("startup", "-o", smoke=("--rounds", "1"), minutes=0.7),
     Suite("mixed", "-o", minutes=10, long=True),

@@ -123,7 +123,7 @@ class StageRun:
 
     def schedule(self, instructions: tuple[Instruction, ...], receipts: Mapping[int, tuple[int, ...]]) -> None:
         """Take up the rank's list: what this stage may let go of after each of its instructions. receipts: see
-        `runtime.receipts`."""
+        `planner.receipts`."""
         mine = [(n, i) for n, i in enumerate(instructions) if i.stage == self.stage]
         self._receipts = receipts
         # Where a microbatch's last activation and last gradient leave, and after which nothing of it is needed.

@@ -107,7 +107,10 @@ class Status:
     """Certificate. outcome: "optimal" (proven within the gap that was asked for), "feasible" (a larger gap or a time
     limit), "given" (made by hand).
 
-    lower_bound: proven bound on step seconds in the cost model; gap: (step_seconds - lower_bound) / step_seconds.
+    lower_bound: bound on the search's closed form of the step (the 1F1B formula with sums of gradients exposed, scaled
+        for other schedules), proven for that form; gap: (its value for this plan - its bound) / that value. The step
+        that is simulated may be less than the form where the slowest stage is not the last, or where sums hide behind
+        backward (docs/search.md).
     binds: what limits the plan, in words; searched: how many (stages, mesh, microbatch) cases were solved or pruned.
     """
 

@@ -91,7 +91,6 @@ class Request:
                 hints=["optimizer=lambda params: torch.optim.AdamW(params, lr=3e-4)"],
             )
 
-
     @property
     def whole(self) -> bool:
         """Whether every replica has to hold all that replicas have in common."""

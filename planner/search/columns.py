@@ -555,7 +555,7 @@ class Columns:
         return used_nbytes if master is None else used_nbytes * master.itemsize / info(node).dtype.itemsize
 
     def adding_seconds(self, nbytes: float) -> float:
-        """Seconds of a microbatch: all but the first add to a gradient that is there, which reads two and writes one."""
+        """Seconds of a microbatch: all but the first add to a gradient that is there (two are read, one is written)."""
         return _ADDING * self.costs.copy(round(nbytes), 0) * (self.microbatches - 1) / self.microbatches
 
     def most_adding(self, index: int) -> float:

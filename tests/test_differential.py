@@ -38,7 +38,9 @@ def test_planned_job_matches_one_device(name, arrangement):
     if "tp2" in arrangement:
         cluster = cluster.slower_links(1e-3)  # on a real link nobody would split models this small
     microbatches = PIPELINED.get(arrangement, "auto") if name != "resnet" else "auto"
-    options = SolveOptions(constraints=(fixed,) if fixed else (), microbatches=microbatches, rematerialize=False)
+    options = SolveOptions(
+        constraints=(fixed,) if fixed else (), microbatches=microbatches, rematerialize=False, schedule="1f1b"
+    )
     plan = solve(trace, cluster, SimplePrices(cluster), options)
     programs = {"train": compile(trace, plan)}
     if fixed is not None:

@@ -27,7 +27,7 @@ def parse(devices: int | str | os.PathLike[str] | Sequence[str] | Mapping[str, i
     if isinstance(devices, os.PathLike):
         return load(Path(devices))
     if isinstance(devices, Mapping):
-        counts = sorted(devices.items())  # a mapping says nothing about order
+        counts = devices.items()
         return _described([(device_kind(name), _positive(count, name)) for name, count in counts], per_node)
     if isinstance(devices, str):
         return _parse_text(devices.strip(), per_node)

@@ -74,7 +74,7 @@ def trace_model(
     Raises UsageError for wrong arguments or a missing loss, NotTraceable for what cannot be one graph.
     """
     started = time.perf_counter()
-    kwargs = in_order(model, kwargs or {})
+    kwargs = in_order(model, kwargs or {}) if isinstance(model, nn.Module) else kwargs
     _check_arguments(model, args, kwargs, loss_fn, target, training)
     evaluate = not training if evaluate is None else evaluate
     dtype = compute_dtype(precision)

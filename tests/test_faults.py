@@ -221,7 +221,7 @@ def test_running_on_devices_that_are_not_here_names_the_torchrun_line():
     [
         ({"precision": "fp16"}, errors.NotSupported),
         ({"objective": "both"}, errors.UsageError),
-        ({"schedule": "zbv"}, errors.UsageError),
+        ({"schedule": "dualpipe"}, errors.NotSupported),
         ({"microbatches": 0}, errors.UsageError),
         ({"optimizer": lambda parameters: None}, errors.UsageError),
         ({"solver": "abacus"}, errors.UsageError),

@@ -139,11 +139,12 @@ def test_a_rank_reads_only_what_it_holds(tmp_path):
             taken.append((name, where))
             return super().take(file, name, where)
 
+    from shardplan.runtime.progress import Items
     from shardplan.runtime.supply import Supply, Values
 
     supply = Supply(stored=stored_of(model, tmp_path / "w.safetensors"))
     with Counting() as files:
-        values = Values(supply, files, torch.device("cpu"))
+        values = Values(supply, files, torch.device("cpu"), Items("reading", 1))
         pieces = [[(2, 4), (10, 12)], [(0, 8)]]
         part = values.part("0.weight", (16, 8), pieces, torch.float32)
     assert torch.equal(part, model[0].weight[[2, 3, 10, 11]])

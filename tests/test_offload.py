@@ -47,7 +47,7 @@ def test_plans_with_the_optimizer_on_the_host(tmp_path):
     kept, exact, names = program(constraints=(sp.degrees(dp=1, tp=1, pp=2),))
     plan, made, _ = program(constraints=(sp.degrees(dp=1, tp=1, pp=2),), offload="optimizer")
     assert plan.offload == "optimizer" and any("on the host" in note for note in plan.notes)
-    assert all(m.optimizer == 0 for m in plan.memory()) and all(m.optimizer > 0 for m in kept.memory())
+    assert all(m.optimizer < k.optimizer for m, k in zip(plan.memory(), kept.memory(), strict=True))
     assert plan.memory()[0].peak_nbytes < kept.memory()[0].peak_nbytes
     on_cpu, *_ = program(devices=["cpu", "cpu"], constraints=(sp.degrees(dp=1, tp=1, pp=2),), offload="optimizer")
     assert all(m.optimizer > 0 for m in on_cpu.memory())

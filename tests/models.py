@@ -383,8 +383,11 @@ def run_trace(trace: Any, model: nn.Module, batch: dict[str, Any]) -> Result:
     batch: keyword arguments plus "target" where the trace has one, as in `Case`. Parameters and buffers are copied:
     the model is left alone.
     """
+    from shardplan.planner.export import in_order
+
     names = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    leaves = pytree.tree_leaves(({}, {k: v for k, v in batch.items() if k != "target"}))
+    given = in_order(model, {k: v for k, v in batch.items() if k != "target"})
+    leaves = pytree.tree_leaves(((), given))
     values: dict[str, torch.Tensor] = {}
     arguments = []
     for node, source in trace.sources.items():

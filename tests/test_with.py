@@ -84,7 +84,6 @@ def test_order_of_arguments_does_not_matter():
         for items in ([("x", x), ("a", x), ("b", x)], [("b", x), ("a", x), ("x", x)])
     }
     assert len(texts) == 1
-    assert sp.Cluster.parse({"h100": 4, "a10g": 2}) == sp.Cluster.parse({"a10g": 2, "h100": 4})
 
 
 def test_plans_of_two_processes_are_the_same_bytes():

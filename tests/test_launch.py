@@ -249,8 +249,9 @@ def test_workers_end_with_their_driver(tmp_path, end):
     driver = script(
         tmp_path,
         """
-        import time
+        import signal, time
         from shardplan.runtime.launch import Workers
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever started the tests may have it ignored
         workers = Workers(["cpu", "cpu"])
         workers.wait_ready()
         print(*workers.pids, flush=True)

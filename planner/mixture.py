@@ -153,9 +153,13 @@ def run(
     taken = [tensor[at // fan if fan > 1 else at] for tensor, fan in zip(rows, fans, strict=True)]
     found = run_steps(steps, taken, ordered, ends, held)
     if places is None:
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=ids.device))
-        return found[back]
+        return found[inverse(order)]
     return found.new_zeros((count, *found.shape[1:])).index_copy(0, at, found)
+
+
+def inverse(order: torch.Tensor) -> torch.Tensor:
+    """Of a permutation [n]: where each place went."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
 
 
 def run_own(

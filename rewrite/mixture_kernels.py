@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.autograd import Function
 
-from shardplan.planner.mixture import run, run_own
+from shardplan.planner.mixture import inverse, run, run_own
 from shardplan.rewrite.comm import Comm
 
 
@@ -54,13 +54,17 @@ def sent_experts(
     sent = counts.tolist()
     mine = comm.exchange(ordered, sent, arriving, axis) - comm.index(axis) * experts
     taken = [
-        _Exchange.apply(tensor[order // fan if fan > 1 else order], comm, sent, arriving, axis)
+        _exchanged(tensor[order // fan if fan > 1 else order], comm, sent, arriving, axis)
         for tensor, fan in zip(rows, fans, strict=True)
     ]
-    found = run(steps, experts, [1] * len(taken), mine, taken, held)  # type: ignore[arg-type]
-    returned = _Exchange.apply(found, comm, arriving, sent, axis)
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=ids.device))
-    return returned[back]  # type: ignore[index]
+    found = run(steps, experts, [1] * len(taken), mine, taken, held)
+    returned = _exchanged(found, comm, arriving, sent, axis)
+    return returned[inverse(order)]
+
+
+def _exchanged(x: torch.Tensor, comm: Comm, sent: list[int], arriving: list[int], axis: str) -> torch.Tensor:
+    """`Comm.exchange`, whose gradient travels back."""
+    return cast(torch.Tensor, _Exchange.apply(x, comm, sent, arriving, axis))
 
 
 class _Exchange(Function):

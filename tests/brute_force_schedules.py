@@ -20,7 +20,7 @@ from shardplan.planner.constraints import degrees
 from shardplan.planner.export import trace_model
 from shardplan.planner.search import SolveOptions
 from shardplan.planner.search.candidate import Candidate
-from shardplan.planner.search.columns import USUAL, Case
+from shardplan.planner.search.case import USUAL, Case
 from shardplan.planner.search.finish import finish
 from shardplan.planner.search.search import Search
 from shardplan.planner.search.stage_ilp import StageChoice

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from shardplan.errors import SolverTimeout
 from shardplan.planner.search.candidate import Candidate
-from shardplan.planner.search.columns import Case
+from shardplan.planner.search.case import Case
 from shardplan.planner.search.stage_ilp import StageChoice, memory, objective
 from shardplan.planner.search.stages import solve_stages
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from shardplan.planner.placement import Placement
 from shardplan.planner.schedules import position_of
-from shardplan.planner.search.columns import Case, Columns, SegmentColumns
+from shardplan.planner.search.case import Case
+from shardplan.planner.search.columns import Columns, SegmentColumns
 from shardplan.planner.search.stage_ilp import StageChoice, StageProblem
 
 

@@ -22,7 +22,8 @@ from shardplan.planner.rules import strategies
 from shardplan.planner.schedules import in_flight
 from shardplan.planner.search.boundaries import Boundaries
 from shardplan.planner.search.candidate import Candidate, Prepared
-from shardplan.planner.search.columns import Case, Columns, SegmentColumns
+from shardplan.planner.search.case import Case
+from shardplan.planner.search.columns import Columns, SegmentColumns
 from shardplan.planner.search.memory import Keeps
 from shardplan.planner.search.problem import Price, Weights
 from shardplan.planner.search.recomputing import Curve

@@ -15,16 +15,15 @@ from itertools import product
 
 from torch import fx
 
-from shardplan.planner.costs import mixtures
-from shardplan.planner.costs.base import Costs, OpCost
-from shardplan.planner.placement import D, Mesh, Placement, R, S, fits, local_shape
-from shardplan.planner.propagate import Follow, placed
-from shardplan.planner.rules import LocalCall, Strategy, groups_fit, local_call, strategies
-from shardplan.planner.rules.strategy import SENT
+from shardplan.planner.costs.base import Costs
+from shardplan.planner.placement import Placement, R, S, fits
+from shardplan.planner.propagate import Follow
 from shardplan.planner.search.boundaries import Boundaries
 from shardplan.planner.search.builder import Builder
+from shardplan.planner.search.case import Case
 from shardplan.planner.search.elimination import eliminate
-from shardplan.planner.search.memory import Keeps, lies_otherwise, root
+from shardplan.planner.search.memory import Keeps
+from shardplan.planner.search.op_prices import OpPrices
 from shardplan.planner.search.problem import Price, SegmentProblem, Weights, total_price
 from shardplan.planner.search.recomputing import Curve, Lever, curve
 from shardplan.planner.search.runs import Run, held_by, ops_of
@@ -32,53 +31,8 @@ from shardplan.planner.search.segment_ilp import solve_segment
 from shardplan.planner.search.solver import Budget
 from shardplan.planner.search.stage_ilp import Column
 from shardplan.planner.search.storing import Window
-from shardplan.planner.trace import Trace, info, infos, is_tensor, mutated, needs_grad, resolve, tensor_args
+from shardplan.planner.trace import Trace, info, mutated
 from shardplan.planner.wire import EXACT, Wire
-
-SAMPLE_NBYTES = 4 << 20
-_ADDING = 1.5  # what adding to a gradient moves, over a copy of as many bytes
-
-
-USUAL = ("tp", "dp", "pp")
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One point of the outer search: stages x (dp x tp) devices each, and microbatches. order: which axis runs through
-    neighbouring devices, which through groups of these, and which through what is left."""
-
-    stages: int
-    dp: int
-    tp: int
-    microbatches: int
-    order: tuple[str, str, str] = USUAL
-
-    @property
-    def width(self) -> int:
-        return self.dp * self.tp
-
-    @property
-    def devices(self) -> int:
-        return self.stages * self.width
-
-    @property
-    def mesh(self) -> Mesh:
-        """Layouts refer to this mesh; the batch is split in time first, then over replicas."""
-        return Mesh(("mb", "dp", "tp"), (self.microbatches, self.dp, self.tp))
-
-    def stride(self, axis: str) -> int:
-        """Devices from one rank of a group of the axis ("tp", "dp", "pp") to the next."""
-        sizes = {"tp": self.tp, "dp": self.dp, "pp": self.stages}
-        return math.prod(sizes[inner] for inner in self.order[: self.order.index(axis)])
-
-    def ranks(self, stage: int) -> tuple[int, ...]:
-        """Devices of a stage in row-major order of its mesh (dp, tp)."""
-        first, rows, columns = (stage * self.stride("pp"), self.stride("dp"), self.stride("tp"))
-        return tuple(first + d * rows + t * columns for d in range(self.dp) for t in range(self.tp))
-
-    def __str__(self) -> str:
-        placed = f" ({' in '.join(self.order)})" if self.order != USUAL else ""
-        return f"pp{self.stages} dp{self.dp} tp{self.tp} m{self.microbatches}{placed}"
 
 
 @dataclass(slots=True)
@@ -107,7 +61,7 @@ class _Made:
     run: Run
 
 
-class Columns:
+class Columns(OpPrices):
     """Columns of every segment on one mesh; cases that differ in their number of stages share them."""
 
     def __init__(
@@ -128,42 +82,26 @@ class Columns:
         steps: int = 1,
     ) -> None:
         """wire: what sums of gradients over replicas are sent as, once in so many steps."""
-        self.trace = trace
-        self.mesh = case.mesh
-        self.tp, self.width, self.microbatches = case.tp, case.width, case.microbatches
-        self.costs = costs
-        self.follows = follows
-        self.keeps = keeps
+        super().__init__(trace, case, costs, follows, keeps, optimizer_factor, training, wire, steps)
         self.boundaries = boundaries
         self.budget = budget
-        self.optimizer_factor = optimizer_factor
-        self.training = training
         self.rematerialize = rematerialize
         self.levels, self.any_level = levels, any_level
-        self.wire, self.steps = wire, steps
-        self.ranks = case.ranks(0)
-        self.tp_ranks = self.ranks[: case.tp]
-        self.dp_ranks = self.ranks[:: case.tp]
         self._builders: dict[Hashable, Builder] = {}
         self._made: dict[Hashable, dict[tuple[int, int], _Made]] = {}
         self._columns: dict[Hashable, SegmentColumns] = {}
         self._ends: dict[int, Hashable] = {}
         self._numbers: dict[Hashable, int] = {}
         self._plain: dict[int, int] = {}
-        self._legal: dict[str, list[Strategy]] = {}
         self.proven = 1.0
         """Share of their cost that is proven of all columns: a bound on a program of them is worth that share."""
         self.shared: Price | None = None
         """Of the ops that every stage computes for itself; filled in by `casework`."""
-        self._nbytes: dict[tuple[str, Placement], float] = {}
         self._floors: dict[int, float] = {}
         self._curve: Curve | None = None
         self._forwards: dict[int, float] = {}
         self._transients: dict[int, float] = {}
         self._recomputing: dict[int, float] = {}
-        self._op_prices: dict[tuple[str, Strategy | None], Price] = {}
-        self._calls: dict[tuple[str, Strategy | None], LocalCall] | None = None
-        """Local calls, where several devices with the same mesh price them."""
 
     def on(self, costs: Costs, levels: dict[str, tuple[int, ...]]) -> Columns:
         """The same mesh on other devices: what depends on shapes alone is shared."""
@@ -178,29 +116,6 @@ class Columns:
         return found
 
     # -- layouts -------------------------------------------------------------------------------------------------------
-
-    def others(self, node: fx.Node) -> dict[str, Strategy]:
-        """Strategies on the axes that follow the batch."""
-        return {axis: f.strategies[node.name] for axis, f in self.follows.items() if node.name in f.strategies}
-
-    def placement(self, chosen: Mapping[str, Strategy], value: fx.Node) -> Placement:
-        """How a value lies on tp under strategies by node."""
-        maker, index = resolve(value)
-        return placed(chosen.get(maker.name), index)
-
-    def layout(self, value: fx.Node, tp: Placement) -> tuple[Placement, ...]:
-        maker, index = resolve(value)
-        others = self.others(maker)
-        return tuple(tp if axis == "tp" else placed(others.get(axis), index) for axis in self.mesh.axes)
-
-    def local_nbytes(self, value: fx.Node, tp: Placement) -> float:
-        """Bytes of the value on one rank."""
-        key = value.name, tp
-        found = self._nbytes.get(key)
-        if found is None:
-            shape = local_shape(info(value).shape, self.layout(value, tp), self.mesh)
-            found = self._nbytes[key] = float(math.prod(shape) * info(value).dtype.itemsize)
-        return found
 
     def boundary_layouts(self, index: int) -> list[Placement]:
         """Layouts that the free tensor behind a segment may have; whole first."""
@@ -355,35 +270,6 @@ class Columns:
             )
         return self._recomputing[segment.kind] + self.least_transient(index)
 
-    def legal(self, node: fx.Node) -> list[Strategy]:
-        """Strategies on tp that fit together with the batch's."""
-        found = self._legal.get(node.name)
-        if found is None:
-            found = self._legal[node.name] = self._fitting(node)
-        return found
-
-    def _fitting(self, node: fx.Node) -> list[Strategy]:
-        others, mesh = self.others(node), self.mesh
-        found = []
-        for strategy in strategies(node):
-            if self.tp == 1 and strategy.name != "-":
-                continue
-            chosen = {**others, "tp": strategy}
-            if len({s.impl for s in chosen.values() if s.impl}) > 1 or not groups_fit(chosen, mesh):
-                continue  # an op is replaced by one implementation, and keeps its groups of channels together
-            layouts = [
-                (info(argument).shape, tuple(chosen[a].inputs[i] if a in chosen else R for a in mesh.axes))
-                for i, argument in enumerate(tensor_args(node))
-                if is_tensor(argument)
-            ]
-            layouts += [
-                (result.shape, tuple(chosen[a].outputs[i] if a in chosen else R for a in mesh.axes))
-                for i, result in enumerate(infos(node))
-            ]
-            if all(fits(shape, layout, mesh) for shape, layout in layouts):
-                found.append(strategy)
-        return found
-
     def _modes(self, index: int) -> tuple[bool, ...]:
         writes = any(mutated(self.trace.node(n)) for n in self.trace.segments[index].nodes)
         if not self.training or writes or self.rematerialize is False:
@@ -447,130 +333,8 @@ class Columns:
                 found[enters, leaves] = tuple(keep[k] for keep, k in zip(kept, choice.options, strict=True))
         return found
 
-    # -- prices --------------------------------------------------------------------------------------------------------
-
-    def op_cost(self, node: fx.Node, tp: Strategy | None) -> OpCost:
-        """Seconds of the op itself on one rank."""
-        return self._cost(node, local_call(node, self.chosen(node, tp), self.mesh))
-
-    def _cost(self, node: fx.Node, call: LocalCall) -> OpCost:
-        cost = self.costs.op(call, 0)
-        if not lies_otherwise(node):
-            return cost
-        # A local call does not know strides, so this was priced as a view.
-        again = self.costs.copy(sum(result.nbytes for result in call.outputs), 0)
-        back = again if needs_grad(node) else 0.0
-        return replace(
-            cost, forward_seconds=cost.forward_seconds + again, backward_seconds=cost.backward_seconds + back
-        )
-
-    def chosen(self, node: fx.Node, tp: Strategy | None) -> dict[str, Strategy]:
-        """Strategies of an op on the axes of several ranks."""
-        chosen = self.others(node) | ({"tp": tp} if tp is not None else {})
-        return {axis: s for axis, s in chosen.items() if self.mesh.size(axis) > 1}
-
-    def op_price(self, node: fx.Node, tp: Strategy | None) -> Price:
-        """Compute of one op on one rank, the messages of its implementation, and the tensors that it leaves behind."""
-        key = (node.name, tp)
-        if key not in self._op_prices:
-            self._op_prices[key] = self._op_price(node, tp)
-        return self._op_prices[key]
-
-    def _op_price(self, node: fx.Node, tp: Strategy | None) -> Price:
-        chosen = self.chosen(node, tp)
-        call = self._call(node, tp)
-        cost = self._cost(node, call)
-        forward, backward = cost.forward_seconds, cost.backward_seconds if self.training else 0.0
-        for axis, strategy in chosen.items():
-            if strategy.impl in ("cross_entropy", "batch_norm") and axis != "mb":
-                extra = self._implementation_seconds(strategy, call.inputs[0].nbytes, call.inputs[0].shape, axis)
-                forward, backward = forward + extra[0], backward + extra[1]
-            if strategy.impl == SENT:
-                ranks = self.tp_ranks if axis == "tp" else self.dp_ranks
-                sent = sum(self.collective_seconds("all_to_all", round(n), ranks) for n in mixtures.sent_nbytes(call))
-                forward, backward = forward + sent, backward + sent * (backward > 0)
-        out = sum(result.nbytes for result in call.outputs)
-        kept = self.keeps.extra_of(node, call) if self.training else 0.0
-        for position, result in enumerate(call.outputs):
-            if self.training and self.keeps.is_kept(node, position):
-                kept += result.nbytes
-        transient = out + sum(
-            argument.nbytes
-            for argument, given in zip(call.inputs, tensor_args(node), strict=True)
-            if root(given)[0].name not in self.trace.sources  # parameters and inputs lie there anyway
-        )
-        return Price(forward, backward, 0.0, 0.0, kept, transient)
-
-    def _call(self, node: fx.Node, tp: Strategy | None) -> LocalCall:
-        """The op as one rank runs it."""
-        known = self._calls.get((node.name, tp)) if self._calls is not None else None
-        if known is None:
-            known = local_call(node, self.chosen(node, tp), self.mesh)
-            if self._calls is not None:
-                self._calls[node.name, tp] = known
-        return known
-
-    def _implementation_seconds(
-        self, strategy: Strategy, nbytes: int, shape: tuple[int, ...], axis: str
-    ) -> tuple[float, float]:
-        ranks = self.tp_ranks if axis == "tp" else self.dp_ranks
-        if strategy.impl == "cross_entropy":
-            if strategy.name != "class":
-                return 0.0, 0.0
-            per_token = nbytes // max(shape[1 if len(shape) > 1 else 0], 1)
-            once = self.collective_seconds("all_reduce", per_token, ranks)
-            return once + self.collective_seconds("all_reduce", 2 * per_token, ranks), 0.0
-        channels = shape[1] * 4 if len(shape) > 1 else 4
-        each = self.collective_seconds("all_reduce", channels, ranks)
-        return 2 * each, 2 * each
-
-    def parameter_price(self, node: fx.Node, tp: Placement) -> Price:
-        """Memory of a parameter with its gradient and optimizer state, and its share of the work once a step."""
-        used = self.local_nbytes(node, tp)
-        nbytes = self.stored_nbytes(node, used)
-        rounded = used if self.trace.sources[node.name].name in self.trace.masters else 0.0
-        trainable = self.trace.sources[node.name].trainable and self.training
-        if not trainable:
-            return Price(parameter_nbytes=nbytes + rounded)
-        once = self.costs.optimizer(round(nbytes), 0) + self.summing(node, tp)[0]
-        held = nbytes * (2 + self.optimizer_factor) + rounded
-        return Price(0.0, self.adding_seconds(nbytes), once, held)
-
-    def summing(self, node: fx.Node, tp: Placement) -> tuple[float, tuple[int, ...]]:
-        """Seconds of summing a parameter's gradient over ranks once a step, and these ranks."""
-        ranks = self.reduce_ranks(self.layout(node, tp))
-        if len(ranks) == 1:
-            return 0.0, ranks
-        # Gradients travel in buckets, so a parameter costs its share of a large message.
-        nbytes = self.stored_nbytes(node, self.local_nbytes(node, tp))
-        sample = self.costs.collective("all_reduce", SAMPLE_NBYTES, ranks)
-        shape = local_shape(info(node).shape, self.layout(node, tp), self.mesh)
-        sent = nbytes * self.wire.share(shape, info(node).dtype.itemsize) if self.wire is not EXACT else nbytes
-        reduce = sample * sent / SAMPLE_NBYTES + self.costs.copy(round(nbytes), 0)
-        return reduce * self.costs.overheads(0).reduce / self.steps, ranks
-
-    def stored_nbytes(self, node: fx.Node, used_nbytes: float) -> float:
-        """Bytes of a parameter as the optimizer has it, where the ops have it in so many (see `planner.precision`)."""
-        master = self.trace.masters.get(self.trace.sources[node.name].name)
-        return used_nbytes if master is None else used_nbytes * master.itemsize / info(node).dtype.itemsize
-
-    def adding_seconds(self, nbytes: float) -> float:
-        """Seconds of a microbatch: all but the first add to a gradient that is there (two are read, one is written)."""
-        return _ADDING * self.costs.copy(round(nbytes), 0) * (self.microbatches - 1) / self.microbatches
-
     def most_adding(self, index: int) -> float:
         """The same of all parameters of a segment, at most."""
         held = held_by(self.trace, ops_of(self.trace, self.trace.segments[index]))
         trained = [n for n in held if self.training and self.trace.sources[n.name].trainable]
         return sum(self.adding_seconds(self.local_nbytes(node, R)) for node in trained)
-
-    def reduce_ranks(self, layout: tuple[Placement, ...]) -> tuple[int, ...]:
-        """Ranks of the first replica group over which a gradient has to be summed."""
-        axes = {axis for axis, p in zip(self.mesh.axes, layout, strict=True) if p == D and axis != "mb"}
-        if axes == {"dp", "tp"}:
-            return self.ranks
-        return self.dp_ranks if "dp" in axes else self.tp_ranks if "tp" in axes else (0,)
-
-    def collective_seconds(self, kind: str, nbytes: int, ranks: tuple[int, ...]) -> float:
-        """Seconds of a collective inside a stage."""
-        return self.costs.collective(kind, nbytes, ranks) * self.costs.overheads(0).collective

@@ -20,7 +20,7 @@ from shardplan.planner.constraints import (
     matches,
 )
 from shardplan.planner.placement import D, Placement, R, S
-from shardplan.planner.search.columns import Case
+from shardplan.planner.search.case import Case
 from shardplan.planner.trace import Trace, info, module_path, needs_grad
 
 

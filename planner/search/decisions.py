@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from shardplan.planner.plan import Decision
-from shardplan.planner.search.columns import Case
+from shardplan.planner.search.case import Case
 from shardplan.planner.search.otherwise import Piece, otherwise
 
 if TYPE_CHECKING:

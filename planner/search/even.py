@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from shardplan.errors import SolverTimeout
 from shardplan.planner.search.candidate import Candidate
-from shardplan.planner.search.columns import Case
+from shardplan.planner.search.case import Case
 from shardplan.planner.search.stages import solve_stages
 
 if TYPE_CHECKING:

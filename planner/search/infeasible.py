@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from shardplan.errors import NoFeasiblePlan, ShardplanError
 from shardplan.planner.cluster import Cluster
 from shardplan.planner.constraints import Constraint, MemoryLimit
-from shardplan.planner.search.columns import Case
+from shardplan.planner.search.case import Case
 from shardplan.planner.search.options import SolveOptions
 from shardplan.planner.search.problem import Price
 from shardplan.planner.search.stage_ilp import StageProblem

@@ -23,13 +23,15 @@ import numpy as np
 from shardplan.errors import ConflictingConstraints
 from shardplan.planner.placement import Placement, R
 from shardplan.planner.schedules import in_flight
-from shardplan.planner.search.columns import SAMPLE_NBYTES, Case, Columns, SegmentColumns
+from shardplan.planner.search.case import Case
+from shardplan.planner.search.columns import Columns, SegmentColumns
 from shardplan.planner.search.mixed_boxes import solve_mixed
 from shardplan.planner.search.mixed_candidate import MixedCandidate, Priced
 from shardplan.planner.search.mixed_groups import DeviceGroups, Group
 from shardplan.planner.search.mixed_problem import LAYOUTS, MixedChoice, MixedProblem, Way
 from shardplan.planner.search.mixed_shares import by_speed
 from shardplan.planner.search.mixed_states import States, least_slowest, least_sum
+from shardplan.planner.search.op_prices import SAMPLE_NBYTES
 from shardplan.planner.search.placed_costs import PlacedCosts
 from shardplan.planner.search.problem import Price, Weights
 from shardplan.planner.search.runs import held_by, ops_of

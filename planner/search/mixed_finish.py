@@ -18,7 +18,7 @@ from shardplan.planner.rules import Strategy
 from shardplan.planner.search import finish
 from shardplan.planner.search.baselines import NAMES
 from shardplan.planner.search.candidate import Candidate
-from shardplan.planner.search.columns import Case
+from shardplan.planner.search.case import Case
 from shardplan.planner.search.comparing import causes, spent
 from shardplan.planner.search.decisions import Other, nearest
 from shardplan.planner.search.finish import Finished

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shardplan.planner.placement import R
-from shardplan.planner.search.columns import Case, Columns
+from shardplan.planner.search.case import Case
+from shardplan.planner.search.columns import Columns
 from shardplan.planner.search.mixed_candidate import MixedCandidate, Sharing
 from shardplan.planner.search.mixed_groups import Group
 from shardplan.planner.search.mixed_problem import MixedProblem, MixedStage, fits, prices_of

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from shardplan.planner.search.columns import USUAL, Case
+from shardplan.planner.search.case import USUAL, Case
 from shardplan.planner.search.finish import Finished, links_of, simulated
 
 if TYPE_CHECKING:

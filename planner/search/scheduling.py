@@ -48,8 +48,8 @@ from shardplan.planner.trace import resolve, tensor_args
 from shardplan.planner.weight_work import is_product
 
 if TYPE_CHECKING:
+    from shardplan.planner.search.case import Case
     from shardplan.planner.search.casework import Sketch
-    from shardplan.planner.search.columns import Case
     from shardplan.planner.search.search import Search
 
 _CHUNKS = (2, 4)

@@ -33,8 +33,8 @@ from shardplan.planner.costs.base import Costs
 from shardplan.planner.plan import Alternative, Plan
 from shardplan.planner.schedules import CHUNKED
 from shardplan.planner.search.baselines import NAMES, hand_made, why_missing
+from shardplan.planner.search.case import Case
 from shardplan.planner.search.casework import Cases, Lower, Sketch
-from shardplan.planner.search.columns import Case
 from shardplan.planner.search.decided import decide
 from shardplan.planner.search.decisions import Ledger, decisions
 from shardplan.planner.search.even import NAME, even_stages

@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from shardplan.planner.placement import D, Placement, local_shape
+from shardplan.planner.search.op_prices import SAMPLE_NBYTES
 from shardplan.planner.search.problem import Price
 from shardplan.planner.storage import Storage, best_dim, part_shape
 from shardplan.planner.trace import info
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
 
 AUTO = (0, 1, 2, 3)
 """Levels among which a parameter's may be chosen; 0: stored as it is used."""
-_SAMPLE_NBYTES = 4 << 20
 """Messages of once a step travel in buckets, so a parameter costs its share of a large one."""
 _SENT = {2: 3, 3: 2}
 """Gradients of a segment's parameters at once, beside (level 3) twice the parameters, see module docstring."""
@@ -105,8 +105,8 @@ def ways_to_store(
 
 def scattering(columns: Columns, nbytes: float) -> float:
     """Seconds of a gradient's way to the parts of level 1, once a step. nbytes: of the gradient."""
-    sample = columns.costs.collective("reduce_scatter", _SAMPLE_NBYTES, columns.dp_ranks)
-    sent = sample * nbytes / _SAMPLE_NBYTES * columns.costs.overheads(0).reduce
+    sample = columns.costs.collective("reduce_scatter", SAMPLE_NBYTES, columns.dp_ranks)
+    sent = sample * nbytes / SAMPLE_NBYTES * columns.costs.overheads(0).reduce
     return sent + columns.costs.copy(round(nbytes), 0)
 
 
@@ -161,8 +161,8 @@ class _Maker:
         return self.stored_nbytes / self.nbytes if self.nbytes else 1.0
 
     def _share(self, kind: str, nbytes: float, ranks: tuple[int, ...]) -> float:
-        sample = self.columns.costs.collective(kind, _SAMPLE_NBYTES, ranks)
-        return sample * nbytes / _SAMPLE_NBYTES * self.columns.costs.overheads(0).reduce
+        sample = self.columns.costs.collective(kind, SAMPLE_NBYTES, ranks)
+        return sample * nbytes / SAMPLE_NBYTES * self.columns.costs.overheads(0).reduce
 
     def _seconds(self, kind: str) -> float:
         """Of one message of all the segment's parameters."""

@@ -277,8 +277,22 @@ class _Compiler:
 
     # -- tensors -------------------------------------------------------------------------------------------------------
 
+    def readers(self, node: fx.Node) -> set[int]:
+        """Stages of the whole graph that read a parameter, buffer or input, perhaps through ops of no stage."""
+        found: set[int] = set()
+        ahead, seen = [node], {node}
+        while ahead:
+            for user in ahead.pop().users:
+                if user.name in self.split.stage_of:
+                    found.add(self.split.stage_of[user.name])
+                elif user not in seen:
+                    seen.add(user)
+                    ahead.append(user)
+        return found
+
     def specs(self, kind: str, used: Iterable[tuple[int, Argument]]) -> tuple[TensorSpec, ...]:
-        """How every parameter, buffer or input lies. Those that no op reads stay on the first stage."""
+        """How every parameter, buffer or input lies. Those that nothing here reads stay where the whole
+        graph reads them, as in the plan's other programs."""
         stages: dict[str, list[int]] = {}
         for index, argument in used:
             held = "param" if argument.kind == "shard" else argument.kind
@@ -289,7 +303,7 @@ class _Compiler:
             if source.kind != kind or (kind == "input" and source.name not in stages):
                 continue
             node = self.trace.node(placeholder)
-            at = tuple(sorted(stages.get(source.name, [0])))
+            at = tuple(sorted(stages.get(source.name) or self.readers(node) or [0]))
             mesh = stage_mesh(self.plan, at[0])
             meshes = [stage_mesh(self.plan, stage) for stage in at]
             wide = [a for a in mesh.axes if any(m.size(a) > 1 for m in meshes)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import fx, nn
@@ -13,13 +15,19 @@ from shardplan.planner.placement import Mesh, P, S
 from shardplan.planner.rules import local_call, strategies
 from tests.execution import op_of, verify
 
+
+@pytest.fixture(autouse=True)
+def library():
+    """Registers the op. Not in the model: classes of a library that is first imported while a graph is traced are not
+    known as containers of tensors afterwards, and outputs of other tests would be lost."""
+    importlib.import_module("transformers.integrations.moe")
+
+
 HIDDEN, INNER, EXPERTS, CHOICES = 8, 16, 4, 2
 
 
 def grouped(rows: torch.Tensor, weights: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
     """PyTorch's traces in bfloat16 only; this is what libraries use for float32."""
-    import transformers.integrations.moe  # noqa: F401
-
     return torch.ops.transformers.grouped_mm_fallback(rows, weights, offs)
 
 

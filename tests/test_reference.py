@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from shardplan.planner.export import trace_model
 from shardplan.planner.trace import Trace
@@ -112,3 +113,23 @@ def test_recomputed_segments_match_one_device(traced, name):
 
 def batch_of(case: models.Case, trace: Trace) -> dict[str, torch.Tensor]:
     return {s.name: case.batch[s.name] for s in trace.sources.values() if s.kind == "input"}
+
+
+def test_programs_of_a_plan_lay_parameters_alike():
+    """A forward call without the target gives what needs none of it; parameters that it does not read stay in place."""
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+            hidden = self.up(x).tanh()
+            return {"loss": (self.down(hidden) - y).square().mean(), "hidden": hidden}
+
+    trace = trace_model(Encoder(), (torch.randn(8, 4), torch.randn(8, 4)), {})
+    plan = random_plan(trace, dp=2, pp=2, microbatches=2, seed=0, bounds=(0, 1))
+    programs = [compile(trace, plan, "train"), compile(trace, plan, "forward", frozenset({"x"}))]
+    places = [{spec.name: (spec.stages, spec.layout) for spec in program.parameters} for program in programs]
+    assert {stages for stages, _ in places[0].values()} == {(0,), (1,)}
+    assert places[1] == places[0]
